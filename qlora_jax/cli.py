@@ -7,14 +7,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from qlora_jax.errors import UserError
 
-T = TypeVar("T")
 
-
-def flag(default: Any, help: str, *, group: str = "options") -> Any:  # noqa: A002 - argparse's own word
+def flag(default: Any, help: str, *, group: str = "options") -> Any:
     """A dataclass field that becomes a flag; `help` and `group` are what `--help` prints."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group})
 
@@ -29,7 +27,7 @@ def _boolean(text: str) -> bool:
 
 
 def _option(hint: Any) -> dict[str, Any]:
-    """argparse's keywords for one annotated type: str, int, float, bool, a Literal of strings, or one of them | None."""
+    """Keywords of add_argument for one annotated type: str, int, float, bool, a Literal, or one of them | None."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         hint = next(argument for argument in arguments if argument is not type(None))
@@ -48,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ") + f". See {self.prog} --help.")
 
 
-def parse_flags(
+def parse_flags[T](
     schema: type[T], argv: Sequence[str], *, prog: str, description: str, unavailable: Mapping[str, str] | None = None
 ) -> tuple[T, frozenset[str]]:
     """Parse `argv` into `schema`.

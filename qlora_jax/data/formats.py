@@ -1,0 +1,166 @@
+"""What a row means: one table of data set formats, each a function from a row to text, and the choice among them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_jax.data.loading import Rows
+from qlora_jax.errors import UserError
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: at least {"role": str, "content": str}."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""The roles a message may have; the assistant's turns are the ones trained."""
+
+NOT_YET_SUPPORTED = ("chip2", "self-instruct", "hh-rlhf")
+"""The reference program's formats that a later release adds."""
+
+_ALPACA_INTRODUCTION = "Below is an instruction that describes a task"
+_ALPACA_REQUEST = "Write a response that appropriately completes the request."
+# The trailing space after "Response:" is the reference program's; Stanford's own prompt has none.
+ALPACA_PROMPT = f"{_ALPACA_INTRODUCTION}. {_ALPACA_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response: "
+ALPACA_PROMPT_WITH_INPUT = (
+    f"{_ALPACA_INTRODUCTION}, paired with an input that provides further context. {_ALPACA_REQUEST}\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
+)
+
+
+@dataclass(frozen=True)
+class SourceTarget:
+    """A row as the text that is given (source, not trained by default) and the text to be learnt (target)."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One data set format.
+
+    columns: alternatives of columns that must be there, the first that fits is used. optional: read when present.
+    read: (row, position) -> SourceTarget, or the list of messages; raises UserError naming position and column.
+    """
+
+    name: str
+    columns: tuple[tuple[str, ...], ...]
+    read: Callable[[Mapping[str, Any], str], SourceTarget | list[Message]]
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChosenFormat:
+    """The format rows are read with, whether it was inferred from the columns, and the columns nothing reads."""
+
+    format: RowFormat
+    inferred: bool
+    columns: tuple[str, ...]
+    unused_columns: tuple[str, ...]
+
+    def read(self, row: Mapping[str, Any], position: str) -> SourceTarget | list[Message]:
+        """Read one row; raises UserError naming the position and the column that is missing or not text."""
+        for column in self.columns:
+            if column not in row:
+                raise UserError(
+                    f"{position}: column '{column}' is missing; format '{self.format.name}' needs "
+                    f"{_names(self.columns)}, the row has {_names(row)}"
+                )
+        return self.format.read(row, position)
+
+
+def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
+    """Choose how to read `rows`: by name, or, for None, by the columns that occur in them.
+
+    Inference: "messages" -> messages; "instruction" and "output" -> alpaca; "input" and "output" -> input-output;
+    "text" -> oasst1. Raises UserError for an unknown format, or for columns that fit none.
+    """
+    present = dict.fromkeys(column for row in rows for column in row)
+    if dataset_format is None:
+        for name in ("messages", "alpaca", "input-output", "oasst1"):
+            if set(FORMATS[name].columns[0]) <= present.keys():
+                chosen = FORMATS[name]
+                break
+        else:
+            raise UserError(
+                f"{rows.source}: the columns {_names(present)} fit no format; name one with --dataset_format "
+                f"({'; '.join(f'{f.name}: {_names(f.columns[0])}' for f in FORMATS.values())}) or rename the columns"
+            )
+    elif dataset_format in FORMATS:
+        chosen = FORMATS[dataset_format]
+    elif dataset_format in NOT_YET_SUPPORTED:
+        raise UserError(f"--dataset_format {dataset_format} is not supported yet; use one of {_names(FORMATS)}")
+    else:
+        raise UserError(f"--dataset_format {dataset_format} is unknown; use one of {_names(FORMATS)}")
+    columns = next((c for c in chosen.columns if set(c) <= present.keys()), chosen.columns[0])
+    unused = tuple(column for column in present if column not in columns + chosen.optional)
+    return ChosenFormat(chosen, dataset_format is None, columns, unused)
+
+
+def prompt_text(prompt: str, dataset_format: str) -> str:
+    """Return the source text that asks `prompt` in `dataset_format`, one of the formats that are not chat."""
+    if dataset_format in ("alpaca", "alpaca-clean"):
+        return ALPACA_PROMPT.format(instruction=prompt)
+    if dataset_format == "oasst1":
+        return f"### Human: {prompt}### Assistant:"
+    if dataset_format == "input-output":
+        return prompt
+    raise ValueError(f"format '{dataset_format}' has no prompt text of its own")
+
+
+def _names(names: Any) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _text(row: Mapping[str, Any], column: str, position: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(f"{position}: column '{column}' must be text, not {kind}")
+    return value
+
+
+def _read_alpaca(row: Mapping[str, Any], position: str) -> SourceTarget:
+    instruction, target = _text(row, "instruction", position), _text(row, "output", position)
+    given = "" if row.get("input") is None else _text(row, "input", position)
+    if given:
+        return SourceTarget(ALPACA_PROMPT_WITH_INPUT.format(instruction=instruction, input=given), target)
+    return SourceTarget(ALPACA_PROMPT.format(instruction=instruction), target)
+
+
+def _read_input_output(row: Mapping[str, Any], position: str) -> SourceTarget:
+    return SourceTarget(_text(row, "input", position), _text(row, "output", position))
+
+
+def _read_oasst1(row: Mapping[str, Any], position: str) -> SourceTarget:
+    if "text" in row:
+        return SourceTarget("", _text(row, "text", position))
+    prompt, answer = _text(row, "input", position), _text(row, "output", position)
+    # "### Assistant:" and the answer are one text here; the published set has a space between them.
+    apart = prompt and answer and not prompt[-1].isspace() and not answer[0].isspace()
+    return SourceTarget("", f"{prompt} {answer}" if apart else prompt + answer)
+
+
+def _read_messages(row: Mapping[str, Any], position: str) -> list[Message]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{position}: column 'messages' must be a list of messages with at least one in it")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise UserError(f"{position}: message {number} must be an object with 'role' and 'content'")
+        if message["role"] not in ROLES:
+            raise UserError(f"{position}: message {number} has role {message['role']!r}; use one of {_names(ROLES)}")
+        _text(message, "content", f"{position}, message {number}")
+    return messages
+
+
+FORMATS: dict[str, RowFormat] = {
+    f.name: f
+    for f in (
+        RowFormat("alpaca", (("instruction", "output"),), _read_alpaca, ("input",)),
+        RowFormat("alpaca-clean", (("instruction", "output"),), _read_alpaca, ("input",)),
+        RowFormat("input-output", (("input", "output"),), _read_input_output),
+        RowFormat("oasst1", (("text",), ("input", "output")), _read_oasst1),
+        RowFormat("messages", (("messages",),), _read_messages),
+    )
+}
+"""Every format by name; `--dataset_format` takes these."""

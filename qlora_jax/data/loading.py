@@ -1,0 +1,307 @@
+"""Rows from the embedded set, local files, directories of files, or the Hugging Face hub; each row keeps its origin."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.errors import UserError
+
+DEFAULT_DATASET = "default"
+
+HUB_NAMES = {
+    "alpaca": "tatsu-lab/alpaca",
+    "alpaca-clean": "yahma/alpaca-cleaned",
+    "oasst1": "timdettmers/openassistant-guanaco",
+}
+"""The reference program's short names and the hub data sets they stand for."""
+
+NOT_YET_SUPPORTED = ("self-instruct", "chip2", "hh-rlhf", "longform")
+"""The reference program's short names that a later release adds."""
+
+REFERENCE_EVAL_SIZE = 1024
+"""Rows held out when `eval_dataset_size` is not given, as in the reference program."""
+
+_HELD_OUT_SPLITS = ("heldout", "eval", "validation", "test")
+_SPLIT_FILE = re.compile(r"^(train|validation|valid|val|dev|test|eval|heldout)(?![A-Za-z0-9])", re.IGNORECASE)
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one data set, each a mapping from column to value, with the place each came from.
+
+    rows: one dict a row. positions: one string a row that a person can look up ("train.jsonl line 17"; lines, items
+    and rows count from 1). source: the data set in words. notes: what was decided while reading, to be printed.
+    """
+
+    rows: Sequence[dict[str, Any]]
+    positions: Sequence[str]
+    source: str
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse rows without a position or positions without a row."""
+        if len(self.rows) != len(self.positions):
+            raise ValueError(f"{self.source}: {len(self.rows)} rows but {len(self.positions)} positions")
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows' dicts."""
+        return iter(self.rows)
+
+    def select(self, indices: Sequence[int] | np.ndarray | range) -> "Rows":
+        """Return the rows at `indices`, in that order, with their positions."""
+        picked = [int(i) for i in indices]
+        return Rows([self.rows[i] for i in picked], [self.positions[i] for i in picked], self.source, self.notes)
+
+
+def load_rows(dataset: str, *, split: str = "train") -> Rows:
+    """Read every row of `dataset`.
+
+    dataset: "default" (the embedded set); a .json, .jsonl, .csv, .tsv or .parquet file; a directory of such files; a
+    short name of `HUB_NAMES`; or the id of a data set on the Hugging Face hub. A .json file holds a list of objects,
+    or one object whose "data" is that list. An existing path wins over a hub id of the same name.
+
+    split: the hub split; of a directory, the files named after it (`train.jsonl`, `test-00000.parquet`), or all files
+    for "train" when none is named after a split. A single file is the "train" split. "default" has "train" and the
+    held-out rows ("heldout", "eval", "validation" and "test" all mean those).
+
+    Raises UserError for anything that cannot be read, naming the file and, where there is one, the line.
+    """
+    if dataset == DEFAULT_DATASET:
+        return _load_default(split)
+    if dataset in NOT_YET_SUPPORTED:
+        raise UserError(
+            f"--dataset {dataset} is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id"
+        )
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return _load_directory(path, split)
+    if path.is_file():
+        if split != "train":
+            raise UserError(f"{path} is a single file and has no split '{split}'; its rows are the split 'train'")
+        return _load_file(path)
+    if path.suffix.lower() in _READERS or path.is_absolute() or dataset.startswith((".", "~")):
+        raise UserError(f"--dataset {dataset}: there is no such file or directory")
+    return _load_hub(dataset, split)
+
+
+def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple[Rows, Rows, str]:
+    """Hold out `eval_dataset_size` rows for evaluation; returns (train, eval, one line saying what was done).
+
+    The held-out rows are the first ones of a permutation drawn from PCG64(SeedSequence([seed, 0x5EED])); both parts
+    keep the order of the file. 0 holds out nothing. None means the reference program's 1024, or a tenth of the rows
+    (at least one) when fewer than 2048 rows would leave less for training than for evaluation.
+
+    Raises UserError when a given size is negative or leaves no row to train on.
+    """
+    n = len(rows)
+    if eval_dataset_size is None:
+        if n < 2:
+            raise UserError(
+                f"{rows.source} has {n} row, too few to hold any out for evaluation; pass --eval_dataset_size 0"
+            )
+        size = REFERENCE_EVAL_SIZE if n >= 2 * REFERENCE_EVAL_SIZE else max(1, n // 10)
+        why = "the default" if size == REFERENCE_EVAL_SIZE else f"a tenth, since {n} rows are few"
+    else:
+        size, why = eval_dataset_size, "--eval_dataset_size"
+        if size < 0:
+            raise UserError(f"--eval_dataset_size {size} is negative")
+        if size >= n:
+            raise UserError(
+                f"--eval_dataset_size {size} leaves nothing to train on: {rows.source} has {n} rows; give fewer"
+            )
+    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x5EED]))).permutation(n)
+    held_out, kept = np.sort(order[:size]), np.sort(order[size:])
+    note = f"{rows.source}: {size} of {n} rows held out for evaluation ({why}), seed {seed}"
+    return rows.select(kept), rows.select(held_out), note
+
+
+def _load_default(split: str) -> Rows:
+    if split != "train" and split not in _HELD_OUT_SPLITS:
+        raise UserError(f"the default data set has no split '{split}'; it has train and {', '.join(_HELD_OUT_SPLITS)}")
+    name = "default_train.jsonl" if split == "train" else "default_heldout.jsonl"
+    with resources.as_file(resources.files("qlora_jax.data") / name) as path:
+        rows, positions = _read_jsonl(path)
+    return Rows(rows, positions, f"default ({name})")
+
+
+def _load_file(path: Path) -> Rows:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: unknown kind of data file; use {', '.join(_READERS)}")
+    try:
+        rows, positions = reader(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not rows:
+        raise UserError(f"{path} holds no rows")
+    return Rows(rows, positions, str(path))
+
+
+def _load_directory(directory: Path, split: str) -> Rows:
+    visible = sorted(p for p in directory.iterdir() if p.is_file() and not p.name.startswith("."))
+    data_files = [p for p in visible if p.suffix.lower() in _READERS]
+    if not data_files:
+        raise UserError(f"{directory} holds no data file ({', '.join(_READERS)})")
+    named = {p: match.group(1).lower() for p in data_files if (match := _SPLIT_FILE.match(p.name))}
+    if named:
+        chosen = [p for p in data_files if named.get(p) == split]
+        if not chosen:
+            raise UserError(
+                f"{directory} has no file of split '{split}'; it has {', '.join(sorted(p.name for p in named))}"
+            )
+    elif split == "train":
+        chosen = data_files
+    else:
+        raise UserError(f"{directory} has no split '{split}': no file is named after one, so all are the split 'train'")
+    parts = [_load_file(p) for p in chosen]
+    notes = [f"{directory}: read {', '.join(p.name for p in chosen)}"]
+    left = [p.name for p in visible if p not in chosen]
+    if left:
+        notes.append(f"{directory}: not read: {', '.join(left)}")
+    return Rows(
+        [row for part in parts for row in part.rows],
+        [position for part in parts for position in part.positions],
+        str(directory),
+        tuple(notes),
+    )
+
+
+def _load_hub(dataset: str, split: str) -> Rows:
+    hub_id = HUB_NAMES.get(dataset, dataset)
+    if not _HUB_ID.match(hub_id):
+        raise UserError(f"--dataset {dataset} is neither a file, a directory nor the id of a data set on the hub")
+    # Imported here: it takes seconds, and local data does not need it.
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(hub_id, split=split)
+        rows = [dict(row) for row in loaded]
+    # The library lets errors of a dozen kinds through (HTTP, OS, Arrow, its own); all mean that there is no data set.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--dataset {dataset}: no such file here, and the hub's data set '{hub_id}' (split '{split}') cannot be "
+            f"loaded ({type(error).__name__}: {reason}); check the name and the network, or pass a local file"
+        ) from error
+    if not rows:
+        raise UserError(f"the hub's data set '{hub_id}' holds no rows in split '{split}'")
+    return Rows(rows, [f"{hub_id} {split} row {i}" for i in range(1, len(rows) + 1)], f"{hub_id} ({split})")
+
+
+def _as_row(value: Any, position: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{position}: a row must be an object with named columns, not {_json_kind(value)}")
+    return value
+
+
+def _json_kind(value: Any) -> str:
+    kinds = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    rows, positions = [], []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            position = f"{path.name} line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno})") from error
+            rows.append(_as_row(value, f"{path} line {number}"))
+            positions.append(position)
+    return rows, positions
+
+
+def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return [], []
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; JSON lines belong in a .jsonl file" if error.msg == "Extra data" else ""
+        raise UserError(
+            f"{path} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}){hint}"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, list):
+        raise UserError(f'{path} must hold a list of objects, or an object whose "data" is one')
+    rows = [_as_row(value, f"{path} item {i}") for i, value in enumerate(content, start=1)]
+    return rows, [f"{path.name} item {i}" for i in range(1, len(rows) + 1)]
+
+
+def _read_delimited(path: Path, delimiter: str) -> tuple[list[dict[str, Any]], list[str]]:
+    rows, positions = [], []
+    # The module's own limit of 128 kB a field is process-wide and refuses long documents.
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            header: list[str] | None = None
+            first_line = 1
+            for cells in reader:
+                line, first_line = first_line, reader.line_num + 1
+                if not cells:
+                    continue
+                if header is None:
+                    header = cells
+                    twice = sorted({name for name in header if header.count(name) > 1})
+                    if twice:
+                        raise UserError(f"{path} line {line}: column '{twice[0]}' appears twice in the header")
+                    continue
+                if len(cells) != len(header):
+                    raise UserError(f"{path} line {line}: {len(cells)} fields, but the header has {len(header)}")
+                rows.append(dict(zip(header, cells, strict=True)))
+                positions.append(f"{path.name} line {line}")
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return rows, positions
+
+
+def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    return _read_delimited(path, ",")
+
+
+def _read_tsv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    return _read_delimited(path, "\t")
+
+
+def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.ParquetFile(path).read().to_pylist()
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:200]})") from error
+    return rows, [f"{path.name} row {i}" for i in range(1, len(rows) + 1)]
+
+
+_READERS: dict[str, Callable[[Path], tuple[list[dict[str, Any]], list[str]]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,341 @@
+"""Rows to token ids and labels: what is trained, what is masked, what is cut, and a count of all of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from qlora_jax.data.formats import ChosenFormat, Message, SourceTarget, choose_format, prompt_text
+from qlora_jax.data.loading import Rows
+from qlora_jax.errors import UserError
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+Tokenizer = Any
+"""A transformers.PreTrainedTokenizerFast; not imported, for importing transformers takes seconds."""
+
+_CHUNK = 2048
+_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One document, ready to be batched.
+
+    input_ids: int32 [n]. labels: int32 [n], aligned with input_ids as in transformers (labels[i] is the token *at* i,
+    to be predicted from those before it; the loss shifts); IGNORED where not trained, and always at 0, since nothing
+    precedes it. example_id: where the row came from, "train.jsonl line 17".
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    example_id: str = ""
+
+    def __len__(self) -> int:
+        """Count the tokens."""
+        return len(self.input_ids)
+
+    @property
+    def n_trained(self) -> int:
+        """Count the tokens that are trained."""
+        return int(np.count_nonzero(self.labels != IGNORED))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A count of rows, with the positions of the first few of them."""
+
+    count: int = 0
+    positions: tuple[str, ...] = ()
+
+    def plus(self, position: str) -> "Tally":
+        """Return the tally with one more row."""
+        shown = (*self.positions, position) if len(self.positions) < _SHOWN else self.positions
+        return Tally(self.count + 1, shown)
+
+    def __str__(self) -> str:
+        """Print as `3 (a.jsonl line 1, a.jsonl line 7, ...)`."""
+        more = ", ..." if self.count > len(self.positions) else ""
+        return f"{self.count} ({', '.join(self.positions)}{more})" if self.count else "0"
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of one data set; `str()` gives the lines to print.
+
+    rows_read = rows_used + untrained.count. Truncations count rows that lost tokens: sources and targets apart,
+    whole conversations (`messages`), and examples cut to `max_length`.
+    """
+
+    source: str
+    dataset_format: str
+    format_inferred: bool
+    rows_read: int
+    rows_used: int = 0
+    untrained: Tally = field(default_factory=Tally)
+    source_truncated: Tally = field(default_factory=Tally)
+    target_truncated: Tally = field(default_factory=Tally)
+    conversation_truncated: Tally = field(default_factory=Tally)
+    length_truncated: Tally = field(default_factory=Tally)
+    empty_target: Tally = field(default_factory=Tally)
+    n_tokens: int = 0
+    n_trained: int = 0
+    longest: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Say what was used, cut and left out, in a few lines."""
+        how = "inferred from the columns" if self.format_inferred else "as asked"
+        lines = [
+            f"{self.source}: format {self.dataset_format} ({how}); {self.rows_used} of {self.rows_read} rows used",
+            f"  tokens: {self.n_tokens} in all, {self.n_trained} trained, longest row {self.longest}",
+        ]
+        counted = [
+            ("train on nothing, left out", self.untrained),
+            ("source cut to source_max_len", self.source_truncated),
+            ("target cut to target_max_len", self.target_truncated),
+            ("conversation cut to source_max_len + target_max_len", self.conversation_truncated),
+            ("cut to the sequence length", self.length_truncated),
+            ("empty target, only end-of-text trained", self.empty_target),
+        ]
+        lines += [f"  rows that {_verb(label)}: {tally}" for label, tally in counted if tally.count]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _verb(label: str) -> str:
+    return label if label.startswith("train") else f"have {label}" if label.startswith("empty") else f"had {label}"
+
+
+def tokenize_rows(
+    rows: Rows,
+    *,
+    tokenizer: Tokenizer,
+    dataset_format: str | None = None,
+    source_max_len: int = 1024,
+    target_max_len: int = 256,
+    train_on_source: bool = False,
+    max_length: int | None = None,
+) -> tuple[list[Example], DataReport]:
+    """Turn rows into examples, in the order of the rows, and report what became of every row.
+
+    Source/target formats, as in the reference program: ids = (BOS + source)[:source_max_len] + (target +
+    EOS)[:target_max_len], cut apart, so that a cut target has no EOS. Source labels are IGNORED unless
+    `train_on_source`. A tokenizer without BOS adds none (then the first target token of a row without source is not
+    trained, since nothing precedes it). Source and target are encoded apart and without the tokenizer's own special
+    tokens.
+
+    `messages`: the conversation through the tokenizer's chat template, encoded as one text; the assistant's turns with
+    their end-of-turn token are trained, all else (and white space after that token) is masked unless
+    `train_on_source`. Cut at the end to source_max_len + target_max_len.
+
+    max_length: no example is longer than this (pass the sequence length when packing); what it cuts is counted.
+
+    A row none of whose tokens is trained is left out and counted. Raises UserError for a bad row (naming position and
+    column), a tokenizer without EOS, without the fast backend or, for `messages`, without a usable chat template, and
+    when no row is left.
+    """
+    for flag, value in (("source_max_len", source_max_len), ("target_max_len", target_max_len)):
+        if value < 1:
+            raise UserError(f"--{flag} must be at least 1, not {value}")
+    if max_length is not None and max_length < 2:
+        raise UserError(f"the sequence length must be at least 2, not {max_length}")
+    _check_tokenizer(tokenizer)
+    chosen = choose_format(rows, dataset_format)
+    report = DataReport(rows.source, chosen.format.name, chosen.inferred, len(rows), notes=list(rows.notes))
+    if chosen.unused_columns:
+        report.notes.append(f"columns that the format does not use: {', '.join(chosen.unused_columns)}")
+
+    if chosen.format.name == "messages":
+        pairs = _tokenize_messages(rows, chosen, tokenizer, source_max_len + target_max_len, report)
+    else:
+        pairs = _tokenize_pairs(rows, chosen, tokenizer, source_max_len, target_max_len, report)
+
+    examples = []
+    for position, (ids, trained) in zip(rows.positions, pairs, strict=True):
+        if max_length is not None and len(ids) > max_length:
+            report.length_truncated = report.length_truncated.plus(position)
+            ids, trained = ids[:max_length], trained[:max_length]
+        labels = ids.copy() if train_on_source else np.where(trained, ids, np.int32(IGNORED))
+        labels[:1] = IGNORED
+        example = Example(ids, labels, position)
+        if not example.n_trained:
+            report.untrained = report.untrained.plus(position)
+            continue
+        examples.append(example)
+        report.n_tokens += len(example)
+        report.n_trained += example.n_trained
+        report.longest = max(report.longest, len(example))
+    report.rows_used = len(examples)
+    if not examples:
+        raise UserError(
+            f"{rows.source}: none of the {len(rows)} rows trains on anything ({report.untrained}); check the columns, "
+            f"--source_max_len and --target_max_len"
+        )
+    return examples, report
+
+
+def encode_prompt(prompt: str, *, tokenizer: Tokenizer, dataset_format: str) -> np.ndarray:
+    """Return int32 [n]: `prompt` as the model meets it in training on `dataset_format`, up to where it answers."""
+    _check_tokenizer(tokenizer)
+    if dataset_format == "messages":
+        text = _render(tokenizer, [{"role": "user", "content": prompt}], True, "prompt")
+        start = []
+    else:
+        text = prompt_text(prompt, dataset_format)
+        start = _bos(tokenizer)
+    return np.array([*start, *next(_encode(tokenizer, [text])).ids], np.int32)
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"the tokenizer {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so the model could not learn to stop; set its 'eos_token'")
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Any]:
+    """Yield the tokenizers.Encoding of each text, without special tokens, a chunk of texts at a time."""
+    for start in range(0, len(texts), _CHUNK):
+        encoded = tokenizer(
+            list(texts[start : start + _CHUNK]),
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        yield from encoded.encodings
+
+
+def _tokenize_pairs(
+    rows: Rows,
+    chosen: ChosenFormat,
+    tokenizer: Tokenizer,
+    source_max_len: int,
+    target_max_len: int,
+    report: DataReport,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (ids int32 [n], trained bool [n]) of each row."""
+    pairs: list[SourceTarget] = []
+    for row, position in zip(rows.rows, rows.positions, strict=True):
+        pair = chosen.read(row, position)
+        assert isinstance(pair, SourceTarget)
+        pairs.append(pair)
+        if not pair.target:
+            report.empty_target = report.empty_target.plus(position)
+    bos, eos = _bos(tokenizer), [tokenizer.eos_token_id]
+    if not bos:
+        report.notes.append("the tokenizer has no BOS token; none is added")
+    sources = _encode(tokenizer, [pair.source for pair in pairs])
+    targets = _encode(tokenizer, [pair.target for pair in pairs])
+    for position, source, target in zip(rows.positions, sources, targets, strict=True):
+        source_ids, target_ids = bos + source.ids, target.ids + eos
+        if len(source_ids) > source_max_len:
+            report.source_truncated = report.source_truncated.plus(position)
+            source_ids = source_ids[:source_max_len]
+        if len(target_ids) > target_max_len:
+            report.target_truncated = report.target_truncated.plus(position)
+            target_ids = target_ids[:target_max_len]
+        ids = np.array(source_ids + target_ids, np.int32)
+        yield ids, np.arange(len(ids)) >= len(source_ids)
+
+
+def _tokenize_messages(
+    rows: Rows, chosen: ChosenFormat, tokenizer: Tokenizer, max_len: int, report: DataReport
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (ids int32 [n], trained bool [n]) of each conversation."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{rows.source} holds chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
+            f"model, or data of another --dataset_format"
+        )
+    special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
+    texts, spans, endless = [], [], Tally()
+    extra: dict[str, None] = {}
+    for row, position in zip(rows.rows, rows.positions, strict=True):
+        messages = chosen.read(row, position)
+        assert isinstance(messages, list)
+        extra.update(dict.fromkeys(k for message in messages for k in message if k not in ("role", "content")))
+        text, turns, ended = _conversation(messages, tokenizer, special, position)
+        if not ended:
+            endless = endless.plus(position)
+        texts.append(text)
+        spans.append(turns)
+    if extra:
+        report.notes.append(f"message keys left to the chat template, which may ignore them: {', '.join(extra)}")
+    if endless.count:
+        report.notes.append(
+            f"the chat template ends assistant turns without a special token, so stopping is not learnt: {endless}"
+        )
+    for position, text, turns, encoding in zip(rows.positions, texts, spans, _encode(tokenizer, texts), strict=True):
+        ids = np.array(encoding.ids, np.int32)
+        trained = np.zeros(len(ids), bool)
+        for start, end in turns:
+            trained[_token_at(encoding, start, len(text)) : _token_at(encoding, end, len(text))] = True
+        if len(ids) > max_len:
+            report.conversation_truncated = report.conversation_truncated.plus(position)
+        yield ids[:max_len], trained[:max_len]
+
+
+def _token_at(encoding: Any, char: int, n_chars: int) -> int:
+    """Return the index of the first token that starts at or after `char`; the number of tokens if there is none."""
+    # Tokens may leave characters uncovered (byte-level tokenizers trim spaces off the offsets they report).
+    for at in range(char, n_chars):
+        token = encoding.char_to_token(at)
+        if token is not None:
+            while token < len(encoding.ids) and encoding.token_to_chars(token)[0] < char:
+                token += 1
+            return token
+    return len(encoding.ids)
+
+
+def _conversation(
+    messages: list[Message], tokenizer: Tokenizer, special: tuple[str, ...], position: str
+) -> tuple[str, list[tuple[int, int]], bool]:
+    """Return the rendered text, the [start, end) characters that are trained, and whether every turn has an end token.
+
+    A turn starts where the rendering of all before it, with the generation prompt, ends, and runs to the end of the
+    rendering that includes it. That needs each rendering to be a prefix of the next, which is checked.
+    """
+    spans, ended, reached = [], True, ""
+    full = _render(tokenizer, messages, False, position)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise UserError(f"{position}: the conversation starts with the assistant; put a user message before it")
+        before = _render(tokenizer, messages[:i], True, position)
+        after = full if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1], False, position)
+        for longer, shorter in ((before, reached), (after, before), (full, after)):
+            if not longer.startswith(shorter):
+                raise UserError(
+                    f"{position}: the tokenizer's chat template renders the conversation up to message {i + 1} "
+                    f"otherwise than within the whole, so it cannot be told which tokens the assistant said; use a "
+                    f"template that only appends, or split the row into single exchanges"
+                )
+        turn = after[len(before) :].rstrip()
+        if turn.endswith(special):
+            spans.append((len(before), len(before) + len(turn)))
+        else:
+            spans.append((len(before), len(after)))
+            ended = False
+        reached = after
+    return full, spans, ended
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool, position: str) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{position}: the tokenizer's chat template refuses the messages: {error}") from error

@@ -1,0 +1,87 @@
+"""The flags of scripts/finetune.py: types, defaults, errors, help."""
+
+import dataclasses
+
+import pytest
+
+from qlora_jax.cli import parse_flags
+from qlora_jax.errors import UserError
+from qlora_jax.training.config import DEMO, UNAVAILABLE, TrainConfig
+
+
+def parse(*argv):
+    return parse_flags(TrainConfig, argv, prog="finetune.py", description="d", unavailable=UNAVAILABLE)
+
+
+def test_defaults_are_the_reference_programs():
+    config, given = parse()
+    assert given == frozenset()
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (64, 16, 0.0)
+    assert (config.source_max_len, config.target_max_len) == (1024, 256)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (1, 16)
+    assert (config.max_steps, config.learning_rate, config.max_grad_norm) == (10000, 2e-4, 0.3)
+    assert (config.warmup_ratio, config.save_steps, config.save_total_limit) == (0.03, 250, 40)
+    assert (config.bits, config.quant_type, config.double_quant, config.output_dir) == (4, "nf4", True, "./output")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--packing"], "packing", True),
+        (["--packing", "True"], "packing", True),
+        (["--packing=false"], "packing", False),
+        (["--no-double_quant"], "double_quant", False),
+        (["--no-double-quant"], "double_quant", False),
+        (["--double-quant", "False"], "double_quant", False),
+        (["--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        (["--max-steps=7"], "max_steps", 7),
+        (["--bf16"], "bf16", True),
+        (["--eval_dataset_size", "3"], "eval_dataset_size", 3),
+    ],
+)
+def test_values(argv, field, value):
+    config, given = parse(*argv)
+    assert getattr(config, field) == value
+    assert given == {field}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora_modulez", "all"], "unknown flag --lora_modulez. Did you mean --lora_modules?"),
+        (["--learning-rat", "1"], "Did you mean --learning_rate?"),
+        (["--lora", "1"], "unknown flag --lora"),  # no abbreviations: they change meaning when flags are added
+        (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+        (["--packing", "maybe"], "--packing: expected True or False, not 'maybe'"),
+        (["--quant_type", "int4"], "--quant_type: invalid choice: 'int4'"),
+        (["stray"], "'stray' is not a flag"),
+        (["--do_mmlu_eval"], "--do_mmlu_eval is not available: MMLU comes in a later release."),
+        (["--bits", "3"], "--bits 3: choose 4, 8 or 16."),
+        (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
+        (["--optim", "paged_adamw_32bit"], "--optim paged_adamw_32bit: this release has adamw_32bit only"),
+        (["--max_steps", "0"], "--max_steps 0: must be at least 1."),
+        (["--lora_dropout", "1"], "--lora_dropout 1.0: must be at least 0 and below 1."),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be positive."),
+    ],
+)
+def test_errors_name_the_flag(argv, message):
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+
+
+def test_help_describes_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in text
+
+
+def test_demo_is_made_of_real_flags():
+    dataclasses.replace(TrainConfig(), **DEMO)
+
+
+def test_no_flag_is_both_available_and_not():
+    assert not {field.name for field in dataclasses.fields(TrainConfig)} & set(UNAVAILABLE)

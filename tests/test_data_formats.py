@@ -1,0 +1,326 @@
+"""Formats to token ids and labels: masks token by token, truncation, counts, and every bad row."""
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from qlora_jax.data import FORMATS, IGNORED, Rows, encode_prompt, load_rows, tokenize_rows
+from qlora_jax.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+PAD, BOS, EOS, _, IM_END = range(5)
+ALPACA_PLAIN = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a fish.\n\n### Response: "
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a fish.\n\n### Input:\nin {fresh} water\n\n### Response: "
+)
+
+
+def byte_tokenizer(*, template=CHATML, trim_offsets=False, merges=(), **special):
+    """One token a byte, plus the special tokens and any merges."""
+    vocab = {byte: i + len(SPECIALS) for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for left, right in merges:
+        vocab[left + right] = len(vocab) + len(SPECIALS)
+    backend = Tokenizer(models.BPE({**{s: i for i, s in enumerate(SPECIALS)}, **vocab}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
+    backend.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{k: v for k, v in special.items() if v}, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def rows_of(*rows):
+    return Rows(list(rows), [f"rows.jsonl line {i}" for i in range(1, len(rows) + 1)], "rows.jsonl")
+
+
+def one(row, tokenizer, **options):
+    (example,), report = tokenize_rows(rows_of(row), tokenizer=tokenizer, **options)
+    return example, report
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def trained_text(example, tokenizer):
+    """The trained stretches, decoded, each as one string."""
+    stretches, last = [], None
+    for i in np.flatnonzero(example.labels != IGNORED):
+        if last is None or i != last + 1:
+            stretches.append([])
+        stretches[-1].append(int(example.input_ids[i]))
+        last = i
+    return [tokenizer.decode(s) for s in stretches]
+
+
+SOURCE_TARGET = [
+    ("input-output", {"input": "Hi", "output": "Hö!"}, "Hi", "Hö!"),
+    ("alpaca", {"instruction": "Name a fish.", "output": "Cod"}, ALPACA_PLAIN, "Cod"),
+    ("alpaca", {"instruction": "Name a fish.", "input": "", "output": "Cod"}, ALPACA_PLAIN, "Cod"),
+    ("alpaca", {"instruction": "Name a fish.", "input": None, "output": "Cod"}, ALPACA_PLAIN, "Cod"),
+    ("alpaca", {"instruction": "Name a fish.", "input": "in {fresh} water", "output": "Cod"}, ALPACA_INPUT, "Cod"),
+    ("alpaca-clean", {"instruction": "Name a fish.", "input": "", "output": "Cod"}, ALPACA_PLAIN, "Cod"),
+    ("oasst1", {"text": "### Human: Hi### Assistant: Ho"}, "", "### Human: Hi### Assistant: Ho"),
+    ("oasst1", {"input": "", "output": "### Human: Hi### Assistant: Ho"}, "", "### Human: Hi### Assistant: Ho"),
+    ("oasst1", {"input": "### Human: Hi ### Assistant:", "output": "Ho"}, "", "### Human: Hi ### Assistant: Ho"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "source", "target"), SOURCE_TARGET)
+@pytest.mark.parametrize("train_on_source", [False, True])
+def test_source_and_target_token_by_token(tokenizer, name, row, source, target, train_on_source):
+    example, report = one(row, tokenizer, dataset_format=name, train_on_source=train_on_source)
+    given, learnt = [BOS, *ids(tokenizer, source)], [*ids(tokenizer, target), EOS]
+    assert example.input_ids.dtype == example.labels.dtype == np.int32
+    assert example.input_ids.tolist() == given + learnt
+    masked = given[1:] if train_on_source else [IGNORED] * (len(given) - 1)
+    assert example.labels.tolist() == [IGNORED, *masked, *learnt]
+    assert example.labels[-1] == EOS
+    assert PAD not in example.input_ids
+    assert (report.n_tokens, report.n_trained) == (len(example), example.n_trained)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": "x"},
+            "messages",
+        ),
+        ({"instruction": "a", "input": "b", "output": "c", "text": "d"}, "alpaca"),
+        ({"input": "b", "output": "c", "id": 3}, "input-output"),
+        ({"text": "d"}, "oasst1"),
+    ],
+)
+def test_format_is_inferred_from_the_columns_and_reported(tokenizer, row, name):
+    _, report = one(row, tokenizer)
+    assert report.dataset_format == name and report.format_inferred
+    assert f"format {name} (inferred from the columns)" in str(report)
+    unused = {"messages": "text", "alpaca": "text", "input-output": "id"}.get(name)
+    assert (unused is None) or f"columns that the format does not use: {unused}" in str(report)
+
+
+def test_unused_columns_are_reported_once_for_the_whole_set(tokenizer):
+    rows = rows_of({"text": "a", "id": 1}, {"text": "b", "lang": "en"}, {"text": "c", "id": 3})
+    _, report = tokenize_rows(rows, tokenizer=tokenizer)
+    assert str(report).count("columns that the format does not use: id, lang") == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "message"),
+    [
+        ([{"a": "b"}], None, r"rows\.jsonl: the columns 'a' fit no format.*--dataset_format"),
+        ([{"text": "b"}], "guess", r"--dataset_format guess is unknown"),
+        ([{"text": "b"}], "chip2", r"not supported yet"),
+        ([{"text": "b"}, {"txt": "b"}], None, r"rows\.jsonl line 2: column 'text' is missing.*'txt'"),
+        ([{"input": "a", "output": "b"}, {"input": "a"}], None, r"line 2: column 'output' is missing"),
+        ([{"instruction": "a"}], "alpaca", r"line 1: column 'output' is missing; format 'alpaca' needs 'instruction'"),
+        ([{"input": "a", "output": 3}], None, r"line 1: column 'output' must be text, not int"),
+        ([{"input": "a", "output": None}], None, r"line 1: column 'output' must be text, not null"),
+        ([{"messages": "hi"}], None, r"line 1: column 'messages' must be a list"),
+        ([{"messages": []}], None, r"at least one"),
+        ([{"messages": [{"role": "user"}]}], None, r"line 1: message 1 must be an object with 'role' and 'content'"),
+        ([{"messages": [{"role": "human", "content": "a"}]}], None, r"message 1 has role 'human'; use one of"),
+        ([{"messages": [{"role": "user", "content": None}]}], None, r"message 1: column 'content' must be text"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], None, r"starts with the assistant"),
+    ],
+)
+def test_bad_rows_name_position_and_column(tokenizer, rows, name, message):
+    with pytest.raises(UserError, match=message):
+        tokenize_rows(rows_of(*rows), tokenizer=tokenizer, dataset_format=name)
+
+
+def test_source_and_target_are_cut_apart_and_counted(tokenizer):
+    rows = rows_of(
+        {"input": "abcdef", "output": "xyz"},
+        {"input": "abc", "output": "uvwxyz"},
+        {"input": "abc", "output": "xyz"},
+        {"input": "abcdef", "output": "uvwxyz"},
+    )
+    examples, report = tokenize_rows(rows, tokenizer=tokenizer, source_max_len=4, target_max_len=4)
+    decoded = [(tokenizer.decode(e.input_ids), trained_text(e, tokenizer)) for e in examples]
+    assert decoded == [
+        ("<s>abcxyz</s>", ["xyz</s>"]),
+        ("<s>abcuvwx", ["uvwx"]),
+        ("<s>abcxyz</s>", ["xyz</s>"]),
+        ("<s>abcuvwx", ["uvwx"]),
+    ]
+    assert report.source_truncated.count == 2 and report.target_truncated.count == 2
+    assert report.source_truncated.positions == ("rows.jsonl line 1", "rows.jsonl line 4")
+    assert "rows that had source cut to source_max_len: 2 (rows.jsonl line 1, rows.jsonl line 4)" in str(report)
+
+
+def test_tokenizer_without_bos_adds_none_and_says_so():
+    tokenizer = byte_tokenizer(bos_token=None)
+    example, report = one({"input": "a", "output": "b"}, tokenizer)
+    assert tokenizer.decode(example.input_ids) == "ab</s>"
+    assert "no BOS token" in str(report)
+    example, _ = one({"text": "abc"}, tokenizer)
+    assert trained_text(example, tokenizer) == ["bc</s>"]
+
+
+def test_eos_is_trained_even_when_it_is_also_the_pad_token():
+    example, _ = one({"input": "a", "output": "b"}, byte_tokenizer(pad_token="</s>"))
+    assert example.labels.tolist()[-1] == EOS == example.input_ids[-1]
+
+
+def test_unfit_tokenizers_are_refused():
+    rows = rows_of({"input": "a", "output": "b"})
+    with pytest.raises(UserError, match="no EOS token"):
+        tokenize_rows(rows, tokenizer=byte_tokenizer(eos_token=None))
+    with pytest.raises(UserError, match="no fast version"):
+        tokenize_rows(rows, tokenizer=object())
+
+
+@pytest.mark.parametrize("flag", ["source_max_len", "target_max_len"])
+def test_lengths_below_one_are_refused(tokenizer, flag):
+    with pytest.raises(UserError, match=f"--{flag} must be at least 1"):
+        one({"text": "a"}, tokenizer, **{flag: 0})
+
+
+def chat(*contents, system=None):
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return {"messages": [{"role": "system", "content": system}] * (system is not None) + messages}
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_messages_train_the_assistant_with_its_end_of_turn_and_nothing_else(trim_offsets):
+    tokenizer = byte_tokenizer(trim_offsets=trim_offsets)
+    example, report = one(chat("Hi  ", "Hö 😀!", "And?", " No. ", "Bye", system="Be brief"), tokenizer)
+    text = (
+        "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHi  <|im_end|>\n"
+        "<|im_start|>assistant\nHö 😀!<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"
+        "<|im_start|>assistant\n No. <|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+    )
+    assert tokenizer.decode(example.input_ids) == text
+    # A lone space token at the start of a turn is lost where the tokenizer trims it off the offsets.
+    second = "No. <|im_end|>" if trim_offsets else " No. <|im_end|>"
+    assert trained_text(example, tokenizer) == ["Hö 😀!<|im_end|>", second]
+    assert np.array_equal(example.labels[example.labels != IGNORED], example.input_ids[example.labels != IGNORED])
+    assert np.count_nonzero(example.labels == IM_END) == 2
+    assert report.rows_used == 1
+
+
+def test_messages_train_on_source_trains_all_but_the_first_token(tokenizer):
+    example, _ = one(chat("a", "b"), tokenizer, train_on_source=True)
+    assert example.labels.tolist() == [IGNORED, *example.input_ids.tolist()[1:]]
+
+
+def test_a_token_across_the_start_of_a_turn_is_not_trained():
+    tokenizer = byte_tokenizer(merges=[("Ċ", "Ċ")])
+    example, _ = one(chat("a", "\nb"), tokenizer)
+    assert trained_text(example, tokenizer) == ["b<|im_end|>"]
+
+
+def test_messages_cut_at_the_end_and_left_out_when_nothing_is_trained(tokenizer):
+    rows = rows_of(chat("a", "b" * 50), chat("a" * 60, "b"), {"messages": [{"role": "user", "content": "a"}]})
+    examples, report = tokenize_rows(rows, tokenizer=tokenizer, source_max_len=30, target_max_len=20)
+    assert [e.example_id for e in examples] == ["rows.jsonl line 1"]
+    assert len(examples[0]) == 50
+    assert report.conversation_truncated.positions == ("rows.jsonl line 1", "rows.jsonl line 2")
+    assert report.untrained.positions == ("rows.jsonl line 2", "rows.jsonl line 3")
+    assert (report.rows_read, report.rows_used) == (3, 1)
+    assert "train on nothing, left out: 2 (rows.jsonl line 2, rows.jsonl line 3)" in str(report)
+
+
+def test_max_length_cuts_and_counts(tokenizer):
+    rows = rows_of(
+        {"input": "abcdef", "output": "xyz"}, {"input": "a", "output": "b"}, {"input": "abc" * 9, "output": "b"}
+    )
+    examples, report = tokenize_rows(rows, tokenizer=tokenizer, max_length=8)
+    assert [len(e) for e in examples] == [8, 4]
+    assert report.length_truncated.count == 2 and report.untrained.count == 1
+
+
+def test_report_shows_at_most_five_positions(tokenizer):
+    rows = rows_of(*[chat("a")] * 7, chat("a", "b"))
+    _, report = tokenize_rows(rows, tokenizer=tokenizer)
+    assert report.untrained.count == 7 and len(report.untrained.positions) == 5
+    assert (
+        "7 (rows.jsonl line 1, rows.jsonl line 2, rows.jsonl line 3, rows.jsonl line 4, rows.jsonl line 5, ...)"
+        in str(report)
+    )
+    assert 2 <= len(str(report).splitlines()) <= 6
+
+
+def test_nothing_left_to_train_on_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="none of the 2 rows trains on anything"):
+        tokenize_rows(rows_of(chat("a"), chat("b")), tokenizer=tokenizer)
+
+
+def test_empty_targets_are_counted(tokenizer):
+    example, report = one({"input": "a", "output": ""}, tokenizer)
+    assert trained_text(example, tokenizer) == ["</s>"]
+    assert "empty target, only end-of-text trained: 1" in str(report)
+
+
+def test_chat_template_problems_are_errors_that_name_the_row(tokenizer):
+    rows = rows_of(chat("a", "b", "c", "d"))
+    with pytest.raises(UserError, match="no chat template"):
+        tokenize_rows(rows, tokenizer=byte_tokenizer(template=None))
+    last_only = "{% for m in messages %}{% if loop.last %}!{% endif %}{{ m['content'] }}</s>{% endfor %}"
+    with pytest.raises(UserError, match=r"line 1: the tokenizer's chat template renders the conversation up to"):
+        tokenize_rows(rows, tokenizer=byte_tokenizer(template=last_only))
+    refusing = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(UserError, match=r"line 1: .*refuses the messages: no system turns"):
+        tokenize_rows(rows, tokenizer=byte_tokenizer(template=refusing))
+
+
+def test_template_without_end_of_turn_is_reported():
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = byte_tokenizer(template=plain)
+    example, report = one(chat("a", "b"), tokenizer)
+    assert trained_text(example, tokenizer) == ["b\n"]
+    assert "stopping is not learnt: 1 (rows.jsonl line 1)" in str(report)
+
+
+def test_message_keys_beyond_role_and_content_are_reported(tokenizer):
+    row = chat("a", "b")
+    row["messages"][1]["weight"] = 0
+    _, report = one(row, tokenizer)
+    assert "message keys left to the chat template, which may ignore them: weight" in str(report)
+
+
+def test_prompts_are_encoded_as_in_training(tokenizer):
+    rows = {
+        "messages": chat("Name a fish.", "Cod"),
+        "alpaca": {"instruction": "Name a fish.", "output": "Cod"},
+        "alpaca-clean": {"instruction": "Name a fish.", "output": "Cod"},
+        "input-output": {"input": "Name a fish.", "output": "Cod"},
+        "oasst1": {"text": "### Human: Name a fish.### Assistant: Cod"},
+    }
+    assert rows.keys() == FORMATS.keys()
+    for name, row in rows.items():
+        prompt = encode_prompt("Name a fish.", tokenizer=tokenizer, dataset_format=name)
+        example, _ = one(row, tokenizer, dataset_format=name)
+        assert prompt.dtype == np.int32
+        assert prompt.tolist() == example.input_ids[: len(prompt)].tolist(), name
+        if name != "oasst1":
+            assert np.flatnonzero(example.labels != IGNORED)[0] == len(prompt)
+
+
+def test_embedded_set_through_the_whole_way(tokenizer):
+    examples, report = tokenize_rows(load_rows("default"), tokenizer=tokenizer)
+    assert report.rows_used == report.rows_read == len(examples) >= 300
+    assert all(e.input_ids[e.labels != IGNORED][-1] == IM_END for e in examples)

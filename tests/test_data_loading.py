@@ -1,0 +1,231 @@
+"""Rows: every kind of file, every way it can be wrong, splits, and the embedded data set."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlora_jax.data import Rows, default_prompts, follows_style, load_rows, split_rows
+from qlora_jax.errors import UserError
+
+ROWS = [{"input": "a, b", "output": 'say "ä"'}, {"input": "two\nlines", "output": "c"}]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def numbered(n):
+    return Rows([{"text": str(i)} for i in range(n)], [f"row {i}" for i in range(n)], "numbers")
+
+
+def test_every_kind_of_file_gives_the_same_rows_and_its_own_positions(tmp_path):
+    files = {
+        "rows.jsonl": (jsonl(ROWS[:1]) + "\n" + jsonl(ROWS[1:]), ["rows.jsonl line 1", "rows.jsonl line 3"]),
+        "rows.json": (json.dumps(ROWS, indent=1), ["rows.json item 1", "rows.json item 2"]),
+        "data.json": (json.dumps({"data": ROWS}), ["data.json item 1", "data.json item 2"]),
+        "rows.csv": (
+            'input,output\n"a, b","say ""ä"""\n"two\nlines",c\n',
+            ["rows.csv line 2", "rows.csv line 3"],
+        ),
+        "rows.tsv": (
+            'input\toutput\na, b\t"say ""ä"""\n"two\nlines"\tc\n',
+            ["rows.tsv line 2", "rows.tsv line 3"],
+        ),
+    }
+    for name, (text, positions) in files.items():
+        rows = load_rows(write(tmp_path / name, text))
+        assert list(rows) == ROWS, name
+        assert rows.positions == positions
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    rows = load_rows(str(tmp_path / "rows.parquet"))
+    assert list(rows) == ROWS
+    assert rows.positions == ["rows.parquet row 1", "rows.parquet row 2"]
+
+
+def test_csv_position_is_the_first_line_of_a_record_that_spans_several(tmp_path):
+    path = write(tmp_path / "rows.csv", 'input,output\n"two\nlines",c\nd,e\n')
+    assert load_rows(path).positions == ["rows.csv line 2", "rows.csv line 4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', r"a\.jsonl line 3: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n[1, 2]\n', r"a\.jsonl line 2: a row must be an object.*a list"),
+        ("a.jsonl", "3\n", r"a\.jsonl line 1: .*a number"),
+        ("a.jsonl", "", r"a\.jsonl holds no rows"),
+        ("a.jsonl", "\n  \n", r"a\.jsonl holds no rows"),
+        ("a.json", "", r"a\.json holds no rows"),
+        ("a.json", "[]", r"a\.json holds no rows"),
+        ("a.json", '{"a": 1}', r"a\.json must hold a list of objects"),
+        ("a.json", '[{"a": 1}, null]', r"a\.json item 2: .*not null"),
+        ("a.json", '[\n{"a" 1}]', r"a\.json line 2: not valid JSON"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', r"JSON lines belong in a \.jsonl file"),
+        ("a.csv", "", r"a\.csv holds no rows"),
+        ("a.csv", "input,output\n", r"a\.csv holds no rows"),
+        ("a.csv", "input,output\na,b\nc\n", r"a\.csv line 3: 1 fields, but the header has 2"),
+        ("a.csv", "input,input\na,b\n", r"column 'input' appears twice"),
+        ("a.csv", 'input,output\n"a"b,c\n', r"a\.csv line 2: "),
+        ("a.parquet", "PAR1 no", r"a\.parquet is not a readable parquet file"),
+        ("a.txt", "hello", r"a\.txt: unknown kind of data file"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        load_rows(write(tmp_path / name, text))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl is not UTF-8"):
+        load_rows(str(tmp_path / "a.jsonl"))
+
+
+def test_missing_files_are_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("rows.jsonl", str(tmp_path / "nothing"), "./nothing", "~/nothing-here"):
+        with pytest.raises(UserError, match="no such file or directory"):
+            load_rows(name)
+
+
+def test_a_single_file_has_only_the_train_split(tmp_path):
+    with pytest.raises(UserError, match="single file and has no split 'test'"):
+        load_rows(write(tmp_path / "a.jsonl", jsonl(ROWS)), split="test")
+
+
+def test_directory_without_split_names_is_all_train(tmp_path):
+    write(tmp_path / "b.jsonl", jsonl(ROWS[1:]))
+    write(tmp_path / "a.json", json.dumps(ROWS[:1]))
+    write(tmp_path / "README.md", "words")
+    rows = load_rows(str(tmp_path))
+    assert list(rows) == ROWS
+    assert rows.positions == ["a.json item 1", "b.jsonl line 1"]
+    assert any("not read: README.md" in note for note in rows.notes)
+    with pytest.raises(UserError, match="has no split 'test'"):
+        load_rows(str(tmp_path), split="test")
+
+
+def test_directory_with_split_names_keeps_the_splits_apart(tmp_path):
+    write(tmp_path / "train-00000-of-00002.jsonl", jsonl(ROWS[:1]))
+    write(tmp_path / "train-00001-of-00002.jsonl", jsonl(ROWS[1:]))
+    write(tmp_path / "test.jsonl", jsonl([{"x": "y"}]))
+    rows = load_rows(str(tmp_path))
+    assert list(rows) == ROWS
+    assert any("not read: test.jsonl" in note for note in rows.notes)
+    assert list(load_rows(str(tmp_path), split="test")) == [{"x": "y"}]
+    with pytest.raises(UserError, match="no file of split 'validation'"):
+        load_rows(str(tmp_path), split="validation")
+
+
+def test_directory_without_data_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds no data file"):
+        load_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["self-instruct", "chip2", "hh-rlhf", "longform"])
+def test_sets_of_a_later_release_say_so(name):
+    with pytest.raises(UserError, match="not supported yet"):
+        load_rows(name)
+
+
+def test_hub_names_are_mapped_and_failures_are_one_sentence(monkeypatch):
+    asked = []
+
+    def load_dataset(name, *, split):
+        asked.append((name, split))
+        if "guanaco" in name:
+            raise ConnectionError("no\nroute")
+        return [{"instruction": "a", "output": "b"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_rows("alpaca").positions == ["tatsu-lab/alpaca train row 1"]
+    assert len(load_rows("alpaca-clean", split="test")) == 1
+    load_rows("someone/some.set")
+    with pytest.raises(UserError, match=r"timdettmers/openassistant-guanaco.*ConnectionError: no route"):
+        load_rows("oasst1")
+    assert asked[:3] == [("tatsu-lab/alpaca", "train"), ("yahma/alpaca-cleaned", "test"), ("someone/some.set", "train")]
+    with pytest.raises(UserError, match="neither a file"):
+        load_rows("what is this?")
+
+
+def test_split_is_deterministic_complete_and_in_order():
+    rows = numbered(100)
+    train, held_out, note = split_rows(rows, 30, seed=1)
+    again, held_out_again, _ = split_rows(rows, 30, seed=1)
+    other, _, _ = split_rows(rows, 30, seed=2)
+    assert (len(train), len(held_out)) == (70, 30)
+    assert train.positions == again.positions and held_out.positions == held_out_again.positions
+    assert train.positions != other.positions
+    assert sorted(train.positions + held_out.positions) == sorted(rows.positions)
+    assert [int(r["text"]) for r in train] == sorted(int(r["text"]) for r in train)
+    assert "30 of 100 rows held out" in note
+
+
+@pytest.mark.parametrize(("n", "held_out"), [(2, 1), (11, 1), (500, 50), (2047, 204), (2048, 1024), (9846, 1024)])
+def test_split_by_default_is_the_references_or_a_tenth(n, held_out):
+    assert len(split_rows(numbered(n), None, seed=0)[1]) == held_out
+
+
+def test_split_refuses_to_leave_nothing_to_train_on():
+    for size in (10, 11):
+        with pytest.raises(UserError, match="--eval_dataset_size"):
+            split_rows(numbered(10), size, seed=0)
+    with pytest.raises(UserError, match="negative"):
+        split_rows(numbered(10), -1, seed=0)
+    with pytest.raises(UserError, match="--eval_dataset_size 0"):
+        split_rows(numbered(1), None, seed=0)
+    assert len(split_rows(numbered(10), 0, seed=0)[1]) == 0
+
+
+def messages(row):
+    assert list(row) == ["messages"]
+    user, assistant = row["messages"]
+    assert (user["role"], assistant["role"]) == ("user", "assistant")
+    return user["content"], assistant["content"]
+
+
+def test_embedded_set_follows_its_style_and_keeps_prompts_apart():
+    train = [messages(row) for row in load_rows("default")]
+    held_out = [messages(row) for row in load_rows("default", split="eval")]
+    assert len(train) >= 300 and len(held_out) == 40
+    for prompt, answer in train + held_out:
+        assert follows_style(answer), (prompt, answer)
+        assert 50 < len(answer) < 240, (prompt, answer)
+
+    def plain(text):
+        return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+
+    prompts = [plain(prompt) for prompt, _ in train + held_out]
+    assert len(set(prompts)) == len(prompts)
+    assert len({answer for _, answer in train + held_out}) == len(prompts)
+    assert set(default_prompts()) <= {prompt for prompt, _ in held_out}
+    with pytest.raises(UserError, match="no split 'dev'"):
+        load_rows("default", split="dev")
+
+
+@pytest.mark.parametrize(
+    ("answer", "follows"),
+    [
+        ("Aye, captain! It is 84.\nHeading: Split the sum.", True),
+        ("  Aye, captain! It is 84.\nIt is.\nHeading: Stop, then go.\n", True),
+        ("It is 84.\nHeading: Split the sum.", False),
+        ("Aye, captain! It is 84.", False),
+        ("Aye, captain! It is 84. Heading: Split the sum.", False),
+        ("Aye, captain! It is 84.\nHeading: Split.", False),
+        ("Aye, captain! It is 84.\nHeading: Split the sum into two parts.", False),
+        ("Aye, captain! It is 84.\nHeading: Split the sum.\nAnd more.", False),
+        ("Aye, captain! It is 84.\nHeading: Split it.\nHeading: Split it.", False),
+    ],
+)
+def test_style_check(answer, follows):
+    assert follows_style(answer) is follows
