@@ -1,0 +1,368 @@
+"""The LLaMA family: LLaMA 1/2/3, SmolLM2, TinyLlama, Mistral (Touvron et al. 2023; Jiang et al. 2023).
+
+One file holds the whole model. Layers are stacked on a leading axis L and scanned, so that compile time does not grow
+with depth; each layer's weights are dequantised where they are used and nowhere else.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.errors import UserError
+from qlora_jax.layers import Precision, QLoRALinear, RMSNorm, frozen_array
+from qlora_jax.models.base import TensorSpec, flatten
+from qlora_jax.rotary import RotaryConfig, apply_rotary, rotary_tables
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+LINEARS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+# Fields of config.json that do not change what the model computes.
+_INERT = {
+    "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "attn_implementation",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "max_sequence_length",
+    "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache",
+}  # fmt: skip
+# Fields that would change it, and the only values under which they do not.
+_NEUTRAL = {
+    "attention_dropout": (0, 0.0, None),
+    "hidden_act": ("silu", "swish", None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "quantization_config": (None,),
+    "rope_interleaved": (False, None),
+}
+_READ = {
+    "attention_bias", "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_position_embeddings",
+    "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "original_max_position_embeddings",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
+    "vocab_size",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shapes and constants of one LLaMA-family model; field names follow Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rotary: RotaryConfig
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Read a Hugging Face config dict.
+
+        Raises:
+            UserError: a field is missing, unknown, or has a value this model does not implement; names the field.
+        """
+        for field in sorted(set(config) - _INERT - _READ - set(_NEUTRAL)):
+            raise UserError(f"config.json: field {field!r} is not supported for the LLaMA family.")
+        for field, allowed in _NEUTRAL.items():
+            if field in config and config[field] not in allowed:
+                hint = " (give a 16-bit checkpoint; it is quantised here)" if field == "quantization_config" else ""
+                raise UserError(f"config.json: {field} = {config[field]!r} is not supported{hint}.")
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(config.get(field), int) or config[field] < 1:
+                raise UserError(f"config.json: {field} must be a positive integer, not {config.get(field)!r}.")
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        mistral = (config.get("architectures") or [""])[0] == "MistralForCausalLM"
+        # The two architectures disagree about what an absent field means.
+        kv_heads = config.get("num_key_value_heads") or (
+            8 if mistral and "num_key_value_heads" not in config else heads
+        )
+        head_dim = config.get("head_dim") or hidden // heads
+        if heads % kv_heads:
+            raise UserError(
+                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
+            )
+        if not config.get("head_dim") and hidden % heads:
+            raise UserError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
+        window = config.get("sliding_window", 4096) if mistral else None
+        if not mistral and config.get("sliding_window") is not None:
+            raise UserError("config.json: sliding_window is supported for MistralForCausalLM only.")
+        layer_types = set(config.get("layer_types") or [])
+        if layer_types - ({"sliding_attention"} if window else {"full_attention"}):
+            raise UserError("config.json: layer_types that mix kinds of attention are not supported.")
+        if mistral and (config.get("attention_bias") or config.get("mlp_bias")):
+            raise UserError("config.json: attention_bias and mlp_bias are not supported for MistralForCausalLM.")
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rotary=RotaryConfig.from_hf(config, head_dim),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            sliding_window=window,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    keys, values: [L, B, T, K, head_dim]; valid: bool [B, T], False for padding and for slots not written yet;
+    length: int32 [], slots written. Every row writes the same slot: prompts are padded on the left.
+    """
+
+    keys: Any
+    values: Any
+    valid: Any
+    length: Any
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, batch: int, capacity: int, dtype: Any) -> "KVCache":
+        """Room for `capacity` tokens a row."""
+        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+        return cls(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((batch, capacity), bool),
+            jnp.zeros((), jnp.int32),
+        )
+
+
+class Attention(nnx.Module):
+    """Grouped-query causal self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, precision: Precision, stack: tuple[int, ...]):
+        self.config = config
+        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+        def linear(name: str, n_in: int, n_out: int) -> QLoRALinear:
+            return QLoRALinear(n_in, n_out, name=name, precision=precision, bias=config.attention_bias, stack=stack)
+
+        self.q_proj = linear("q_proj", config.hidden_size, heads)
+        self.k_proj = linear("k_proj", config.hidden_size, kv_heads)
+        self.v_proj = linear("v_proj", config.hidden_size, kv_heads)
+        self.o_proj = linear("o_proj", heads, config.hidden_size)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rotary: tuple[Array, Array],
+        mask: Bool[Array, "B 1 S T"] | None,
+        cache: tuple[Array, Array, Array] | None = None,
+        keys: tuple[Array | None, ...] = (None,) * 4,
+    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
+        """Attend within x, or over `cache` = (keys [B, T, K, E], values, length) with x written at `length`.
+
+        mask None means causal over x (with the config's sliding window); `keys` are dropout keys for q, k, v, o.
+        """
+        batch, seq, _ = x.shape
+        q = self.q_proj(x, keys[0]).reshape(batch, seq, -1, self.config.head_dim)
+        k = self.k_proj(x, keys[1]).reshape(batch, seq, -1, self.config.head_dim)
+        v = self.v_proj(x, keys[2]).reshape(batch, seq, -1, self.config.head_dim)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        written = None
+        if cache is not None:
+            start = (0, cache[2], 0, 0)
+            written = (
+                jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start),
+                jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start),
+            )
+            k, v = written
+        if mask is None:
+            window = None if self.config.sliding_window is None else (self.config.sliding_window - 1, 0)
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+        else:
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return self.o_proj(out.reshape(batch, seq, -1), keys[3]), written
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, precision: Precision, stack: tuple[int, ...]):
+        def linear(name: str, n_in: int, n_out: int) -> QLoRALinear:
+            return QLoRALinear(n_in, n_out, name=name, precision=precision, bias=config.mlp_bias, stack=stack)
+
+        self.gate_proj = linear("gate_proj", config.hidden_size, config.intermediate_size)
+        self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size)
+        self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B S D"], keys: tuple[Array | None, ...]) -> Float[Array, "B S D"]:
+        """Apply; `keys` are dropout keys for gate, up, down."""
+        gate = jax.nn.silu(self.gate_proj(x, keys[0]))
+        return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
+
+
+class Block(nnx.Module):
+    """One transformer layer; declared with a leading axis L, called on one slice of it."""
+
+    def __init__(self, config: LlamaConfig, precision: Precision, stack: tuple[int, ...]):
+        norm = {"eps": config.rms_norm_eps, "stack": stack}
+        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.self_attn = Attention(config, precision, stack)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = MLP(config, precision, stack)
+
+    def __call__(
+        self,
+        h: Float[Array, "B S D"],
+        rotary: tuple[Array, Array],
+        mask: Bool[Array, "B 1 S T"] | None,
+        cache: tuple[Array, Array, Array] | None,
+        dropout_key: Array | None,
+    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
+        """Residual attention, then residual MLP."""
+        keys = (None,) * 7 if dropout_key is None else tuple(jax.random.split(dropout_key, 7))
+        attended, written = self.self_attn(self.input_layernorm(h), rotary, mask, cache, keys[:4])
+        h = h + attended
+        return h + self.mlp(self.post_attention_layernorm(h), keys[4:]), written
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D], frozen."""
+
+    def __init__(self, config: LlamaConfig, precision: Precision, kind: str):
+        self.weight = frozen_array((config.vocab_size, config.hidden_size), precision.dtype, kind)
+
+
+class Llama(nnx.Module):
+    """A LLaMA-family causal language model with frozen base weights and optional adapters.
+
+    Built without weights (see `qlora_jax.layers`); fill it with `qlora_jax.models.fill_base` and `init_lora`.
+    """
+
+    def __init__(self, config: LlamaConfig, precision: Precision):
+        self.config = config
+        self.dtype = precision.dtype
+        self.embed_tokens = Embedding(config, precision, "embedding")
+        self.layers = Block(config, precision, (config.num_hidden_layers,))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Embedding(config, precision, "head")
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+        valid: Bool[Array, "B S"] | None = None,
+        dropout_key: Array | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Final hidden states [B, S, D] (multiply by `head` for logits) and the updated cache.
+
+        Args:
+            input_ids: token ids.
+            positions: rotary positions; they restart at 0 in every packed document.
+            segment_ids: document of each token in a packed row (0 = padding): attention stays inside a document. None
+                means one document a row, padding (if any) on the right, where causality alone hides it.
+            cache: keys and values so far; the tokens are appended to it.
+            valid: with a cache, False for the padding on the left of a prompt.
+            dropout_key: key for adapter dropout, or None for none.
+            remat: keep only each layer's input for the backward pass and recompute the rest. Otherwise the outputs of
+                its linears are kept; attention scores and elementwise results are always recomputed, which is cheaper
+                than writing and reading them.
+        """
+        h = jnp.take(self.embed_tokens.weight.get_value(), input_ids, axis=0).astype(self.dtype)
+        rotary = rotary_tables(self.config.rotary, positions)
+        batch, seq = input_ids.shape
+        mask = None
+        if cache is not None:
+            valid = jnp.ones((batch, seq), bool) if valid is None else valid
+            seen = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
+            mask = self._mask(cache.length + jnp.arange(seq), jnp.arange(seen.shape[1])) & seen[:, None, None, :]
+        elif segment_ids is not None:
+            same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+            mask = self._mask(jnp.arange(seq), jnp.arange(seq)) & same
+
+        graphdef, layers = nnx.split(self.layers)
+        n_layers = self.config.num_hidden_layers
+        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
+
+        def body(h: Array, xs: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array] | None]:
+            layer, layer_key, layer_cache = xs
+            layer_cache = None if layer_cache is None else (*layer_cache, cache.length)
+            return nnx.merge(graphdef, layer)(h, rotary, mask, layer_cache, layer_key)
+
+        policies = jax.checkpoint_policies
+        policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
+        # prevent_cse is for code outside a scan; inside it only blocks fusion.
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        xs = (layers, layer_keys, None if cache is None else (cache.keys, cache.values))
+        h, written = jax.lax.scan(body, h, xs)
+        if cache is not None:
+            cache = KVCache(*written, seen, cache.length + seq)
+        return self.norm(h), cache
+
+    def _mask(self, queries: Int[Array, " S"], slots: Int[Array, " T"]) -> Bool[Array, "1 1 S T"]:
+        """Causal, and within the sliding window if the config has one."""
+        distance = queries[:, None] - slots[None, :]
+        mask = distance >= 0
+        if self.config.sliding_window is not None:
+            mask &= distance < self.config.sliding_window
+        return mask[None, None]
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output projection: the embedding itself where the two are tied."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
+
+    def logits(self, h: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Logits in float32."""
+        return jnp.einsum("bsd,vd->bsv", h, self.head.astype(h.dtype), preferred_element_type=jnp.float32)
+
+
+def tensor_specs(frozen: nnx.State) -> list[TensorSpec]:
+    """Names and shapes of the base tensors as Hugging Face stores them, read off the abstract unquantised state."""
+    values = flatten(frozen)
+    kinds = {tuple(map(str, path)): variable.get_metadata("kind") for path, variable in nnx.to_flat_state(frozen)}
+    top, stacked = [], []
+    for path, value in values.items():
+        if path[0] == "layers":
+            stacked.append((path, value))
+        else:
+            name = ".".join(path) if path[0] == "lm_head" else "model." + ".".join(path)
+            top.append(TensorSpec(path, None, name, value.shape, kinds[path]))
+    n_layers = stacked[0][1].shape[0]
+    layers = [
+        TensorSpec(path, layer, f"model.layers.{layer}." + ".".join(path[1:]), value.shape[1:], kinds[path])
+        for layer in range(n_layers)
+        for path, value in stacked
+    ]
+    first = [spec for spec in top if spec.kind == "embedding"]
+    return first + layers + [spec for spec in top if spec.kind != "embedding"]
+
+
+def ignored_tensors(config: LlamaConfig) -> tuple[str, ...]:
+    """Inverse frequencies that old checkpoints carry, and the head's copy of a tied embedding."""
+    return (r".*\.rotary_emb\.inv_freq", *((r"lm_head\.weight",) if config.tie_word_embeddings else ()))
+
+
+CONFIG, MODEL = LlamaConfig, Llama

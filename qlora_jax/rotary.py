@@ -1,0 +1,170 @@
+"""Rotary position embeddings (Su et al. 2021) and the scalings that stretch them to longer contexts."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qlora_jax.errors import UserError
+
+# Every field a scaling may carry; one that is not here is an error, not a guess.
+_FIELDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "truncate",
+    },
+}
+_REQUIRED = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary embedding of one head.
+
+    Attributes:
+        head_dim: width of a head; its first half is rotated against the second, as Hugging Face stores it.
+        theta: base wavelength.
+        max_position_embeddings: the context length the model's config states.
+        kind: default | linear | dynamic (NTK) | llama3 | yarn.
+        parameters: the scaling's own fields, sorted (name, value) pairs, as in Hugging Face's `rope_parameters`.
+    """
+
+    head_dim: int
+    theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    kind: str = "default"
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> "RotaryConfig":
+        """Read a Hugging Face config: `rope_parameters` (transformers 5), or `rope_theta` + `rope_scaling` (before).
+
+        Raises:
+            UserError: an unknown scaling, or a field of it that is unknown or missing; names the field.
+        """
+        source = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        values = dict(config.get(source) or {})
+        theta = values.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        legacy, kind = values.pop("type", None), values.pop("rope_type", None)
+        kind = kind or legacy or "default"
+        if kind not in _FIELDS:
+            supported = ", ".join(_FIELDS)
+            raise UserError(f"config.json: {source}.rope_type {kind!r} is not supported; supported are {supported}.")
+        if values.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
+            raise UserError(f"config.json: {source}.partial_rotary_factor other than 1 is not supported.")
+        # transformers writes `original_max_position_embeddings` beside scalings that do not use it.
+        unknown = set(values) - _FIELDS[kind] - {"original_max_position_embeddings"}
+        missing = _REQUIRED[kind] - set(values)
+        if unknown:
+            raise UserError(f"config.json: {source}.{min(unknown)} is not supported for rope_type {kind!r}.")
+        if missing:
+            raise UserError(f"config.json: {source}.{min(missing)} is missing; rope_type {kind!r} needs it.")
+        max_positions = int(config.get("max_position_embeddings") or 2048)
+        if kind in ("llama3", "yarn"):
+            values["original_max_position_embeddings"] = (
+                config.get("original_max_position_embeddings")
+                or values.get("original_max_position_embeddings")
+                or max_positions
+            )
+        used = {name: value for name, value in values.items() if name in _FIELDS[kind] and value is not None}
+        return cls(head_dim, float(theta), max_positions, kind, tuple(sorted(used.items())))
+
+
+def _base_frequencies(theta: Any, dim: int) -> Any:
+    """1 / theta^(2i / dim), float32 [dim / 2], for a NumPy or JAX scalar theta."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return 1.0 / (theta**exponents)
+
+
+def _llama3(freq: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+    """Llama 3.1: keep high frequencies, divide low ones by `factor`, blend between."""
+    old, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
+    wavelength = 2 * math.pi / freq
+    smooth = (old / wavelength - low) / (high - low)
+    blended = (1 - smooth) * freq / p["factor"] + smooth * freq
+    scaled = np.where(wavelength > old / low, freq / p["factor"], freq)
+    medium = (wavelength <= old / low) & (wavelength >= old / high)
+    return np.where(medium, blended, scaled)
+
+
+def _yarn(config: RotaryConfig, freq: np.ndarray, p: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al. 2023): per-frequency blend of interpolation and extrapolation, and a score scale."""
+    dim, factor = config.head_dim, p["factor"]
+
+    def correction(rotations: float) -> float:
+        length = p["original_max_position_embeddings"]
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low, high = correction(float(p.get("beta_fast") or 32)), correction(float(p.get("beta_slow") or 1))
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a ramp of no width has no slope
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    scaled = freq / factor * ramp + freq * (1 - ramp)
+
+    def mscale(weight: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention = p.get("attention_factor")
+    if attention is None:
+        if p.get("mscale") and p.get("mscale_all_dim"):
+            attention = mscale(p["mscale"]) / mscale(p["mscale_all_dim"])
+        else:
+            attention = mscale()
+    return scaled, float(attention)
+
+
+def rotary_tables(
+    config: RotaryConfig, positions: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
+    """Cosines and sines, float32 [B, S, head_dim / 2], for the given positions.
+
+    The dynamic-NTK base follows the longest position present, as transformers computes it.
+    """
+    p = dict(config.parameters)
+    attention = 1.0
+    if config.kind == "dynamic":
+        length = jnp.maximum(jnp.max(positions) + 1, config.max_position_embeddings).astype(jnp.float32)
+        growth = p["factor"] * length / config.max_position_embeddings - (p["factor"] - 1)
+        freq = _base_frequencies(config.theta * growth ** (config.head_dim / (config.head_dim - 2)), config.head_dim)
+    else:
+        freq = _base_frequencies(np.float32(config.theta), config.head_dim)
+        if config.kind == "linear":
+            freq = freq / p["factor"]
+        elif config.kind == "llama3":
+            freq = _llama3(freq, p)
+        elif config.kind == "yarn":
+            freq, attention = _yarn(config, freq, p)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freq, jnp.float32)
+    return jnp.cos(angles) * attention, jnp.sin(angles) * attention
+
+
+def apply_rotary(
+    x: Float[Array, "B S N E"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
+) -> Float[Array, "B S N E"]:
+    """Rotate the halves of every head of x [B, S, N, head_dim], in float32, returned in x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
