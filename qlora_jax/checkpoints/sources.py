@@ -1,0 +1,117 @@
+"""Where base weights come from: one tensor at a time, under Hugging Face names, whatever the file format."""
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from qlora_jax.errors import UserError
+
+MANIFEST_NAME = "qlora_jax.json"
+"""Written last into a converted directory: its presence is what makes the directory complete."""
+
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What belongs to a Hugging Face model besides its weights."""
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """A checkpoint whose tensors are read singly, so that a model may be larger than memory.
+
+    Attributes:
+        path: the directory or file.
+        config: Hugging Face `config.json` contents (for GGUF: the same keys, made from its metadata).
+        description: one line for people: format, path and anything to know about the precision of the weights.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    description: str
+
+    def names(self) -> tuple[str, ...]:
+        """Hugging Face names of all tensors in the checkpoint."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; a linear weight is [out, in]."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """Name of the element type that `read` returns, or of the stored one if that cannot be read."""
+        ...
+
+    def location(self, name: str) -> Path:
+        """File that holds the tensor."""
+        ...
+
+    def check_readable(self, name: str) -> None:
+        """Raise `UserError` if the tensor is stored in a type that cannot be read as a float array."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in memory of its own: nothing of the file stays mapped."""
+        ...
+
+
+def is_converted(path: str | Path) -> bool:
+    """Whether `path` is a finished directory of `qlora_jax.checkpoints.convert`."""
+    return (Path(path) / MANIFEST_NAME).is_file()
+
+
+def open_source(path: str | Path) -> TensorSource:
+    """Open a Hugging Face safetensors directory or a GGUF file, reading headers only.
+
+    Raises:
+        UserError: a path that does not exist, pickled weights, a directory without weights, and everything the format's
+            own reader refuses.
+    """
+    from qlora_jax.checkpoints.gguf_source import GGUFSource
+    from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
+
+    path = Path(path)
+    if path.is_dir():
+        if is_converted(path):
+            raise UserError(
+                f"{path} is already converted by scripts/convert.py; give the original checkpoint to convert again."
+            )
+        ggufs = sorted(path.glob("*.gguf"))
+        if ggufs and not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
+            raise UserError(f"{path} is a directory of GGUF files; name one of them, for example {ggufs[0]}.")
+        return SafetensorsSource(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a Hugging Face model directory, a .gguf file or a hub id.")
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise pickle_refusal(f"{path} is a pickle file")
+    if path.suffix.lower() == ".gguf":
+        return GGUFSource(path)
+    if path.suffix.lower() == ".safetensors":
+        raise UserError(f"{path} is a single safetensors file; give the directory that also holds its config.json.")
+    raise UserError(f"{path} is neither a model directory nor a .gguf file.")
+
+
+def pickle_refusal(what: str) -> UserError:
+    """The refusal of pickled weights; `what` is the sentence's beginning, naming the file."""
+    return UserError(
+        f"{what}, which can run arbitrary code when read; convert the model to safetensors "
+        f"(save_pretrained does) and give that instead."
+    )
+
+
+def find_pickles(directory: Path) -> list[Path]:
+    """Pickled weight files directly in `directory`."""
+    weights = (p for p in sorted(directory.iterdir()) if p.suffix.lower() in _PICKLE_SUFFIXES and p.is_file())
+    return [p for p in weights if p.name != "training_args.bin"]

@@ -1,0 +1,253 @@
+"""Tokenizers without torch: from tokenizer.json, or rebuilt from the metadata of a GGUF file.
+
+`transformers` takes about a second to import, so it is imported where a tokenizer is made.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import transformers
+
+# GGUF token types (llama.cpp's enum llama_token_type).
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_NEWLINES_AND_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_CL100K_LIKE = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _NEWLINES_AND_SPACES
+)
+_LLAMA3 = _CL100K_LIKE.replace("{DIGITS}", "{1,3}")
+_QWEN2 = _CL100K_LIKE.replace("{DIGITS}", "")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _NEWLINES_AND_SPACES
+)
+# tokenizer.ggml.pre -> (regular expression that cuts text, or None for GPT-2's own; digits singly first;
+#                        whole words in the vocabulary bypass the merges; BOS is added unless the file says otherwise)
+_PRE_TOKENIZERS: dict[str, tuple[str | None, bool, bool, bool]] = {
+    "gpt-2": (None, False, False, False),
+    "smollm": (None, True, False, False),
+    "llama-bpe": (_LLAMA3, False, True, True),
+    "llama3": (_LLAMA3, False, True, True),
+    "llama-v3": (_LLAMA3, False, True, True),
+    "smaug-bpe": (_LLAMA3, False, False, False),
+    "qwen2": (_QWEN2, False, False, False),
+    "tekken": (_TEKKEN, False, True, True),
+}
+
+
+def load_tokenizer(path: str | Path) -> "transformers.PreTrainedTokenizerFast":
+    """Tokenizer of a Hugging Face directory, a converted directory or a GGUF file.
+
+    tokenizer.json is taken as it stands; a directory without one goes through transformers' AutoTokenizer. Nothing is
+    downloaded and no code from the directory is run.
+
+    Raises:
+        UserError: no tokenizer there, one that cannot be read, or one without an end-of-sequence token.
+    """
+    path = Path(path)
+    if path.is_file():
+        from qlora_jax.checkpoints.gguf_source import read_metadata
+
+        tokenizer = tokenizer_from_gguf(read_metadata(path), path)
+    else:
+        tokenizer = _from_directory(path)
+    if tokenizer.eos_token_id is None:
+        where = "tokenizer.ggml.eos_token_id" if path.is_file() else "eos_token in tokenizer_config.json"
+        raise UserError(f"the tokenizer of {path} has no end-of-sequence token; set {where}.")
+    return tokenizer
+
+
+def ensure_pad(tokenizer: "transformers.PreTrainedTokenizerFast") -> "transformers.PreTrainedTokenizerFast":
+    """Give the tokenizer a padding token that is not its end-of-sequence token, and return it.
+
+    Padding with EOS and masking padding by its id is how models come to never learn to stop. No token is added, for
+    that would need new embedding rows. Chosen is, in this order: the tokenizer's own padding token if it is not EOS, a
+    special token with "pad" in its name, the unknown token, and any other special token that is neither BOS nor part of
+    the chat template. (SmolLM2 declares <|im_end|> = EOS as padding; it gets its unknown token <|endoftext|>.)
+
+    Raises:
+        UserError: the vocabulary has no such token.
+    """
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != eos:
+        return tokenizer
+    special = {i: token.content for i, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
+    candidates = [token for token in special.values() if "pad" in token.lower()]
+    if tokenizer.unk_token is not None:
+        candidates.append(tokenizer.unk_token)
+    candidates += [token for token in special.values() if token not in template]
+    for token in candidates:
+        if tokenizer.convert_tokens_to_ids(token) not in (eos, bos):
+            tokenizer.pad_token = token
+            return tokenizer
+    raise UserError(
+        f"the tokenizer of {tokenizer.name_or_path} has no special token to pad with besides BOS and EOS; "
+        f"set pad_token in tokenizer_config.json to a token of its vocabulary."
+    )
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "transformers.PreTrainedTokenizerFast":
+    """Rebuild a tokenizer from GGUF metadata (keys tokenizer.ggml.*); `path` is for messages.
+
+    Supports byte-level BPE ("gpt2") with the pre-tokenizers of the LLaMA family, and sentencepiece BPE ("llama").
+
+    Raises:
+        UserError: another tokenizer model or pre-tokenizer, or metadata that do not belong together.
+    """
+    _quiet_transformers()
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    model = metadata.get("tokenizer.ggml.model")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise UserError(f"{path} has no tokenizer (tokenizer.ggml.tokens); use another GGUF version of the model.")
+    if len(set(tokens)) != len(tokens):
+        raise UserError(f"{path} has duplicate tokens in tokenizer.ggml.tokens; use the safetensors version.")
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise UserError(f"{path} has {len(types)} tokenizer.ggml.token_type for {len(tokens)} tokens.")
+    if model == "gpt2":
+        backend, add_bos = _byte_level_bpe(metadata, tokens, path)
+    elif model == "llama":
+        backend, add_bos = _sentencepiece_bpe(metadata, tokens, types, path), True
+    else:
+        raise UserError(
+            f"{path} has tokenizer.ggml.model {model!r}, which is not supported (only 'gpt2' and 'llama' are); "
+            f"use the safetensors version of the model."
+        )
+    backend.add_special_tokens(
+        [
+            AddedToken(t, normalized=False, special=True)
+            for t, kind in zip(tokens, types, strict=True)
+            if kind == _CONTROL
+        ]
+    )
+    backend.add_tokens(
+        [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    )
+    if backend.get_vocab_size() != len(tokens):
+        raise UserError(f"{path} has tokens that its own tokenizer cannot hold; use the safetensors version.")
+
+    special: dict[str, Any] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is None:
+            continue
+        if not 0 <= index < len(tokens):
+            raise UserError(f"{path} has tokenizer.ggml.{key}_token_id {index} for {len(tokens)} tokens.")
+        special[f"{name}_token"] = tokens[index]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        name_or_path=str(path),
+        add_bos_token=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        add_eos_token=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        clean_up_tokenization_spaces=False,
+        model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length", int(1e30)),
+        **special,
+    )
+    if template := metadata.get("tokenizer.chat_template"):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _quiet_transformers() -> None:
+    # Its advice to install PyTorch would alarm people who do not need it; the setting is read when it is imported.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a model directory or a .gguf file.")
+    _quiet_transformers()
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # The file itself, not a class rebuilt from its vocabulary, which may cut text differently.
+    loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many types, some of them bare Exception
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} has no tokenizer that can be read ({reason}); add its tokenizer.json.") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{path} has no fast tokenizer; add its tokenizer.json.")
+    return tokenizer
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | Path) -> tuple[Any, bool]:
+    """Byte-level BPE as GPT-2's (Radford et al. 2019), cut as tokenizer.ggml.pre says; also whether BOS is usual."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    kind = metadata.get("tokenizer.ggml.pre")
+    if kind not in _PRE_TOKENIZERS:
+        raise UserError(
+            f"{path} has tokenizer.ggml.pre {kind!r}, which is not supported ({', '.join(_PRE_TOKENIZERS)} are); "
+            f"use the safetensors version of the model."
+        )
+    pattern, single_digits, ignore_merges, add_bos = _PRE_TOKENIZERS[kind]
+    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    if not merges or any(len(merge) != 2 for merge in merges):
+        raise UserError(f"{path} has missing or malformed tokenizer.ggml.merges; use the safetensors version.")
+    backend = Tokenizer(_bpe(models.BPE, path, tokens, merges, ignore_merges=ignore_merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    first = []
+    if single_digits:
+        first.append(pre_tokenizers.Digits(individual_digits=True))
+    if pattern is not None:
+        first.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level]) if first else byte_level
+    backend.decoder = decoders.ByteLevel()
+    return backend, add_bos
+
+
+def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: str | Path) -> Any:
+    """Sentencepiece BPE with byte fallback (LLaMA 1 and 2, Mistral 7B, TinyLlama).
+
+    Sentencepiece joins the neighbours whose joint token has the best score; merges in order of that score do the same.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not scores or len(scores) != len(tokens):
+        raise UserError(f"{path} has missing or malformed tokenizer.ggml.scores; use the safetensors version.")
+    joinable = {token: i for i, token in enumerate(tokens) if types[i] not in (_UNKNOWN, _CONTROL, _BYTE)}
+    ranked = [
+        (-scores[i], -cut, (token[:cut], token[cut:]))
+        for token, i in joinable.items()
+        for cut in range(1, len(token))
+        if token[:cut] in joinable and token[cut:] in joinable
+    ]
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    backend = Tokenizer(
+        _bpe(
+            models.BPE,
+            path,
+            tokens,
+            [merge for *_, merge in sorted(ranked)],
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return backend
+
+
+def _bpe(model: Any, path: str | Path, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Any:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        return model(vocab=vocabulary, merges=merges, **options)
+    except Exception as error:  # the Rust library raises bare Exception; lone surrogates are a UnicodeEncodeError
+        raise UserError(f"{path} has a vocabulary and merges that do not belong together ({error}).") from error
