@@ -1,0 +1,1 @@
+"""Training: configuration, the jitted step, the run's directory, the loop."""

@@ -1,0 +1,215 @@
+"""A run's directory: whose run it is, its checkpoints, and exact resume.
+
+    output_dir/run.json             flags and data fingerprint; written once, before the first step
+    output_dir/checkpoint-000250/   state/ (orbax: adapters, optimizer, step), position.json (data and counters),
+                                    adapter_config.json + adapter_model.safetensors (PEFT's format)
+
+A checkpoint is written under a temporary name and renamed when complete: a directory called checkpoint-N is whole.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from qlora_jax.errors import UserError
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import TrainState
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Flags that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
+_FREE = frozenset(
+    ("do_eval", "do_sample", "eval_steps", "kernel", "logging_steps", "max_new_tokens", "output_dir",
+     "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "report_to", "run_name", "save_steps",
+     "save_strategy", "save_total_limit", "temperature", "top_k", "top_p")
+)  # fmt: skip
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it: the file is whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; UserError names the file if it is not readable as such."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); delete {path.parent} or give another --output_dir."
+        ) from error
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """{key path: leaf}: what is stored does not depend on the Python types that hold the state."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@contextlib.contextmanager
+def _saving(directory: Path, temporary: Path) -> Iterator[None]:
+    """Turn a failure to write into one sentence, and leave nothing half-written behind."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # tensorstore reports a full disk as ValueError with the operating system's text.
+        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise UserError(
+            f"{directory} could not be saved: {reason}; earlier checkpoints are intact. "
+            "Free space and run the same command again to resume."
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """The directory of one run; make it with `RunDirectory.open`."""
+
+    path: Path
+    save_total_limit: int = 40
+
+    @classmethod
+    def open(cls, config: TrainConfig, identity: Mapping[str, Any]) -> "RunDirectory":
+        """Create the directory, or take up the run that is in it.
+
+        Args:
+            config: the run's flags.
+            identity: whatever else must be the same to resume (model, data fingerprint); JSON values.
+
+        Raises:
+            UserError: the directory holds another run's checkpoints; names what differs.
+        """
+        path = Path(config.output_dir)
+        record = {"flags": dataclasses.asdict(config), "identity": dict(identity)}
+        run_file = path / "run.json"
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output_dir {path} is a file; give a directory.")
+        directory = cls(path, config.save_total_limit)
+        if config.overwrite_output_dir and run_file.exists():
+            shutil.rmtree(path)
+        if run_file.exists():
+            before = read_json(run_file)
+            changed = _differences(before, record)
+            if changed and directory.checkpoints():
+                raise UserError(
+                    f"--output_dir {path} holds the checkpoints of another run ({'; '.join(changed)}); give another "
+                    "--output_dir, the same flags to resume it, or --overwrite_output_dir to delete it."
+                )
+        elif directory.checkpoints():
+            raise UserError(f"--output_dir {path} holds checkpoints without a run.json; give another --output_dir.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(run_file, record)
+        except OSError as error:
+            raise UserError(f"--output_dir {path} cannot be written: {error.strerror}.") from error
+        for leftover in path.glob(".checkpoint-*"):
+            shutil.rmtree(leftover)
+        return directory
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.path.is_dir():
+            return []
+        found = (_CHECKPOINT.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or will be."""
+        return self.path / f"checkpoint-{step:06d}"
+
+    def save(
+        self, step: int, state: TrainState, position: Mapping[str, Any], write_adapter: Callable[[Path], None]
+    ) -> Path:
+        """Save a checkpoint and delete the oldest beyond `save_total_limit`.
+
+        Args:
+            step: optimizer steps done.
+            state: adapters, optimizer state and step.
+            position: JSON values that put the data iterator and the counters where they are now.
+            write_adapter: writes the adapter in PEFT's format into a directory.
+
+        Raises:
+            UserError: it could not be written; nothing half-written is left and earlier checkpoints are untouched.
+        """
+        final = self.checkpoint_path(step)
+        if final.exists():
+            return final
+        temporary = self.path / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with _saving(final, temporary):
+            temporary.mkdir(parents=True)
+            ocp.save((temporary / "state").absolute(), _by_name(state))
+            write_adapter(temporary)
+            write_json(temporary / "position.json", dict(position))
+            os.replace(temporary, final)
+        for old in self.checkpoints()[: -self.save_total_limit]:
+            # Renamed first: a checkpoint that is being deleted must not look complete.
+            doomed = self.path / f".checkpoint-{old:06d}.old"
+            os.replace(self.checkpoint_path(old), doomed)
+            shutil.rmtree(doomed)
+        return final
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state and position that `save` was given at that step, bit for bit.
+
+        Args:
+            step: one of `checkpoints()`.
+            abstract: shapes, dtypes and structure of the state.
+
+        Raises:
+            UserError: the checkpoint does not fit the state.
+        """
+        path = self.checkpoint_path(step)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        named = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in _by_name(abstract).items()
+        }
+        try:
+            values = ocp.load((path / "state").absolute(), named)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{path} cannot be restored: {str(error).splitlines()[0]} Delete it to resume from the one before."
+            ) from error
+        leaves, structure = jax.tree.flatten(abstract)
+        restored = jax.tree.unflatten(structure, [values[name] for name in named])
+        assert len(leaves) == len(named)
+        # Fresh buffers: the state is donated to the first step.
+        return jax.tree.map(jnp.copy, restored), read_json(path / "position.json")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What keeps a run from continuing another, one phrase each."""
+    try:
+        flags, identity = before["flags"], before["identity"]
+    except (KeyError, TypeError):
+        return ["its run.json is of another format"]
+    changed = [
+        f"--{name} was {flags.get(name)!r}, now {value!r}"
+        for name, value in now["flags"].items()
+        if name not in _FREE and flags.get(name) != value and not _may_extend(name, flags)
+    ]
+    return changed + [
+        f"{name} was {identity.get(name)!r}, now {value!r}"
+        for name, value in now["identity"].items()
+        if identity.get(name) != value
+    ]
+
+
+def _may_extend(name: str, flags: Mapping[str, Any]) -> bool:
+    """A constant schedule with a fixed warm-up does not depend on the number of steps: the run may be made longer."""
+    fixed = flags.get("lr_scheduler_type") == "constant" and (
+        flags.get("warmup_steps") is not None or flags.get("warmup_ratio") == 0
+    )
+    return fixed and name in ("max_steps", "num_train_epochs")

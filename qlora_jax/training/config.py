@@ -1,0 +1,204 @@
+"""The one schema of a fine-tuning run: the flags of `scripts/finetune.py`, with the reference program's names."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from qlora_jax.cli import flag
+from qlora_jax.errors import UserError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_DATASET = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One fine-tuning run. Defaults are the reference QLoRA program's where it has the flag."""
+
+    model_name_or_path: str = flag(
+        DEFAULT_MODEL,
+        "Hub id, Hugging Face directory, GGUF file, or a directory made by scripts/convert.py.",
+        group="model",
+    )
+    bits: int = flag(4, "Bits of the frozen linear weights: 4, 8 (row-wise int8) or 16 (not quantised).", group="model")
+    quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.", group="model")
+    double_quant: bool = flag(
+        True, "Quantise the quantisation constants too (0.373 bits a parameter less).", group="model"
+    )
+    block_size: int = flag(64, "Weights that share one quantisation constant.", group="model")
+    bf16: bool | None = flag(
+        None,
+        "Compute in bfloat16 (True) or float32 (False); by default bfloat16 on a GPU, float32 on a CPU.",
+        group="model",
+    )
+    kernel: str = flag(
+        "auto", "Implementation of the 4-bit ops; auto takes the best one for the device.", group="model"
+    )
+
+    lora_r: int = flag(64, "Rank of the adapters.", group="adapters")
+    lora_alpha: float = flag(16.0, "Adapters are scaled by lora_alpha / lora_r.", group="adapters")
+    lora_dropout: float = flag(0.0, "Dropout on the adapters' input.", group="adapters")
+    lora_modules: str = flag(
+        "all", "Linears that get an adapter: all, attention, mlp, or names such as q_proj,v_proj.", group="adapters"
+    )
+    adapter: str | None = flag(
+        None, "Start from this adapter directory (PEFT's format) instead of a fresh one.", group="adapters"
+    )
+
+    dataset: str = flag(
+        DEFAULT_DATASET,
+        "Local .json/.jsonl/.csv/.tsv/.parquet file or directory, hub id, or one of alpaca, alpaca-clean, oasst1; "
+        "'default' is the small set that ships with the package.",
+        group="data",
+    )
+    dataset_format: str | None = flag(
+        None, "alpaca, alpaca-clean, input-output, oasst1 or messages; by default told from the columns.", group="data"
+    )
+    max_train_samples: int | None = flag(None, "Use only this many training rows.", group="data")
+    max_eval_samples: int | None = flag(None, "Use only this many held-out rows.", group="data")
+    eval_dataset: str | None = flag(None, "A separate data set to evaluate on instead of rows held out.", group="data")
+    eval_dataset_size: int | None = flag(
+        None, "Rows held out for evaluation; by default 1024, or a tenth of a data set below 2048 rows.", group="data"
+    )
+    source_max_len: int = flag(1024, "Source tokens kept of a row.", group="data")
+    target_max_len: int = flag(256, "Target tokens kept of a row.", group="data")
+    train_on_source: bool = flag(False, "Train on the source tokens as well.", group="data")
+    packing: bool = flag(
+        False, "Pack several rows into one sequence, with attention and positions of their own.", group="data"
+    )
+    sequence_length: int | None = flag(
+        None, "Length of a packed sequence; by default source_max_len + target_max_len.", group="data"
+    )
+    group_by_length: bool = flag(True, "Batch rows of similar length together (without --packing).", group="data")
+
+    do_train: bool = flag(True, "Train.", group="training")
+    optim: str = flag("adamw_32bit", "Optimizer: adamw_32bit.", group="training")
+    per_device_train_batch_size: int = flag(1, "Sequences in a forward pass on each device.", group="training")
+    gradient_accumulation_steps: int = flag(16, "Forward passes in an optimizer step.", group="training")
+    max_steps: int = flag(10000, "Optimizer steps; ignored if num_train_epochs is given.", group="training")
+    num_train_epochs: float | None = flag(
+        None, "Passes over the training data, instead of max_steps.", group="training"
+    )
+    learning_rate: float = flag(2e-4, "Peak learning rate.", group="training")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "Course of the learning rate after the warm-up.", group="training"
+    )
+    warmup_ratio: float = flag(0.03, "Share of the steps over which the learning rate rises from 0.", group="training")
+    warmup_steps: int | None = flag(None, "Warm-up in steps, instead of warmup_ratio.", group="training")
+    weight_decay: float = flag(0.0, "Decoupled weight decay.", group="training")
+    adam_beta1: float = flag(0.9, "First-moment decay of AdamW.", group="training")
+    adam_beta2: float = flag(0.999, "Second-moment decay of AdamW.", group="training")
+    adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", group="training")
+    max_grad_norm: float = flag(0.3, "Clip the gradient to this global norm (0: no clipping).", group="training")
+    gradient_checkpointing: bool = flag(
+        True, "Recompute activations in the backward pass to save memory.", group="training"
+    )
+    seed: int = flag(0, "Seed of adapters, shuffles and dropout.", group="training")
+
+    do_eval: bool = flag(True, "Evaluate on held-out rows during and after training.", group="evaluation")
+    eval_steps: int = flag(250, "Steps between evaluations (0: only before and after training).", group="evaluation")
+    per_device_eval_batch_size: int = flag(1, "Sequences in a forward pass of evaluation.", group="evaluation")
+    prompts: str | None = flag(
+        None, "Text file, one prompt a line, answered before and after training.", group="evaluation"
+    )
+    max_new_tokens: int = flag(256, "Longest answer to a prompt, in tokens.", group="evaluation")
+    do_sample: bool = flag(False, "Sample the answers instead of taking the likeliest token.", group="evaluation")
+    temperature: float = flag(1.0, "Sampling temperature.", group="evaluation")
+    top_k: int = flag(50, "Sample among the k likeliest tokens (0: all).", group="evaluation")
+    top_p: float = flag(1.0, "Sample among the likeliest tokens that hold this much probability.", group="evaluation")
+
+    output_dir: str = flag("./output", "Where adapters, checkpoints, metrics and the plot go.", group="output")
+    overwrite_output_dir: bool = flag(False, "Delete what another run left in output_dir.", group="output")
+    logging_steps: int = flag(10, "Steps between lines of metrics.jsonl.", group="output")
+    save_strategy: Literal["steps", "no"] = flag(
+        "steps", "Save checkpoints every save_steps, or only at the end.", group="output"
+    )
+    save_steps: int = flag(250, "Steps between checkpoints.", group="output")
+    save_total_limit: int = flag(40, "Checkpoints kept; the oldest are deleted.", group="output")
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = flag(
+        "tensorboard", "Where metrics go besides metrics.jsonl.", group="output"
+    )
+    run_name: str | None = flag(None, "Name of the run in W&B.", group="output")
+
+    def __post_init__(self) -> None:
+        """Reject values that no run could use; UserError names the flag."""
+        if self.bits not in (4, 8, 16):
+            raise UserError(f"--bits {self.bits}: choose 4, 8 or 16.")
+        if self.optim != "adamw_32bit":
+            raise UserError(
+                f"--optim {self.optim}: this release has adamw_32bit only; paged and 8-bit optimizers come later."
+            )
+        if self.block_size < 32 or self.block_size > 4096 or self.block_size & (self.block_size - 1):
+            raise UserError(f"--block_size {self.block_size}: choose a power of two from 32 to 4096.")
+        positive = (
+            "lora_r", "source_max_len", "target_max_len", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "max_steps", "per_device_eval_batch_size", "max_new_tokens", "logging_steps", "save_steps",
+            "save_total_limit",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        for name in ("max_train_samples", "max_eval_samples", "sequence_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be positive.")
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1.")
+        for name in ("learning_rate", "lora_alpha", "adam_epsilon", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be positive.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1.")
+        for name in ("weight_decay", "max_grad_norm", "eval_steps", "top_k"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative.")
+
+
+# What `finetune.py` runs when neither a model nor a data set is named: small enough for two CPU cores.
+DEMO: Mapping[str, Any] = {
+    "bits": 4,
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "packing": True,
+    "sequence_length": 256,
+    "source_max_len": 128,
+    "target_max_len": 128,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "max_steps": 60,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "eval_steps": 20,
+    "save_steps": 20,
+    "save_total_limit": 2,
+    "logging_steps": 1,
+    "max_new_tokens": 64,
+}
+
+# Flags of the reference program (or of its trainer) that are not flags here, and what to do instead.
+UNAVAILABLE: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("do_mmlu_eval", "mmlu_dataset", "mmlu_split", "max_mmlu_samples"), "MMLU comes in a later release."
+    ),
+    **dict.fromkeys(("do_predict", "predict_with_generate"), "prediction comes in a later release; see --prompts."),
+    **dict.fromkeys(
+        ("min_new_tokens", "num_beams", "num_beam_groups", "penalty_alpha", "use_cache", "typical_p",
+         "diversity_penalty", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+        "generation has --do_sample, --temperature, --top_k, --top_p and --max_new_tokens in this release.",
+    ),
+    "max_memory_MB": "the memory planner comes in a later release.",
+    "fp16": "float16 overflows in training; use --bf16.",
+    "full_finetune": "only adapters are trained here.",
+    "trust_remote_code": "no code from a model repository is ever run.",
+    "use_auth_token": "log in with `hf auth login`; the token is then found by itself.",
+    "remove_unused_columns": "unused columns are reported and left alone.",
+    "dataloader_num_workers": "rows are tokenised once, before training.",
+    "evaluation_strategy": "give --eval_steps N, or --do_eval False.",
+    "eval_strategy": "give --eval_steps N, or --do_eval False.",
+    "logging_strategy": "give --logging_steps N.",
+    "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in --output_dir.",
+}  # fmt: skip

@@ -1,0 +1,483 @@
+"""A fine-tuning run from flags to saved adapters: load, adapt, train, evaluate, save, resume."""
+
+import dataclasses
+import functools
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from qlora_jax import data, models
+from qlora_jax.checkpoints.base import BaseModel, load_base
+from qlora_jax.checkpoints.hub import resolve_model
+from qlora_jax.checkpoints.peft import load_adapter, save_adapter
+from qlora_jax.errors import UserError
+from qlora_jax.generation import Sampling, generate
+from qlora_jax.layers import LoRAConfig, Precision
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
+from qlora_jax.tokenizer import ensure_pad, load_tokenizer
+from qlora_jax.training.checkpointing import RunDirectory, read_json, write_json
+from qlora_jax.training.config import DEFAULT_DATASET, TrainConfig
+from qlora_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, plot_losses, read_metrics
+from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
+
+
+class NonFiniteLoss(UserError):
+    """Training met a loss or gradient that is not a number or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """Training batches (resumable) and evaluation batches of a run, with what is to be said about them."""
+
+    train: data.Batches
+    evaluation: Sequence[data.Batch]
+    dataset_format: str
+    reports: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready to train: structure, adapters (float32) and frozen base weights, placed on the mesh."""
+
+    graphdef: nnx.GraphDef
+    lora: nnx.State
+    frozen: nnx.State
+    base: BaseModel
+    adapters: LoRAConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        summary: the contents of summary.json.
+        answers: (prompt, answer before training, answer after), empty if the run was interrupted.
+        interrupted: stopped by a signal; the same command resumes it.
+    """
+
+    summary: dict[str, Any]
+    answers: list[tuple[str, str, str]]
+    interrupted: bool
+
+
+def compute_dtype(config: TrainConfig) -> Any:
+    """The dtype --bf16 asks for; by default bfloat16 on accelerators and float32 on a CPU, where that is faster."""
+    if config.bf16 is None:
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.bfloat16 if config.bf16 else jnp.float32
+
+
+def quantization(config: TrainConfig) -> QuantizationConfig:
+    """How --bits, --quant_type, --block_size and --double_quant store linear weights."""
+    quant_type = {4: config.quant_type, 8: "int8", 16: "none"}[config.bits]
+    return QuantizationConfig(quant_type, config.block_size, config.double_quant)
+
+
+def make_mesh() -> jax.sharding.Mesh:
+    """All devices on one axis, `data`: sequences are split over it, weights and adapters replicated."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
+    """Read, split, tokenise and batch the data of a run."""
+    packed_length = config.sequence_length or config.source_max_len + config.target_max_len
+    tokenize = functools.partial(
+        data.tokenize_rows,
+        tokenizer=tokenizer,
+        dataset_format=config.dataset_format,
+        source_max_len=config.source_max_len,
+        target_max_len=config.target_max_len,
+        train_on_source=config.train_on_source,
+        max_length=packed_length if config.packing else None,
+    )
+    mode = "packing" if config.packing else "group_by_length" if config.group_by_length else "plain"
+    batching = {
+        "mode": mode,
+        "pad_id": tokenizer.pad_token_id,
+        "sequence_length": packed_length if config.packing else None,
+    }
+
+    rows, held_out, reports = data.load_rows(config.dataset), None, []
+    if config.do_eval and config.eval_dataset is not None:
+        held_out = data.load_rows(config.eval_dataset)
+    elif config.do_eval and config.dataset == DEFAULT_DATASET:
+        held_out = data.load_rows(DEFAULT_DATASET, split="heldout")
+    elif config.do_eval:
+        rows, held_out, note = data.split_rows(rows, config.eval_dataset_size, seed=config.seed)
+        reports.append(note)
+    if config.max_train_samples is not None:
+        rows = rows.select(range(min(len(rows), config.max_train_samples)))
+    examples, report = tokenize(rows)
+    reports.append(str(report))
+    rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
+    train = data.Batches(examples, batch_size=rows_a_step, seed=config.seed, **batching)
+
+    evaluation: list[data.Batch] = []
+    if held_out is not None:
+        if config.max_eval_samples is not None:
+            held_out = held_out.select(range(min(len(held_out), config.max_eval_samples)))
+        eval_examples, eval_report = tokenize(held_out)
+        reports.append(str(eval_report))
+        eval_rows = config.per_device_eval_batch_size * jax.device_count()
+        evaluation = data.evaluation_batches(eval_examples, batch_size=eval_rows, **batching)
+    return Datasets(train, evaluation, report.dataset_format, tuple(reports))
+
+
+def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
+    """Load and quantise the base model and set up its adapters: fresh ones, or those of --adapter."""
+    dtype = compute_dtype(config)
+    base = load_base(path, quantization=quantization(config), dtype=dtype)
+    lora, rank, alpha = None, config.lora_r, config.lora_alpha
+    modules = models.lora_modules(base.config, config.lora_modules)
+    if config.adapter is not None:
+        lora, saved = load_adapter(config.adapter)
+        rank, alpha, modules = saved.rank, saved.alpha, saved.target_modules
+    adapters = LoRAConfig(rank, alpha, config.lora_dropout, tuple(modules))
+    precision = Precision(base.quantization, dtype, adapters, config.kernel)
+    graphdef, abstract_lora, abstract_frozen = models.split_model(models.abstract_model(base.config, precision))
+    if lora is None:
+        lora = models.init_lora(abstract_lora, jax.random.key(config.seed))
+    else:
+        lora = models.unflatten_like(abstract_lora, lora, what=f"--adapter {config.adapter}")
+    replicated = NamedSharding(mesh, PartitionSpec())
+    frozen = models.fill_base(abstract_frozen, base.tensors)
+    return Model(graphdef, jax.device_put(lora, replicated), jax.device_put(frozen, replicated), base, adapters)
+
+
+class Trainer:
+    """One run: owns the state, the data position, the log and the directory."""
+
+    def __init__(self, config: TrainConfig, model: Model, datasets: Datasets, tokenizer: Any, mesh: jax.sharding.Mesh):
+        self.config, self.model, self.datasets, self.tokenizer, self.mesh = config, model, datasets, tokenizer, mesh
+        self.total_steps = config.max_steps
+        if config.num_train_epochs is not None:
+            self.total_steps = math.ceil(config.num_train_epochs * datasets.train.batches_per_epoch)
+        self.schedule = learning_rate_schedule(config, self.total_steps)
+        optimizer = make_optimizer(config, self.total_steps)
+        self.train_step = make_train_step(
+            model.graphdef,
+            optimizer,
+            packed=config.packing,
+            remat=config.gradient_checkpointing,
+            dropout=config.lora_dropout > 0,
+            seed=config.seed,
+        )
+        self.eval_step = make_eval_step(model.graphdef, packed=config.packing)
+        identity = {
+            "data": datasets.train.fingerprint,
+            "compute_dtype": jnp.dtype(compute_dtype(config)).name,
+            "devices": jax.device_count(),
+            "adapters": [model.adapters.rank, model.adapters.alpha, *model.adapters.modules],
+        }
+        self.directory = RunDirectory.open(config, identity)
+        # Placed before the first step: a step compiled for other shardings would be compiled twice.
+        self.state = jax.device_put(TrainState.create(model.lora, optimizer), NamedSharding(mesh, PartitionSpec()))
+        # How far the run is; saved with every checkpoint.
+        self.tokens = self.trained_tokens = 0
+        self.start_step, seconds = 0, 0.0
+        if self.directory.checkpoints():
+            self.start_step = self.directory.checkpoints()[-1]
+            abstract = jax.eval_shape(lambda state: state, self.state)
+            state, position = self.directory.restore(self.start_step, abstract)
+            self.state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+            datasets.train.restore(position["data"])
+            self.tokens, self.trained_tokens = position["tokens"], position["trained_tokens"]
+            seconds = position["seconds"]
+        self.log = MetricsLog(self.directory.path, config, self.start_step)
+        self.watch = Stopwatch(seconds)
+        self._pending: tuple[int, dict[str, jax.Array], data.Batch, float] | None = None
+        self._since = (self.watch.seconds, self.tokens)
+        self.last: dict[str, float] = {}
+
+    def train(self) -> bool:
+        """Train to the last step; False if a signal stopped the run early (its state is saved)."""
+        with _StopOnSignal() as stop, self._progress() as bar:
+            for step in range(self.start_step + 1, self.total_steps + 1):
+                batch = next(self.datasets.train)
+                self.state, metrics = self.train_step(self.state, self.model.frozen, self._device_batch(batch))
+                # The previous step's numbers are read while the device works on this one.
+                self._drain()
+                self._pending = (step, metrics, batch)
+                self.tokens += batch.n_tokens
+                self.trained_tokens += batch.n_trained
+                bar.update()
+                bar.set_postfix(self.last, refresh=False)
+                last = step == self.total_steps or stop.requested
+                if last or (self.config.save_strategy == "steps" and step % self.config.save_steps == 0):
+                    self.save(step)
+                if self.config.eval_steps and step % self.config.eval_steps == 0 and not last:
+                    self.evaluate(step)
+                if stop.requested and step < self.total_steps:
+                    self.log.close()
+                    return False
+        self.evaluate(self.total_steps)
+        return True
+
+    def _progress(self) -> tqdm:
+        interactive = sys.stderr.isatty()
+        return tqdm(
+            total=self.total_steps,
+            initial=self.start_step,
+            desc="training",
+            unit="step",
+            mininterval=0.1 if interactive else 10.0,
+        )
+
+    def _device_batch(self, batch: data.Batch) -> dict[str, jax.Array]:
+        """int32 [A, B, S] arrays on the mesh, B split over its devices."""
+        accumulate = self.config.gradient_accumulation_steps
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+        return {
+            name: jax.device_put(array.reshape(accumulate, -1, array.shape[1]), sharding)
+            for name, array in _arrays(batch).items()
+        }
+
+    def _drain(self) -> None:
+        """Read the numbers of the step that was dispatched last, stop if they are not finite, log them."""
+        if self._pending is None:
+            return
+        step, metrics, batch = self._pending
+        self._pending = None
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            saved = self.directory.checkpoints()
+            where = (
+                f"the last good checkpoint is {self.directory.checkpoint_path(saved[-1])}"
+                if saved
+                else ("no checkpoint had been saved")
+            )
+            self.log.close()
+            raise NonFiniteLoss(
+                f"loss {loss} and gradient norm {grad_norm} at step {step} (rows: {', '.join(batch.example_ids)}); "
+                f"{where}. Lower --learning_rate, or look at those rows."
+            )
+        seconds, tokens = self.watch.seconds, self.tokens
+        rate = (tokens - self._since[1]) / max(seconds - self._since[0], 1e-9)
+        self.last = {"loss": f"{loss:.4f}", "tok/s": f"{rate:.0f}"}
+        if step % self.config.logging_steps == 0 or step in (1, self.total_steps):
+            self.log.write(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "learning_rate": float(self.schedule(step - 1)),
+                    "grad_norm": grad_norm,
+                    "tokens": tokens,
+                    "tokens_per_second": rate,
+                    "seconds": seconds,
+                }
+            )
+            self._since = (seconds, tokens)
+
+    def evaluate(self, step: int) -> float | None:
+        """Mean loss over the held-out rows with the present adapters, logged; None if there are none."""
+        self._drain()
+        if not self.datasets.evaluation:
+            return None
+        sharding = NamedSharding(self.mesh, PartitionSpec("data"))
+        total, count = 0.0, 0
+        for batch in self.datasets.evaluation:
+            arrays = {name: jax.device_put(array, sharding) for name, array in _arrays(batch).items()}
+            loss, n = self.eval_step(self.state.lora, self.model.frozen, arrays)
+            total, count = total + float(loss), count + int(n)
+        loss = total / count
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self.log.write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": count})
+        tqdm.write(f"step {step}: held-out loss {loss:.4f} ({count} tokens)")
+        # Evaluation is no training time.
+        self._since = (self.watch.seconds, self.tokens)
+        return loss
+
+    def save(self, step: int) -> Path:
+        """Save a checkpoint: adapters, optimizer, data position, counters, and the adapter in PEFT's format."""
+        self._drain()
+        position = {
+            "data": self.datasets.train.state(),
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "seconds": self.watch.seconds,
+        }
+        return self.directory.save(step, self.state, position, self.write_adapter)
+
+    def write_adapter(self, directory: Path) -> None:
+        """Write the present adapters in PEFT's format."""
+        adapters = self.model.adapters
+        save_adapter(
+            directory,
+            models.flatten(self.state.lora),
+            rank=adapters.rank,
+            alpha=adapters.alpha,
+            dropout=adapters.dropout,
+            target_modules=adapters.modules,
+            base_model_name=self.config.model_name_or_path,
+        )
+
+    def answer(self, prompts: Sequence[str]) -> list[str]:
+        """The model's answers with the present adapters."""
+        if not prompts:
+            return []
+        tokenizer, config = self.tokenizer, self.config
+        encoded = [
+            data.encode_prompt(prompt, tokenizer=tokenizer, dataset_format=self.datasets.dataset_format).tolist()
+            for prompt in prompts
+        ]
+        stop = self.model.base.config.get("eos_token_id")
+        stop = stop if isinstance(stop, list) else [stop]
+        tokens = generate(
+            self.model.graphdef,
+            self.state.lora,
+            self.model.frozen,
+            encoded,
+            eos_ids=sorted({tokenizer.eos_token_id, *stop} - {None}),
+            sampling=Sampling(config.max_new_tokens, config.do_sample, config.temperature, config.top_k, config.top_p),
+            seed=config.seed,
+        )
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds; bytes and parameters are counted from the buffers."""
+        metrics = read_metrics(self.directory.path / METRICS_FILE)
+        losses = [line["loss"] for line in metrics if "loss" in line]
+        held_out = [line["eval_loss"] for line in metrics if "eval_loss" in line]
+        return {
+            "model": self.config.model_name_or_path,
+            "base": self.model.base.description,
+            "adapter": str(self.directory.path / "adapter"),
+            "steps": int(self.state.step),
+            "epochs": self.datasets.train.epoch,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "seconds": self.watch.seconds,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "first_eval_loss": held_out[0] if held_out else None,
+            "last_eval_loss": held_out[-1] if held_out else None,
+            "step_shapes_compiled": self.train_step._cache_size(),
+            **memory(self.model, self.state),
+        }
+
+
+def memory(model: Model, state: TrainState) -> dict[str, Any]:
+    """Parameters, bits a parameter and bytes by class, counted from the buffers that training holds."""
+    packed = scales = unquantized = total = quantized = 0
+    for value in models.flatten(model.frozen).values():
+        if isinstance(value, QuantizedTensor):
+            packed += value.codes.nbytes
+            scales += value.nbytes - value.codes.nbytes
+            quantized += math.prod((*value.stack_shape, *value.shape))
+        else:
+            unquantized += value.nbytes
+            total += value.size
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(state.lora))
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": total + quantized + trainable,
+        "bits_per_quantized_parameter": 8 * (packed + scales) / quantized if quantized else None,
+        "bytes": {
+            "base_packed": packed,
+            "base_scales": scales,
+            "base_unquantized": unquantized,
+            "adapters": sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora)),
+            "optimizer": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+        },
+    }
+
+
+def _arrays(batch: data.Batch) -> dict[str, np.ndarray]:
+    return {
+        "input_ids": batch.input_ids,
+        "labels": batch.labels,
+        "positions": batch.positions,
+        "segment_ids": batch.segment_ids,
+    }
+
+
+class _StopOnSignal:
+    """While entered, the first SIGINT or SIGTERM asks for a stop after the current step; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_StopOnSignal":
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        tqdm.write(f"{signal.Signals(number).name}: saving after this step; send it again to stop at once")
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def read_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """Prompts to answer before and after training: --prompts, or the embedded ones for the embedded data."""
+    if config.prompts is None:
+        return data.default_prompts() if config.dataset == DEFAULT_DATASET else ()
+    try:
+        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {config.prompts} cannot be read: {error}.") from error
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"--prompts {config.prompts} holds no prompt; write one a line.")
+    return prompts
+
+
+def finetune(config: TrainConfig) -> Result:
+    """Run, or resume, a fine-tuning run and save everything it makes.
+
+    Raises:
+        UserError: bad input, told in one sentence; NonFiniteLoss if training diverged.
+    """
+    prompts = read_prompts(config)
+    path = resolve_model(config.model_name_or_path)
+    tokenizer = ensure_pad(load_tokenizer(path))
+    datasets = load_datasets(config, tokenizer)
+    for report in datasets.reports:
+        print(report)
+    mesh = make_mesh()
+    model = load_model(config, path, mesh)
+    print(f"base model: {model.base.description}")
+    trainer = Trainer(config, model, datasets, tokenizer, mesh)
+    if trainer.start_step:
+        print(f"resuming {config.output_dir} after step {trainer.start_step} of {trainer.total_steps}")
+        if trainer.start_step >= trainer.total_steps:
+            raise UserError(
+                f"--output_dir {config.output_dir} holds a finished run of {trainer.start_step} steps; "
+                "give another --output_dir, or --overwrite_output_dir to delete it."
+            )
+
+    before_file = trainer.directory.path / "answers_before.json"
+    if trainer.start_step and before_file.exists():
+        before = read_json(before_file)
+    else:
+        before = trainer.answer(prompts)
+        write_json(before_file, before)
+        trainer.evaluate(0)
+    finished = trainer.train()
+    if not finished:
+        return Result(trainer.summary(), [], interrupted=True)
+    trainer.write_adapter(trainer.directory.path / "adapter")
+    after = trainer.answer(prompts)
+    trainer.log.close()
+    answers = list(zip(prompts, before, after, strict=True))
+    summary = trainer.summary()
+    write_json(trainer.directory.path / "answers.json", [{"prompt": p, "before": b, "after": a} for p, b, a in answers])
+    write_json(trainer.directory.path / "summary.json", summary)
+    plot_losses(read_metrics(trainer.log.path), trainer.directory.path / "loss.png")
+    return Result(summary, answers, interrupted=False)

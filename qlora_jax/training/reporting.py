@@ -1,0 +1,126 @@
+"""What a run writes down and shows: metrics.jsonl, TensorBoard, W&B, the loss plot, tables."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.errors import UserError
+from qlora_jax.training.config import TrainConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; a last line that a killed run left half-written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # Only a line that ends in a newline is whole.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class MetricsLog:
+    """Appends one JSON object a line to metrics.jsonl and passes it on to TensorBoard and W&B.
+
+    Training lines hold step, loss, learning_rate, grad_norm, tokens, tokens_per_second, seconds; evaluation lines hold
+    step, eval_loss, eval_perplexity, eval_tokens. Losses are nats a token, tokens and seconds are totals of the run.
+    Lines beyond `resume_step` belong to work that was lost with the process that did it; they are removed.
+    """
+
+    def __init__(self, directory: Path, config: TrainConfig, resume_step: int):
+        path = directory / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+        self._board = self._wandb = None
+        if config.report_to in ("tensorboard", "all"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
+        if config.report_to in ("wandb", "all"):
+            if importlib.util.find_spec("wandb") is None:
+                raise UserError(f"--report_to {config.report_to}: W&B is not installed; `pip install wandb`.")
+            import wandb
+
+            self._wandb = wandb.init(
+                project="qlora-jax", name=config.run_name, dir=str(directory), config=vars(config), resume="allow"
+            )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line; it is on disk when this returns."""
+        self._file.write(json.dumps(dict(line)) + "\n")
+        self._file.flush()
+        values = {name: value for name, value in line.items() if name != "step"}
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(values, step=line["step"])
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw training and held-out loss over the steps as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label, style in (
+        ("loss", "training", {"color": "#8fb3d9", "linewidth": 1.2}),
+        ("eval_loss", "held out", {"color": "#c0392b", "linewidth": 2, "marker": "o", "markersize": 4}),
+    ):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(path)
+
+
+def format_bytes(count: int) -> str:
+    """A byte count as a person reads it, in units of 1024: '97.3 MiB'."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def table(rows: Iterable[tuple[str, str]], *, indent: str = "  ") -> str:
+    """Two aligned columns."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    value_width = max(len(value) for _, value in rows)
+    return "\n".join(f"{indent}{name:<{width}}  {value:>{value_width}}" for name, value in rows)
+
+
+class Stopwatch:
+    """Seconds since it was made, on top of what an interrupted run had spent before."""
+
+    def __init__(self, before: float = 0.0):
+        self._start, self._before = time.perf_counter(), before
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self._before + time.perf_counter() - self._start

@@ -1,0 +1,89 @@
+"""Fine-tune a language model with QLoRA; `--help` lists the flags, no flags run a small example from end to end."""
+
+import dataclasses
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_jax.cli import parse_flags, run
+from qlora_jax.training.config import DEMO, UNAVAILABLE, TrainConfig
+
+DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
+parameters. Without --model_name_or_path and --dataset it runs a small example: SmolLM2-135M-Instruct on an embedded
+data set. A run that was interrupted is resumed by the same command."""
+
+
+def configure(argv: Sequence[str]) -> TrainConfig:
+    """Flags -> config; a run that names neither model nor data is the example, with its own defaults."""
+    config, given = parse_flags(TrainConfig, argv, prog="finetune.py", description=DESCRIPTION, unavailable=UNAVAILABLE)
+    if given & {"model_name_or_path", "dataset"}:
+        return config
+    example = {name: value for name, value in DEMO.items() if name not in given}
+    command = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in example.items())
+    print(
+        "No model and no data set named: running the example, which is\n  python scripts/finetune.py "
+        f"--model_name_or_path {config.model_name_or_path} --dataset {config.dataset} {command}\n"
+    )
+    return dataclasses.replace(config, **example)
+
+
+def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], output_dir: str) -> None:
+    """Print what a finished run came to."""
+    from qlora_jax.training.reporting import format_bytes, table
+
+    for prompt, before, after in answers:
+        print(f"\n> {prompt}")
+        for name, answer in (("before", before), ("after", after)):
+            print(textwrap.indent(textwrap.fill(f"{name}: {answer}", 108, replace_whitespace=False), "  "))
+    print("\nLoss (nats a token)")
+    losses = [
+        (name, summary[key])
+        for name, key in (
+            ("training, first step", "first_loss"),
+            ("training, last step", "last_loss"),
+            ("held out, before", "first_eval_loss"),
+            ("held out, after", "last_eval_loss"),
+        )
+    ]
+    print(table((name, f"{value:.4f}") for name, value in losses if value is not None))
+    print("\nMemory held by buffers")
+    print(table((name.replace("_", " "), format_bytes(count)) for name, count in summary["bytes"].items()))
+    print("\nRun")
+    rows = [
+        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
+        ("total parameters", f"{summary['total_parameters']:,}"),
+        ("steps", f"{summary['steps']:,}"),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("minutes", f"{summary['seconds'] / 60:.1f}"),
+        ("step shapes compiled", str(summary["step_shapes_compiled"])),
+    ]
+    if summary["bits_per_quantized_parameter"] is not None:
+        rows.insert(2, ("bits a quantised parameter", f"{summary['bits_per_quantized_parameter']:.3f}"))
+    print(table(rows))
+    print(f"\nSaved in {output_dir}")
+    print(table([
+        ("adapter (PEFT's format)", "adapter/"), ("checkpoints", "checkpoint-*/"), ("metrics", "metrics.jsonl"),
+        ("loss plot", "loss.png"), ("answers", "answers.json"), ("summary", "summary.json"),
+    ]))  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the script."""
+    config = configure(argv)
+    # Imported once the flags are known to be good: loading JAX takes seconds.
+    from qlora_jax.training.loop import finetune
+
+    result = finetune(config)
+    if result.interrupted:
+        print(
+            f"interrupted after step {result.summary['steps']}; run the same command again to resume", file=sys.stderr
+        )
+        return 0
+    report(result.summary, result.answers, config.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
