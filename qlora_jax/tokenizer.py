@@ -249,5 +249,5 @@ def _bpe(model: Any, path: str | Path, tokens: list[str], merges: list[tuple[str
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
         return model(vocab=vocabulary, merges=merges, **options)
-    except Exception as error:  # the Rust library raises bare Exception; lone surrogates are a UnicodeEncodeError
+    except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"{path} has a vocabulary and merges that do not belong together ({error}).") from error

@@ -120,7 +120,7 @@ def write_gguf(
 ) -> Path:
     """A GGUF file of a LLaMA checkpoint; linear weights and embedding are quantised to `kind` if given.
 
-    tokenizer: keyword arguments for `add_tokenizer`; extra: further metadata, strings and numbers.
+    tokenizer: keyword arguments for `add_tokenizer`; extra: further metadata: strings, numbers and lists.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config["num_hidden_layers"])
@@ -138,7 +138,12 @@ def write_gguf(
     if tokenizer is not None:
         add_tokenizer(writer, **tokenizer)
     for key, value in (extra or {}).items():
-        adders = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        adders = {
+            str: writer.add_string,
+            float: writer.add_float32,
+            int: writer.add_uint32,
+            list: writer.add_array,
+        }
         adders[type(value)](key, value)
     for name, tensor in tensors.items():
         if ".q_proj." in name:

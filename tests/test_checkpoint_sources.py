@@ -250,11 +250,50 @@ def test_not_gguf(tmp_path: Path):
     with pytest.raises(UserError, match="is not a GGUF file"):
         open_source(file)
     file.write_bytes(b"GGUF" + (1).to_bytes(4, "little") + bytes(100))
-    with pytest.raises(UserError, match="version 1 GGUF file"):
+    with pytest.raises(UserError, match=r"m\.gguf is not a GGUF file that can be read \(.* version 1 "):
         open_source(file)
     file.write_bytes(b"GGUF" + (3).to_bytes(4, "big") + bytes(100))
     with pytest.raises(UserError, match="big-endian GGUF file"):
         open_source(file)
+
+
+def u64(*numbers: int) -> bytes:
+    return np.array(numbers, "<u8").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        # An element count that no memory would hold must be found out by where the file ends.
+        (b"\x05\0\0\0" + u64(3), b"\x05\0\0\0" + u64(1 << 60), r"m\.gguf .* end before its header or tensors do"),
+        (b"general.name", b"general.nam\xff", r"m\.gguf .*can't decode byte 0xff"),
+        (b"blk.2.ffn_up", b"blk.1.ffn_up", r"m\.gguf .*duplicated tensor with name blk\.1\.ffn_up\.weight"),
+        (u64(64, 192) + bytes(4), u64(64, 192) + b"\x63\0\0\0", r"m\.gguf .*99.* is not a valid GGMLQuantizationType"),
+        (u64(64, 96), u64(64, 1 << 40), r"m\.gguf .* end before its header or tensors do"),
+        (u64(64, 96), u64(64, 0), r"tensor token_embd\.weight has a malformed entry in the header of .*m\.gguf"),
+        # The second tensor's offset, behind its shape [64] and element type.
+        (u64(64) + bytes(4) + u64(4 * 64 * 96), u64(64) + bytes(4) + u64((1 << 64) - 32), r"m\.gguf .*overflow"),
+    ],
+)
+def test_damaged_gguf(tmp_path: Path, old: bytes, new: bytes, message: str):
+    extra = {"general.name": "test", "test.numbers": [7, 8, 9]}
+    file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), extra=extra)
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+    with pytest.raises(UserError, match=message + ".*download it again"):
+        open_source(file)
+
+
+def test_gguf_header_is_parsed_once_until_the_file_changes(tmp_path: Path):
+    file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), extra={"general.name": "first"})
+    before = gguf_source._parse.cache_info()
+    assert open_source(file).config == open_source(file).config
+    assert gguf_source.read_metadata(file)["general.name"] == "first"
+    after = gguf_source._parse.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
+    write_gguf(file, LLAMA, random_tensors(LLAMA), extra={"general.name": "the second"})
+    assert gguf_source.read_metadata(file)["general.name"] == "the second"
 
 
 # --- names

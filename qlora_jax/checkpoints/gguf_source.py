@@ -1,29 +1,28 @@
 """GGUF files of the LLaMA architecture, under Hugging Face names and layout.
 
-The header is parsed here rather than by `gguf.GGUFReader`, which builds several array objects for every vocabulary
-entry (2 s and 150 MB for a vocabulary of 49,152) and maps the file, so that weights once read stay resident. Element
-types and their dequantisation come from the `gguf` package.
+Headers, element types and dequantisation come from the `gguf` package. Weights are read with plain file reads: pages of
+the mapping that `gguf.GGUFReader` offers would count as resident memory of this process.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import functools
 import math
 import re
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from qlora_jax.checkpoints.safetensors_source import read_exactly
 from qlora_jax.errors import UserError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _PLAIN_DTYPES = {
     GGMLQuantizationType.F64: np.dtype(np.float64),
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -68,13 +67,13 @@ class _Entry:
     nbytes: int
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Key-value metadata of a GGUF file; arrays become lists.
+def read_metadata(path: str | Path) -> Mapping[str, Any]:
+    """Key-value metadata of a GGUF file; arrays become lists. Shared between callers: not to be changed.
 
     Raises:
         UserError: a file that is not GGUF, is truncated, big-endian or of an unknown version.
     """
-    return _parse(Path(path))[0]
+    return _header(Path(path))[0]
 
 
 class GGUFSource:
@@ -89,7 +88,7 @@ class GGUFSource:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.metadata, entries = _parse(self.path)
+        self.metadata, entries = _header(self.path)
         self._entries = {_hf_name(name): entry for name, entry in entries.items() if name != _ROPE_FREQS}
         rope_freqs = _read_entry(self.path, entries[_ROPE_FREQS]) if _ROPE_FREQS in entries else None
         self.config: dict[str, Any] = _config(self.path, self.metadata, self._entries, rope_freqs)
@@ -175,96 +174,54 @@ def _read_entry(path: Path, entry: _Entry) -> np.ndarray:
     return array
 
 
-class _Truncated(Exception):
-    pass
+class _Bytes:
+    """The file as plain arrays: slices of a memmap are made in Python, which is most of `GGUFReader`'s time.
+
+    A slice past the end is an error, for the reader would take what there is, and count on through absent elements.
+    """
+
+    def __init__(self, mapped: np.ndarray):
+        self._array = np.asarray(mapped)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        if part.stop > len(self._array):
+            raise EOFError(f"its {len(self._array)} bytes end before its header or tensors do")
+        return self._array[part]
 
 
-class _Reader:
-    """Little-endian fields of the header, bounded by the size of the file."""
+class _Reader(GGUFReader):
+    @property
+    def data(self) -> _Bytes:
+        return self._bytes
 
-    def __init__(self, stream: BinaryIO, size: int):
-        self._stream = stream
-        self._size = size
-        self.position = 0
-
-    def take(self, count: int) -> bytes:
-        if count > self._size - self.position:
-            raise _Truncated
-        data = self._stream.read(count)
-        if len(data) != count:
-            raise _Truncated
-        self.position += count
-        return data
-
-    def unpack(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def string(self) -> str:
-        # A few published vocabularies hold bytes that are no UTF-8 on their own; keep them distinguishable.
-        return self.take(self.unpack("Q")).decode("utf-8", errors="surrogateescape")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            element, count = self.unpack("I"), self.unpack("Q")
-            if element in _SCALARS:
-                width = struct.calcsize("<" + _SCALARS[element])
-                return list(struct.unpack(f"<{count}{_SCALARS[element]}", self.take(count * width)))
-            if count > self._size - self.position:
-                raise _Truncated
-            return [self.value(element) for _ in range(count)]
-        if kind in _SCALARS:
-            return self.unpack(_SCALARS[kind])
-        raise _Truncated
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._bytes = _Bytes(mapped)
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    file_size = path.stat().st_size
-    with open(path, "rb", buffering=1 << 20) as stream:
-        reader = _Reader(stream, file_size)
-        try:
-            if reader.take(4) != b"GGUF":
-                raise UserError(f"{path} is not a GGUF file; {_DOWNLOAD_AGAIN}.")
-            version = reader.unpack("I")
-            if version not in (2, 3):
-                kind = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
-                raise UserError(f"{path} is a {kind} GGUF file; only little-endian versions 2 and 3 are supported.")
-            tensor_count, pair_count = reader.unpack("Q"), reader.unpack("Q")
-            metadata: dict[str, Any] = {}
-            for _ in range(pair_count):
-                key = reader.string()
-                metadata[key] = reader.value(reader.unpack("I"))
-            infos = []
-            for _ in range(tensor_count):
-                name, dimensions = reader.string(), reader.unpack("I")
-                shape = tuple(reversed([reader.unpack("Q") for _ in range(dimensions)]))
-                infos.append((name, shape, reader.unpack("I"), reader.unpack("Q")))
-        except _Truncated:
-            raise UserError(f"{path} ends or is malformed inside its GGUF header; {_DOWNLOAD_AGAIN}.") from None
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise UserError(f"{path} has general.alignment {alignment!r}; {_DOWNLOAD_AGAIN}.")
-    data_start = -(-reader.position // alignment) * alignment
+def _header(path: Path) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
+    status = path.stat()
+    return _parse(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _parse(path: Path, mtime_ns: int, size: int) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
+    """Metadata and tensor entries of the file as it was at that time, kept since weights and tokenizer both ask."""
+    try:
+        with np.errstate(all="raise"):  # offsets that overflow
+            reader = _Reader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    except (ArithmeticError, EOFError, LookupError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not a GGUF file that can be read ({error}); {_DOWNLOAD_AGAIN}.") from error
+    if reader.byte_order == "S":
+        raise UserError(f"{path} is a big-endian GGUF file; only little-endian ones are supported.")
     entries: dict[str, _Entry] = {}
-    for name, shape, kind_id, offset in infos:
-        if kind_id not in {kind.value for kind in GGMLQuantizationType}:
-            raise UserError(
-                f"tensor {name} in {path} has element type {kind_id}, which the gguf package does not know."
-            )
-        kind = GGMLQuantizationType(kind_id)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        elements = math.prod(shape)
-        if name in entries or not shape or not elements or shape[-1] % block:
-            raise UserError(f"tensor {name} has a malformed entry in the header of {path}; {_DOWNLOAD_AGAIN}.")
-        nbytes = elements // block * block_bytes
-        if data_start + offset + nbytes > file_size:
-            raise UserError(
-                f"tensor {name} ends at byte {data_start + offset + nbytes} of {path}, which has only {file_size}; "
-                f"{_DOWNLOAD_AGAIN}."
-            )
-        entries[name] = _Entry(name, kind, shape, data_start + offset, nbytes)
-    return metadata, entries
+    for tensor in reader.tensors:
+        shape = tuple(reversed(tensor.shape.tolist()))
+        if not shape or not tensor.n_elements:
+            raise UserError(f"tensor {tensor.name} has a malformed entry in the header of {path}; {_DOWNLOAD_AGAIN}.")
+        entries[tensor.name] = _Entry(tensor.name, tensor.tensor_type, shape, tensor.data_offset, tensor.n_bytes)
+    return MappingProxyType(metadata), entries
 
 
 # Keys under "llama." that are read below, or that say nothing the tensors do not.
@@ -295,7 +252,7 @@ _INERT = {"expert_count": 0, "expert_used_count": 0, "use_parallel_residual": Fa
 
 
 def _config(
-    path: Path, metadata: dict[str, Any], entries: dict[str, _Entry], rope_freqs: np.ndarray | None
+    path: Path, metadata: Mapping[str, Any], entries: dict[str, _Entry], rope_freqs: np.ndarray | None
 ) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
@@ -368,7 +325,7 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(
-    path: Path, metadata: dict[str, Any], config: dict[str, Any], rope_freqs: np.ndarray | None
+    path: Path, metadata: Mapping[str, Any], config: dict[str, Any], rope_freqs: np.ndarray | None
 ) -> dict[str, Any] | None:
     kind = metadata.get("llama.rope.scaling.type", "none")
     factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear"))
