@@ -11,11 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qlora_jax import kernels
 from qlora_jax.errors import UserError
 from qlora_jax.quantization import QuantizationConfig, abstract_quantized
+
+
+# Name of the activations that are worth keeping for the backward pass when memory allows: each cost a matrix product.
+SAVED = "saved"
 
 
 class Frozen(nnx.Variable):
@@ -94,8 +99,8 @@ def _dot(lhs: Array, rhs: Array, contract: tuple[int, int], dtype: Any) -> Array
 def _low_rank_forward(scaling: float, x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
     rows = x.reshape(-1, x.shape[-1])
     # The scale goes on the R-wide side, which has the fewest elements.
-    low = _dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling
-    low = low.astype(x.dtype)
+    low = (_dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling).astype(x.dtype)
+    low = checkpoint_name(low, SAVED)
     y = _dot(low, b.astype(x.dtype), (1, 1), x.dtype)
     return y.reshape(*x.shape[:-1], b.shape[0]), (x, low, a, b)
 
@@ -166,12 +171,12 @@ class QLoRALinear(nnx.Module):
         y = kernels.matmul(x, self.weight.get_value(), implementation=self.kernel)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(y.dtype)
-        if self.lora_a is None:
-            return y
-        if self.dropout > 0 and dropout_key is not None:
-            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        return y + low_rank(self.scaling, x, self.lora_a.get_value(), self.lora_b.get_value())
+        if self.lora_a is not None:
+            if self.dropout > 0 and dropout_key is not None:
+                keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+            y = y + low_rank(self.scaling, x, self.lora_a.get_value(), self.lora_b.get_value())
+        return checkpoint_name(y, SAVED)
 
 
 class RMSNorm(nnx.Module):

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import UserError
-from qlora_jax.layers import Precision, QLoRALinear, RMSNorm, frozen_array
+from qlora_jax.layers import SAVED, Precision, QLoRALinear, RMSNorm, frozen_array
 from qlora_jax.models.base import TensorSpec, flatten
 from qlora_jax.rotary import RotaryConfig, apply_rotary, rotary_tables
 
@@ -199,7 +200,8 @@ class Attention(nnx.Module):
             out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
         else:
             out = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return self.o_proj(out.reshape(batch, seq, -1), keys[3]), written
+        out = checkpoint_name(out.reshape(batch, seq, -1), SAVED)
+        return self.o_proj(out, keys[3]), written
 
 
 class MLP(nnx.Module):
@@ -312,7 +314,7 @@ class Llama(nnx.Module):
             return nnx.merge(graphdef, layer)(h, rotary, mask, layer_cache, layer_key)
 
         policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
+        policy = policies.nothing_saveable if remat else policies.save_only_these_names(SAVED)
         # prevent_cse is for code outside a scan; inside it only blocks fusion.
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         xs = (layers, layer_keys, None if cache is None else (cache.keys, cache.values))
