@@ -131,9 +131,9 @@ def test_unused_columns_are_reported_once_for_the_whole_set(tokenizer):
         ([{"a": "b"}], None, r"rows\.jsonl: the columns 'a' fit no format.*--dataset_format"),
         ([{"text": "b"}], "guess", r"--dataset_format guess is unknown"),
         ([{"text": "b"}], "chip2", r"not supported yet"),
-        ([{"text": "b"}, {"txt": "b"}], None, r"rows\.jsonl line 2: column 'text' is missing.*'txt'"),
-        ([{"input": "a", "output": "b"}, {"input": "a"}], None, r"line 2: column 'output' is missing"),
-        ([{"instruction": "a"}], "alpaca", r"line 1: column 'output' is missing; format 'alpaca' needs 'instruction'"),
+        ([{"txt": "b"}], "oasst1", r"rows\.jsonl line 1: column 'text' is missing.*'txt'"),
+        ([{"input": "a"}, {"output": "b"}], None, r"line 1: column 'output' is missing, and no row has all"),
+        ([{"instruction": "a"}], "alpaca", r"line 1: column 'output' is missing.*'alpaca' needs \('instruction'"),
         ([{"input": "a", "output": 3}], None, r"line 1: column 'output' must be text, not int"),
         ([{"input": "a", "output": None}], None, r"line 1: column 'output' must be text, not null"),
         ([{"messages": "hi"}], None, r"line 1: column 'messages' must be a list"),
@@ -147,6 +147,14 @@ def test_unused_columns_are_reported_once_for_the_whole_set(tokenizer):
 def test_bad_rows_name_position_and_column(tokenizer, rows, name, message):
     with pytest.raises(UserError, match=message):
         tokenize_rows(rows_of(*rows), tokenizer=tokenizer, dataset_format=name)
+
+
+def test_rows_that_lack_a_column_are_left_out_and_counted(tokenizer):
+    rows = rows_of({"input": "a", "output": "b"}, {"input": "c"}, {"input": "d", "output": "e"}, {"output": "f"})
+    examples, report = tokenize_rows(rows, tokenizer=tokenizer)
+    assert [example.example_id for example in examples] == ["rows.jsonl line 1", "rows.jsonl line 3"]
+    assert (report.rows_read, report.rows_used, report.lacking_column.count) == (4, 2, 2)
+    assert "rows that lack a column, left out: 2 (rows.jsonl line 2, rows.jsonl line 4)" in str(report)
 
 
 def test_source_and_target_are_cut_apart_and_counted(tokenizer):

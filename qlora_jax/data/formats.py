@@ -57,14 +57,12 @@ class ChosenFormat:
     columns: tuple[str, ...]
     unused_columns: tuple[str, ...]
 
+    def lacks(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row is without a column that the format needs."""
+        return any(column not in row for column in self.columns)
+
     def read(self, row: Mapping[str, Any], position: str) -> SourceTarget | list[Message]:
-        """Read one row; raises UserError naming the position and the column that is missing or not text."""
-        for column in self.columns:
-            if column not in row:
-                raise UserError(
-                    f"{position}: column '{column}' is missing; format '{self.format.name}' needs "
-                    f"{_names(self.columns)}, the row has {_names(row)}"
-                )
+        """Read one row; raises UserError naming the position and the column that is not text."""
         return self.format.read(row, position)
 
 
@@ -72,7 +70,8 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
     """Choose how to read `rows`: by name, or, for None, by the columns that occur in them.
 
     Inference: "messages" -> messages; "instruction" and "output" -> alpaca; "input" and "output" -> input-output;
-    "text" -> oasst1. Raises UserError for an unknown format, or for columns that fit none.
+    "text" -> oasst1. Raises UserError for an unknown format, for columns that fit none, or when every row lacks a
+    column that the format needs.
     """
     present = dict.fromkeys(column for row in rows for column in row)
     if dataset_format is None:
@@ -93,7 +92,14 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
         raise UserError(f"--dataset_format {dataset_format} is unknown; use one of {_names(FORMATS)}")
     columns = next((c for c in chosen.columns if set(c) <= present.keys()), chosen.columns[0])
     unused = tuple(column for column in present if column not in columns + chosen.optional)
-    return ChosenFormat(chosen, dataset_format is None, columns, unused)
+    choice = ChosenFormat(chosen, dataset_format is None, columns, unused)
+    if all(map(choice.lacks, rows)):
+        column = next(column for column in columns if column not in rows.rows[0])
+        raise UserError(
+            f"{rows.positions[0]}: column '{column}' is missing, and no row has all that format '{chosen.name}' needs "
+            f"({_names(columns)}); the row has {_names(rows.rows[0])}"
+        )
+    return choice
 
 
 def prompt_text(prompt: str, dataset_format: str) -> str:

@@ -66,8 +66,8 @@ class Tally:
 class DataReport:
     """What became of the rows of one data set; `str()` gives the lines to print.
 
-    rows_read = rows_used + untrained.count. Truncations count rows that lost tokens: sources and targets apart,
-    whole conversations (`messages`), and examples cut to `max_length`.
+    rows_read = rows_used + lacking_column.count + untrained.count. Truncations count rows that lost tokens: sources and
+    targets apart, whole conversations (`messages`), and examples cut to `max_length`.
     """
 
     source: str
@@ -75,6 +75,7 @@ class DataReport:
     format_inferred: bool
     rows_read: int
     rows_used: int = 0
+    lacking_column: Tally = field(default_factory=Tally)
     untrained: Tally = field(default_factory=Tally)
     source_truncated: Tally = field(default_factory=Tally)
     target_truncated: Tally = field(default_factory=Tally)
@@ -94,6 +95,7 @@ class DataReport:
             f"  tokens: {self.n_tokens} in all, {self.n_trained} trained, longest row {self.longest}",
         ]
         counted = [
+            ("lack a column, left out", self.lacking_column),
             ("train on nothing, left out", self.untrained),
             ("source cut to source_max_len", self.source_truncated),
             ("target cut to target_max_len", self.target_truncated),
@@ -107,7 +109,13 @@ class DataReport:
 
 
 def _verb(label: str) -> str:
-    return label if label.startswith("train") else f"have {label}" if label.startswith("empty") else f"had {label}"
+    return (
+        label
+        if label.startswith(("train", "lack"))
+        else f"have {label}"
+        if label.startswith("empty")
+        else f"had {label}"
+    )
 
 
 def tokenize_rows(
@@ -134,9 +142,9 @@ def tokenize_rows(
 
     max_length: no example is longer than this (pass the sequence length when packing); what it cuts is counted.
 
-    A row none of whose tokens is trained is left out and counted. Raises UserError for a bad row (naming position and
-    column), a tokenizer without EOS, without the fast backend or, for `messages`, without a usable chat template, and
-    when no row is left.
+    A row that lacks a column, or none of whose tokens is trained, is left out and counted. Raises UserError for a bad
+    row (naming position and column), a tokenizer without EOS, without the fast backend or, for `messages`, without a
+    usable chat template, and when no row is left.
     """
     for flag, value in (("source_max_len", source_max_len), ("target_max_len", target_max_len)):
         if value < 1:
@@ -146,6 +154,11 @@ def tokenize_rows(
     _check_tokenizer(tokenizer)
     chosen = choose_format(rows, dataset_format)
     report = DataReport(rows.source, chosen.format.name, chosen.inferred, len(rows), notes=list(rows.notes))
+    lacking = [i for i, row in enumerate(rows) if chosen.lacks(row)]
+    for i in lacking:
+        report.lacking_column = report.lacking_column.plus(rows.positions[i])
+    if lacking:
+        rows = rows.select(sorted(set(range(len(rows))) - set(lacking)))
     if chosen.unused_columns:
         report.notes.append(f"columns that the format does not use: {', '.join(chosen.unused_columns)}")
 
