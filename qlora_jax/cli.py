@@ -12,9 +12,14 @@ from typing import Any
 from qlora_jax.errors import UserError
 
 
-def flag(default: Any, help: str, *, group: str = "options") -> Any:
+def flag(default: Any, help: str, *, group: str = "flags") -> Any:
     """A dataclass field that becomes a flag; `help` and `group` are what `--help` prints."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group})
+
+
+def argument(help: str) -> Any:
+    """A dataclass field that becomes a positional argument."""
+    return dataclasses.field(metadata={"help": help, "group": "arguments"})
 
 
 def _boolean(text: str) -> bool:
@@ -52,8 +57,8 @@ def parse_flags[T](
     """Parse `argv` into `schema`.
 
     Args:
-        schema: a frozen dataclass whose fields were made with `flag`. Booleans may be given bare (`--packing`), as
-            `--packing True`, or negated (`--no-packing`); hyphens may stand for underscores.
+        schema: a frozen dataclass whose fields were made with `flag` or `argument`. Booleans may be given bare
+            (`--packing`), as `--packing True`, or negated (`--no-packing`); hyphens may stand for underscores.
         argv: the command line without the program's name.
         prog: the program's name in `--help`.
         description: first lines of `--help`.
@@ -75,6 +80,9 @@ def parse_flags[T](
     groups: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for name, field in fields.items():
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(name, metavar=name.upper(), help=field.metadata["help"])
+            continue
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)

@@ -463,7 +463,7 @@ def test_command_line(tmp_path: Path):
 
     done = command(source, tmp_path / "out", "--quant_type", "fp4", "--double_quant", "False", "--block_size", 32)
     assert done.returncode == 0, done.stderr
-    assert "5.000 bits per quantised parameter" in done.stdout
+    assert "5.000 bits a quantised parameter" in done.stdout
     assert "base packed" in done.stdout
     model = load_base(tmp_path / "out", quantization=QuantizationConfig("fp4", 32, False), dtype="bfloat16")
     assert isinstance(model.tensors["layers", "mlp", "up_proj", "weight"], QuantizedTensor)
