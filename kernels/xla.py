@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from qlora_jax.quantization import QuantizedTensor, dequantize
 
+_Weight = QuantizedTensor | jax.Array
+
 
 def matmul(x: jax.Array, w: QuantizedTensor | jax.Array) -> jax.Array:
     """Return x @ W^T, [..., N] in x.dtype, summed in float32."""
@@ -16,20 +18,21 @@ def matmul(x: jax.Array, w: QuantizedTensor | jax.Array) -> jax.Array:
 
 def matmul_transposed(dy: jax.Array, w: QuantizedTensor | jax.Array) -> jax.Array:
     """Return dy @ W, [..., K] in dy.dtype, summed in float32: the gradient of `matmul` with respect to x."""
-    return _dot(*jax.lax.platform_dependent(dy, w, cpu=_as_they_are, default=_decode_later), axis=0)
+    dy, w = jax.lax.platform_dependent(dy, w, cpu=_as_they_are, default=_decode_later)
+    return _dot(dy, w, axis=0)
 
 
-def _dot(x: jax.Array, w: QuantizedTensor | jax.Array, axis: int) -> jax.Array:
+def _dot(x: jax.Array, w: _Weight, axis: int) -> jax.Array:
     weight = dequantize(w, x.dtype) if isinstance(w, QuantizedTensor) else w.astype(x.dtype)
     contracted = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _as_they_are(dy: jax.Array, w: QuantizedTensor | jax.Array) -> tuple:
+def _as_they_are(dy: jax.Array, w: _Weight) -> tuple[jax.Array, _Weight]:
     return dy, w
 
 
-def _decode_later(dy: jax.Array, w: QuantizedTensor | jax.Array) -> tuple:
+def _decode_later(dy: jax.Array, w: _Weight) -> tuple[jax.Array, _Weight]:
     # XLA would decode once for a layer's recomputed forward pass and its backward pass, and so keep the decoded
     # weights of the whole layer. A CPU has the memory and gains the time; elsewhere decoding waits until dy is there.
     return jax.lax.optimization_barrier((dy, w)) if isinstance(w, QuantizedTensor) else (dy, w)

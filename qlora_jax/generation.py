@@ -139,7 +139,7 @@ def generate(
         eos_ids=tuple(eos_ids),
     )
     answers = []
-    for row in np.asarray(tokens)[:, : int(written)].tolist():
-        ends = [i for i, token in enumerate(row) if token in set(eos_ids)]
-        answers.append(row[: ends[0]] if ends else row)
+    for answer in np.asarray(tokens)[:, : int(written)].tolist():
+        ends = [i for i, token in enumerate(answer) if token in set(eos_ids)]
+        answers.append(answer[: ends[0]] if ends else answer)
     return answers

@@ -18,7 +18,6 @@ from qlora_jax import kernels
 from qlora_jax.errors import UserError
 from qlora_jax.quantization import QuantizationConfig, abstract_quantized
 
-
 # Name of the activations that are worth keeping for the backward pass when memory allows: each cost a matrix product.
 SAVED = "saved"
 
@@ -171,7 +170,7 @@ class QLoRALinear(nnx.Module):
         y = kernels.matmul(x, self.weight.get_value(), implementation=self.kernel)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(y.dtype)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             if self.dropout > 0 and dropout_key is not None:
                 keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)

@@ -177,7 +177,7 @@ def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     except Exception as error:  # transformers and tokenizers raise many types, some of them bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} has no tokenizer that can be read ({reason}); add its tokenizer.json.") from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path} has no fast tokenizer; add its tokenizer.json.")
     return tokenizer
 
@@ -198,7 +198,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | 
         raise UserError(f"{path} has missing or malformed tokenizer.ggml.merges; use the safetensors version.")
     backend = Tokenizer(_bpe(models.BPE, path, tokens, merges, ignore_merges=ignore_merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    first = []
+    first: list[pre_tokenizers.PreTokenizer] = []
     if single_digits:
         first.append(pre_tokenizers.Digits(individual_digits=True))
     if pattern is not None:

@@ -75,9 +75,7 @@ def test_low_rank_derivatives():
     x, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 12), (3, 12), (7, 3)))
     plain = lambda x, a, b: jnp.sum(jnp.sin(1.5 * (x @ a.T) @ b.T))  # noqa: E731
     ours = lambda x, a, b: jnp.sum(jnp.sin(low_rank(1.5, x, a, b)))  # noqa: E731
-    for got, want in zip(
-        jax.grad(ours, (0, 1, 2))(x, a, b), jax.grad(plain, (0, 1, 2))(x, a, b), strict=True
-    ):
+    for got, want in zip(jax.grad(ours, (0, 1, 2))(x, a, b), jax.grad(plain, (0, 1, 2))(x, a, b), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

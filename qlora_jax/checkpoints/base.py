@@ -89,7 +89,8 @@ class Conversion:
 def inventory(tensors: Mapping[TensorPath, Any] | Iterable[Any]) -> dict[str, int]:
     """Bytes of real buffers by class: base_packed (codes), scales (absmax and its own scales), unquantised."""
     counts = {"base_packed": 0, "scales": 0, "unquantised": 0}
-    for value in tensors.values() if isinstance(tensors, Mapping) else tensors:
+    values: Iterable[Any] = tensors.values() if isinstance(tensors, Mapping) else tensors
+    for value in values:
         if isinstance(value, QuantizedTensor):
             counts["base_packed"] += value.codes.nbytes
             counts["scales"] += sum(leaf.nbytes for name, leaf in _leaves(value).items() if name != "codes")

@@ -190,7 +190,7 @@ class _Bytes:
 
 
 class _Reader(GGUFReader):
-    @property
+    @property  # type: ignore[override]  # the reader only takes slices of it
     def data(self) -> _Bytes:
         return self._bytes
 

@@ -121,7 +121,7 @@ def save_adapter(
             f"Adapter for {directory}: target_modules {sorted(set(target_modules))} but matrices for {names}."
         )
     tensors = _to_peft(lora, stacks)
-    config = {
+    config: dict[str, Any] = {
         "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
@@ -313,7 +313,8 @@ def _check_config(fields: dict[str, Any], path: Path) -> tuple[int, float, float
         if name not in _NEUTRAL_FIELDS and name != "bias" and value not in (None, False, "", [], {}):
             raise refuse(name)
 
-    rank, alpha, dropout = fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout", 0.0)
+    rank, dropout = fields.get("r"), fields.get("lora_dropout", 0.0)
+    alpha: Any = fields.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UserError(f"{path}: r={json.dumps(rank)} must be a positive integer.")
     for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.errors import UserError
-from qlora_jax.layers import LoRAConfig, Precision
+from qlora_jax.layers import Precision
 from qlora_jax.models import llama
 from qlora_jax.models.base import (
     TensorSpec,
@@ -80,8 +80,3 @@ def lora_modules(config: Mapping[str, Any], selection: str) -> tuple[str, ...]:
         UserError: a name that is no linear of this model.
     """
     return select_lora_modules(_family(config).LINEARS, selection)
-
-
-def with_adapters(config: Mapping[str, Any], selection: str, rank: int, alpha: float, dropout: float) -> LoRAConfig:
-    """A LoRAConfig with `selection` resolved to this model's linears."""
-    return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, modules=lora_modules(config, selection))

@@ -42,7 +42,9 @@ class TensorSpec:
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, lora, frozen): `lora` holds every LoRAParam and nothing else, `frozen` all the rest."""
-    return nnx.split(model, LoRAParam, ...)
+    graphdef, *states = nnx.split(model, LoRAParam, ...)
+    lora, frozen = states
+    return graphdef, lora, frozen
 
 
 def flatten(state: nnx.State) -> dict[Path, Any]:
@@ -68,11 +70,11 @@ def unflatten_like(state: nnx.State, values: Mapping[Path, Any], *, what: str) -
         raise UserError(f"{what}: tensor {'.'.join(path)} does not belong to this model.")
 
     def checked(path: Path, want: Any, got: Any) -> Any:
-        want_leaves, want_tree = jax.tree.flatten(want)
-        got_leaves, got_tree = jax.tree.flatten(got)
+        want_tree: Any = jax.tree.structure(want)  # JAX declares no comparison of tree structures
+        got_tree: Any = jax.tree.structure(got)
         if want_tree != got_tree:
             raise UserError(f"{what}: tensor {'.'.join(path)} is stored as {got_tree}, expected {want_tree}.")
-        for a, b in zip(want_leaves, got_leaves, strict=True):
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
             if a.shape != b.shape or a.dtype != b.dtype:
                 raise UserError(
                     f"{what}: tensor {'.'.join(path)} is {b.dtype}{list(b.shape)}, expected {a.dtype}{list(a.shape)}."
@@ -80,9 +82,9 @@ def unflatten_like(state: nnx.State, values: Mapping[Path, Any], *, what: str) -
         return got
 
     flat = []
-    for path, variable in nnx.to_flat_state(state):
-        key = tuple(map(str, path))
-        flat.append((path, variable.replace(checked(key, expected[key], values[key]))))
+    for keys, variable in nnx.to_flat_state(state):
+        path = tuple(map(str, keys))
+        flat.append((keys, variable.replace(checked(path, expected[path], values[path]))))
     return nnx.from_flat_state(flat)
 
 

@@ -225,10 +225,9 @@ class Block(nnx.Module):
     """One transformer layer; declared with a leading axis L, called on one slice of it."""
 
     def __init__(self, config: LlamaConfig, precision: Precision, stack: tuple[int, ...]):
-        norm = {"eps": config.rms_norm_eps, "stack": stack}
-        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, stack=stack)
         self.self_attn = Attention(config, precision, stack)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, stack=stack)
         self.mlp = MLP(config, precision, stack)
 
     def __call__(
@@ -307,10 +306,11 @@ class Llama(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
         n_layers = self.config.num_hidden_layers
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
+        length = None if cache is None else cache.length
 
         def body(h: Array, xs: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array] | None]:
             layer, layer_key, layer_cache = xs
-            layer_cache = None if layer_cache is None else (*layer_cache, cache.length)
+            layer_cache = None if layer_cache is None else (*layer_cache, length)
             return nnx.merge(graphdef, layer)(h, rotary, mask, layer_cache, layer_key)
 
         policies = jax.checkpoint_policies
@@ -320,7 +320,8 @@ class Llama(nnx.Module):
         xs = (layers, layer_keys, None if cache is None else (cache.keys, cache.values))
         h, written = jax.lax.scan(body, h, xs)
         if cache is not None:
-            cache = KVCache(*written, seen, cache.length + seq)
+            keys, values = written
+            cache = KVCache(keys, values, seen, cache.length + seq)
         return self.norm(h), cache
 
     def _mask(self, queries: Int[Array, " S"], slots: Int[Array, " T"]) -> Bool[Array, "1 1 S T"]:

@@ -31,7 +31,7 @@ class QuantizationConfig:
     block_size: int = 64
     double_quant: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check the values."""
         if self.quant_type not in (*QUANT_TYPES, "none"):
             raise UserError(f"quant_type must be one of nf4, fp4, int8 or none, not {self.quant_type!r}.")

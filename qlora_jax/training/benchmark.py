@@ -61,7 +61,7 @@ WORKLOADS = {
 
 
 def random_base(frozen: nnx.State, seed: int = 0) -> nnx.State:
-    """Fill an abstract frozen state with random codes, small scales and small weights: the time does not depend on them.
+    """Fill an abstract frozen state with random codes, scales and small weights: the time does not depend on them.
 
     Integer leaves are uniform over their range; float leaves are normal with standard deviation 0.02.
     """
@@ -101,7 +101,7 @@ def time_step(
     steps: int = 10,
     warmup: int = 2,
 ) -> StepTiming:
-    """Time the step that training runs: forward, backward, clipping and AdamW, every token trained, all linears adapted.
+    """Time the step that training runs: forward, backward, clipping, AdamW; every token trained, all linears adapted.
 
     Args:
         workload: shapes.

@@ -1,0 +1,150 @@
+"""The public interface: what it offers, what it loads, and which part of the package may import which."""
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qlora_jax
+
+ROOT = Path(__file__).parents[1]
+
+# Lowest floor first. A module imports from its own floor and from those below it.
+FLOORS = (
+    ("errors",),
+    ("cli", "quantization"),
+    ("kernels",),
+    ("layers", "rotary"),
+    ("models",),
+    ("checkpoints", "tokenizer"),
+    ("data",),
+    ("generation",),
+    ("training",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> file of every module of the package."""
+    found = {}
+    for package, directory in (("qlora_jax", ROOT / "qlora_jax"), ("qlora_jax.kernels", ROOT / "kernels")):
+        for path in sorted(directory.rglob("*.py")):
+            parts = path.relative_to(directory).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+SOURCES = sources()
+# The package's own __init__ offers names of every floor, on demand.
+ROOMS = [name for name in SOURCES if name != "qlora_jax"]
+
+
+def imports(module: str) -> Iterator[str]:
+    """Dotted name of everything a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import, line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def third_party(module: str) -> set[str]:
+    """Top-level names a module imports that are neither Python's nor the package's."""
+    return {name.partition(".")[0] for name in imports(module)} - sys.stdlib_module_names - {"qlora_jax"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules loaded by `code` in a fresh interpreter."""
+    program = f"{code}\nimport json, sys\nprint(json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_the_public_names():
+    assert sorted(qlora_jax.__all__) == qlora_jax.__all__
+    assert set(qlora_jax.__all__) == {
+        "QuantizationConfig", "QuantizedTensor", "TrainConfig", "__version__", "dequantize", "finetune", "generate",
+        "load_adapter", "load_base", "load_tokenizer", "matmul", "quantize", "resolve_model", "save_adapter",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in qlora_jax.__all__ if name != "__version__"])
+def test_public_names_resolve_and_are_documented(name):
+    value = getattr(qlora_jax, name)
+    assert value.__name__ == name
+    assert getattr(qlora_jax, name) is value
+    documented = [value, inspect.getmodule(value)]
+    if inspect.isclass(value):
+        # What the class body defines, but for what dataclass generates (which is not in the source).
+        members = ast.parse(inspect.cleandoc(inspect.getsource(value))).body[-1].body
+        defined = [node.name for node in members if isinstance(node, ast.FunctionDef)]
+        documented += [inspect.getattr_static(value, member) for member in defined if not member.startswith("_")]
+    for each in documented:
+        # A dataclass without a docstring is given its signature for one.
+        assert each.__doc__ and not each.__doc__.startswith(f"{name}("), each
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse(SOURCES["qlora_jax"].read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == {name: f"qlora_jax.{module}" for name, module in qlora_jax._MODULES.items()}
+    assert {*seen, "__version__"} == set(qlora_jax.__all__)
+
+
+def test_dir_lists_the_public_names_and_others_are_errors():
+    assert set(qlora_jax.__all__) <= set(dir(qlora_jax))
+    with pytest.raises(AttributeError, match="module 'qlora_jax' has no attribute 'quantise'"):
+        _ = qlora_jax.quantise
+
+
+def test_version():
+    assert qlora_jax.__version__ == importlib.metadata.version("qlora-jax")
+
+
+def test_import_is_light():
+    heavy = {"jax", "jaxlib", "flax", "numpy", "optax", "orbax", "torch", "transformers", "datasets", "pyarrow"}
+    assert not loaded_by("import qlora_jax; qlora_jax.__version__") & heavy
+    # Scripts know their flags before they load JAX.
+    assert not loaded_by("import qlora_jax; qlora_jax.TrainConfig") & heavy
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_torch_no_script_and_no_kernels_by_that_name(module):
+    # `kernels` at the top level is Hugging Face's package.
+    assert not third_party(module) & {"torch", "bitsandbytes", "peft", "scripts", "tests", "kernels"}
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_imports_go_down(module):
+    room = module.split(".")[1]
+    assert room in FLOOR_OF, f"{room} has no floor yet"
+    for name in imports(module):
+        if name.partition(".")[0] == "qlora_jax":
+            below = name.partition(".")[2].partition(".")[0]
+            assert below in FLOOR_OF, f"{module} imports {name}; import from the module that defines it"
+            assert FLOOR_OF[below] <= FLOOR_OF[room], f"{module} imports {name}, from a floor above it"
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in ROOMS if FLOOR_OF.get(name.split(".")[1], 9) <= FLOOR_OF["kernels"]]
+)
+def test_the_ground_floors_need_jax_and_numpy_only(module):
+    assert third_party(module) <= {"jax", "numpy", "jaxtyping"}
+
+
+@pytest.mark.parametrize("module", [name for name, path in SOURCES.items() if path.name == "__init__.py"])
+def test_packages_say_what_they_export(module):
+    imported = importlib.import_module(module)
+    assert imported.__doc__
+    if any(name.startswith("qlora_jax.") for name in imports(module)):
+        names = imported.__all__
+        assert len(set(names)) == len(names)
+        assert all(hasattr(imported, name) for name in names)
