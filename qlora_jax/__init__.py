@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from qlora_jax.checkpoints.base import load_base
     from qlora_jax.checkpoints.hub import resolve_model
     from qlora_jax.checkpoints.peft import load_adapter, save_adapter
+    from qlora_jax.checkpoints.tokenizer import load_tokenizer
     from qlora_jax.generation import generate
     from qlora_jax.kernels import matmul
     from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize, quantize
-    from qlora_jax.tokenizer import load_tokenizer
     from qlora_jax.training.config import TrainConfig
     from qlora_jax.training.loop import finetune
 
@@ -34,7 +34,7 @@ else:
         "generate": "generation",
         "load_adapter": "checkpoints.peft",
         "load_base": "checkpoints.base",
-        "load_tokenizer": "tokenizer",
+        "load_tokenizer": "checkpoints.tokenizer",
         "matmul": "kernels",
         "quantize": "quantization",
         "resolve_model": "checkpoints.hub",

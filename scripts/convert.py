@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Convert and print what was written."""
     flags, _ = parse_flags(ConvertFlags, argv, prog="convert.py", description=__doc__)
     # Imported once the flags are known to be good: loading JAX takes seconds.
-    from qlora_jax.checkpoints.base import convert
+    from qlora_jax.checkpoints.conversion import convert
     from qlora_jax.checkpoints.hub import resolve_model
     from qlora_jax.quantization import QuantizationConfig
     from qlora_jax.training.reporting import format_bytes, table

@@ -36,7 +36,12 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
     for prompt, before, after in answers:
         print(f"\n> {prompt}")
         for name, answer in (("before", before), ("after", after)):
-            print(textwrap.indent(textwrap.fill(f"{name}: {answer}", 108, replace_whitespace=False), "  "))
+            first, *rest = answer.splitlines() or [""]
+            for line in [f"{name}: {first}", *rest]:
+                print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="  "))
+    if "answers_in_style_after" in summary:
+        before, after = summary["answers_in_style_before"], summary["answers_in_style_after"]
+        print(f"\nAnswers in the data's style: {before} of {len(answers)} before, {after} of {len(answers)} after")
     print("\nLoss (nats a token)")
     losses = [
         (name, summary[key])

@@ -12,7 +12,8 @@ from checkpoint_helpers import LLAMA, random_tensors, write_gguf, write_hf, writ
 
 from qlora_jax import models
 from qlora_jax.checkpoints import gguf_source, hub
-from qlora_jax.checkpoints.sources import COMPANION_FILES, open_source
+from qlora_jax.checkpoints.files import COMPANION_FILES
+from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.errors import UserError
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -18,13 +18,16 @@ import pytest
 from checkpoint_helpers import LLAMA, hf_shapes, random_tensors, write_gguf, write_hf, write_large_hf
 
 from qlora_jax import models
-from qlora_jax.checkpoints import base
-from qlora_jax.checkpoints.base import check_source, convert, inventory, load_base, stream_base
-from qlora_jax.checkpoints.sources import MANIFEST_NAME, open_source
+from qlora_jax.checkpoints import base, conversion
+from qlora_jax.checkpoints.base import load_base
+from qlora_jax.checkpoints.conversion import convert
+from qlora_jax.checkpoints.files import MANIFEST_NAME
+from qlora_jax.checkpoints.sources import open_source
+from qlora_jax.checkpoints.streaming import check_source, inventory, stream_base
+from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.layers import Precision
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize
-from qlora_jax.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = json.loads((Path(__file__).parent / "golden" / "smollm2_tokenizer.json").read_text())["small"]["tokenizer"]
@@ -72,11 +75,11 @@ def test_loaded_equals_quantised_tensor_by_tensor(tmp_path: Path, config: Quanti
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
-@pytest.mark.parametrize("part_bytes", [base._PART_BYTES, 9000])
+@pytest.mark.parametrize("part_bytes", [conversion._PART_BYTES, 9000])
 def test_converted_equals_loaded(
     tmp_path: Path, config: QuantizationConfig, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(base, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(conversion, "_PART_BYTES", part_bytes)
     source = write_model(tmp_path / "hf")
     result = convert(source, tmp_path / "out", config, "bfloat16")
     direct = load_base(source, quantization=config, dtype="bfloat16")
@@ -343,7 +346,7 @@ def test_too_little_space_is_found_before_writing(tmp_path: Path, monkeypatch: p
 
 RUNNER = """
 import os, resource, signal, sys
-from qlora_jax.checkpoints import base
+from qlora_jax.checkpoints import base, conversion, streaming
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.errors import UserError
 
@@ -365,16 +368,16 @@ def run_python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
 def test_killed_at_any_point_leaves_nothing_that_looks_complete(tmp_path: Path):
     source, out = write_model(tmp_path / "hf"), tmp_path / "out"
     kill = """
-    base._PART_BYTES = 9000
+    conversion._PART_BYTES = 9000
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
     when = sys.argv[3]
     if when == "manifest":
-        base._publish = die
+        conversion._publish = die
     def progress(done, total):
         if when.isdigit() and done == int(when):
             die()
-    base.convert(source, out, QuantizationConfig(), "bfloat16", progress=progress)
+    conversion.convert(source, out, QuantizationConfig(), "bfloat16", progress=progress)
     """
     total = len(hf_shapes(LLAMA))
     for when in (1, total // 2, total, "manifest"):
@@ -398,7 +401,7 @@ def test_disk_that_fills_up(tmp_path: Path):
         # A limit on the size of files is the full disk that a test can have.
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            base.convert(source, out, QuantizationConfig(), "bfloat16")
+            conversion.convert(source, out, QuantizationConfig(), "bfloat16")
         except UserError as error:
             print(error)
         """,
@@ -411,10 +414,10 @@ def test_disk_that_fills_up(tmp_path: Path):
 
 MEASURE = """
 mib = 1 << 20
-result = base.convert(source, out, QuantizationConfig(), "bfloat16")
+result = conversion.convert(source, out, QuantizationConfig(), "bfloat16")
 converting = peak()
 loaded = base.load_base(out, quantization=QuantizationConfig(), dtype="bfloat16")
-print((converting - baseline) / mib, (peak() - baseline) / mib, sum(base.inventory(loaded.tensors).values()) / mib)
+print((converting - baseline) / mib, (peak() - baseline) / mib, sum(streaming.inventory(loaded.tensors).values()) / mib)
 """
 
 

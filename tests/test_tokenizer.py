@@ -9,8 +9,8 @@ import pytest
 from checkpoint_helpers import LLAMA, random_tensors, write_gguf
 
 from qlora_jax.checkpoints.hub import default_gguf_path
+from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.errors import UserError
-from qlora_jax.tokenizer import ensure_pad, load_tokenizer
 
 # Made by tests/reference/make_tokenizer_golden.py.
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2_tokenizer.json").read_text())

@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from qlora_jax.checkpoints.safetensors_source import read_exactly
+from qlora_jax.checkpoints.files import DOWNLOAD_AGAIN, read_exactly
 from qlora_jax.errors import UserError
 
 _PLAIN_DTYPES = {
@@ -55,7 +55,6 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FREQS = "rope_freqs.weight"
-_DOWNLOAD_AGAIN = "the file is damaged or its download incomplete: download it again"
 
 
 @dataclass(frozen=True)
@@ -212,14 +211,14 @@ def _parse(path: Path, mtime_ns: int, size: int) -> tuple[Mapping[str, Any], dic
             reader = _Reader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     except (ArithmeticError, EOFError, LookupError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not a GGUF file that can be read ({error}); {_DOWNLOAD_AGAIN}.") from error
+        raise UserError(f"{path} is not a GGUF file that can be read ({error}); {DOWNLOAD_AGAIN}.") from error
     if reader.byte_order == "S":
         raise UserError(f"{path} is a big-endian GGUF file; only little-endian ones are supported.")
     entries: dict[str, _Entry] = {}
     for tensor in reader.tensors:
         shape = tuple(reversed(tensor.shape.tolist()))
         if not shape or not tensor.n_elements:
-            raise UserError(f"tensor {tensor.name} has a malformed entry in the header of {path}; {_DOWNLOAD_AGAIN}.")
+            raise UserError(f"tensor {tensor.name} has a malformed entry in the header of {path}; {DOWNLOAD_AGAIN}.")
         entries[tensor.name] = _Entry(tensor.name, tensor.tensor_type, shape, tensor.data_offset, tensor.n_bytes)
     return MappingProxyType(metadata), entries
 

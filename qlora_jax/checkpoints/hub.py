@@ -9,8 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_jax.checkpoints.safetensors_source import read_json_object
-from qlora_jax.checkpoints.sources import COMPANION_FILES, pickle_refusal
+from qlora_jax.checkpoints.files import COMPANION_FILES, pickle_refusal, read_json_object
 from qlora_jax.errors import UserError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

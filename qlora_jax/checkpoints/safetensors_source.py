@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.checkpoints.sources import find_pickles, pickle_refusal
+from qlora_jax.checkpoints.files import DOWNLOAD_AGAIN, find_pickles, pickle_refusal, read_exactly, read_json_object
 from qlora_jax.errors import UserError
 
 _DTYPES = {
@@ -44,7 +44,6 @@ _OTHER_BITS = {
     "F6_E3M2": 6,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DOWNLOAD_AGAIN = "the file is damaged or its download incomplete: download it again"
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,10 @@ class SafetensorsSource:
         )
 
     def _read_index(self, index_file: Path) -> dict[str, _Entry]:
-        index = read_json_object(index_file, _DOWNLOAD_AGAIN)
+        index = read_json_object(index_file, DOWNLOAD_AGAIN)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{index_file} has no weight_map from tensor names to shard files; {_DOWNLOAD_AGAIN}.")
+            raise UserError(f"{index_file} has no weight_map from tensor names to shard files; {DOWNLOAD_AGAIN}.")
         entries: dict[str, _Entry] = {}
         for shard in dict.fromkeys(weight_map.values()):
             # A name with a path would let an index make us read files outside the model.
@@ -148,35 +147,9 @@ class SafetensorsSource:
             if name not in entries:
                 raise UserError(
                     f"tensor {name} is missing from {self.path / shard}, where {index_file.name} lists it; "
-                    f"{_DOWNLOAD_AGAIN}."
+                    f"{DOWNLOAD_AGAIN}."
                 )
         return {name: entries[name] for name in weight_map}
-
-
-def read_json_object(file: Path, hint: str) -> dict[str, Any]:
-    """Parse a JSON object; `UserError` names the file (and says `hint`) when it is missing or malformed."""
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; {hint}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); {_DOWNLOAD_AGAIN}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object; {_DOWNLOAD_AGAIN}.")
-    return content
-
-
-def read_exactly(file: Path, offset: int, destination: np.ndarray, name: str) -> None:
-    """Fill a contiguous array with the file's bytes from `offset`; a short file is a `UserError` naming the tensor."""
-    view = destination.reshape(-1).view(np.uint8).data
-    done = 0
-    with open(file, "rb", buffering=0) as stream:
-        stream.seek(offset)
-        while done < len(view):
-            count = stream.readinto(view[done:])
-            if not count:
-                raise UserError(f"{file} ends inside tensor {name}; {_DOWNLOAD_AGAIN}.")
-            done += count
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:
@@ -185,14 +158,14 @@ def _read_header(file: Path) -> dict[str, _Entry]:
         prefix = stream.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= header_size <= min(_MAX_HEADER_BYTES, file_size - 8):
-            raise UserError(f"{file} is not a complete safetensors file (its header does not fit); {_DOWNLOAD_AGAIN}.")
+            raise UserError(f"{file} is not a complete safetensors file (its header does not fit); {DOWNLOAD_AGAIN}.")
         raw = stream.read(header_size)
     try:
         header = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} has a safetensors header that is not JSON ({error}); {_DOWNLOAD_AGAIN}.") from None
+        raise UserError(f"{file} has a safetensors header that is not JSON ({error}); {DOWNLOAD_AGAIN}.") from None
     if not isinstance(header, dict):
-        raise UserError(f"{file} has a safetensors header that is not a JSON object; {_DOWNLOAD_AGAIN}.")
+        raise UserError(f"{file} has a safetensors header that is not a JSON object; {DOWNLOAD_AGAIN}.")
     data_start = 8 + header_size
     entries = {
         name: _parse_entry(file, name, fields, data_start, file_size)
@@ -202,10 +175,10 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     expected_end = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != expected_end:
-            raise UserError(f"tensor {name} in {file} overlaps another or leaves a gap; {_DOWNLOAD_AGAIN}.")
+            raise UserError(f"tensor {name} in {file} overlaps another or leaves a gap; {DOWNLOAD_AGAIN}.")
         expected_end = entry.offset + entry.nbytes
     if expected_end != file_size:
-        raise UserError(f"{file} has {file_size} bytes where its header describes {expected_end}; {_DOWNLOAD_AGAIN}.")
+        raise UserError(f"{file} has {file_size} bytes where its header describes {expected_end}; {DOWNLOAD_AGAIN}.")
     return entries
 
 
@@ -217,7 +190,7 @@ def _parse_entry(file: Path, name: str, fields: Any, data_start: int, file_size:
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:
-        raise UserError(f"tensor {name} has a malformed entry in the header of {file}; {_DOWNLOAD_AGAIN}.")
+        raise UserError(f"tensor {name} has a malformed entry in the header of {file}; {DOWNLOAD_AGAIN}.")
     if dtype in _DTYPES:
         bits = _DTYPES[dtype].itemsize * 8
     elif dtype in _OTHER_BITS:
@@ -230,10 +203,10 @@ def _parse_entry(file: Path, name: str, fields: Any, data_start: int, file_size:
     if (end - begin) * 8 != elements * bits:
         raise UserError(
             f"tensor {name} in {file} spans {end - begin} bytes, not the {elements * bits // 8} of {dtype} "
-            f"{list(shape)}; {_DOWNLOAD_AGAIN}."
+            f"{list(shape)}; {DOWNLOAD_AGAIN}."
         )
     if data_start + end > file_size:
         raise UserError(
-            f"tensor {name} ends at byte {data_start + end} of {file}, which has only {file_size}; {_DOWNLOAD_AGAIN}."
+            f"tensor {name} ends at byte {data_start + end} of {file}, which has only {file_size}; {DOWNLOAD_AGAIN}."
         )
     return _Entry(file, dtype, shape, data_start + begin, end - begin)

@@ -5,27 +5,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from qlora_jax.checkpoints.files import PICKLE_SUFFIXES, is_converted, pickle_refusal
+from qlora_jax.checkpoints.gguf_source import GGUFSource
+from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
 from qlora_jax.errors import UserError
-
-MANIFEST_NAME = "qlora_jax.json"
-"""Written last into a converted directory: its presence is what makes the directory complete."""
-
-COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What belongs to a Hugging Face model besides its weights."""
-
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @runtime_checkable
@@ -67,11 +50,6 @@ class TensorSource(Protocol):
         ...
 
 
-def is_converted(path: str | Path) -> bool:
-    """Whether `path` is a finished directory of `qlora_jax.checkpoints.convert`."""
-    return (Path(path) / MANIFEST_NAME).is_file()
-
-
 def open_source(path: str | Path) -> TensorSource:
     """Open a Hugging Face safetensors directory or a GGUF file, reading headers only.
 
@@ -79,9 +57,6 @@ def open_source(path: str | Path) -> TensorSource:
         UserError: a path that does not exist, pickled weights, a directory without weights, and everything the format's
             own reader refuses.
     """
-    from qlora_jax.checkpoints.gguf_source import GGUFSource
-    from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
-
     path = Path(path)
     if path.is_dir():
         if is_converted(path):
@@ -94,24 +69,10 @@ def open_source(path: str | Path) -> TensorSource:
         return SafetensorsSource(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a Hugging Face model directory, a .gguf file or a hub id.")
-    if path.suffix.lower() in _PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise pickle_refusal(f"{path} is a pickle file")
     if path.suffix.lower() == ".gguf":
         return GGUFSource(path)
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"{path} is a single safetensors file; give the directory that also holds its config.json.")
     raise UserError(f"{path} is neither a model directory nor a .gguf file.")
-
-
-def pickle_refusal(what: str) -> UserError:
-    """The refusal of pickled weights; `what` is the sentence's beginning, naming the file."""
-    return UserError(
-        f"{what}, which can run arbitrary code when read; convert the model to safetensors "
-        f"(save_pretrained does) and give that instead."
-    )
-
-
-def find_pickles(directory: Path) -> list[Path]:
-    """Pickled weight files directly in `directory`."""
-    weights = (p for p in sorted(directory.iterdir()) if p.suffix.lower() in _PICKLE_SUFFIXES and p.is_file())
-    return [p for p in weights if p.name != "training_args.bin"]

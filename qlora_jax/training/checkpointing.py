@@ -10,9 +10,11 @@ A checkpoint is written under a temporary name and renamed when complete: a dire
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,15 +59,35 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax's threads log what they raise as well, in hundreds of lines; what is raised is told in one sentence."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("absl", "asyncio"))}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # when a load fails
+    yield
+    # Only if all went well: the threads of a save that failed go on, and fail, after it.
+    for logger, level in levels.items():
+        logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error without the pages of settings that tensorstore adds to it."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].partition(" [tensorstore_spec")[0]
+
+
+@contextlib.contextmanager
 def _saving(directory: Path, temporary: Path) -> Iterator[None]:
     """Turn a failure to write into one sentence, and leave nothing half-written behind."""
     try:
-        yield
+        with _quiet_orbax():
+            yield
     except (OSError, ValueError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # tensorstore reports a full disk as ValueError with the operating system's text.
         full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        reason = "the disk is full" if full else str(error).splitlines()[0]
+        reason = "the disk is full" if full else _reason(error)
         raise UserError(
             f"{directory} could not be saved: {reason}; earlier checkpoints are intact. "
             "Free space and run the same command again to resume."
@@ -96,7 +118,7 @@ class RunDirectory:
         if path.exists() and not path.is_dir():
             raise UserError(f"--output_dir {path} is a file; give a directory.")
         directory = cls(path, config.save_total_limit)
-        if config.overwrite_output_dir and run_file.exists():
+        if config.overwrite_output_dir and (run_file.exists() or directory.checkpoints()):
             shutil.rmtree(path)
         if run_file.exists():
             before = read_json(run_file)
@@ -151,7 +173,7 @@ class RunDirectory:
             temporary.mkdir(parents=True)
             ocp.save((temporary / "state").absolute(), _by_name(state))
             write_adapter(temporary)
-            write_json(temporary / "position.json", dict(position))
+            write_json(temporary / "position.json", {**position, "files": _file_sizes(temporary)})
             os.replace(temporary, final)
         for old in self.checkpoints()[: -self.save_total_limit]:
             # Renamed first: a checkpoint that is being deleted must not look complete.
@@ -171,25 +193,38 @@ class RunDirectory:
             UserError: the checkpoint does not fit the state.
         """
         path = self.checkpoint_path(step)
+        position = read_json(path / "position.json")
+        # Found here, a damaged file is one sentence; found by tensorstore, it is a traceback for each of its arrays.
+        for name, size in position.pop("files", {}).items():
+            if not (path / name).is_file() or (path / name).stat().st_size != size:
+                raise UserError(
+                    f"{path} cannot be restored: its file {name} is missing or does not have its {size} bytes; "
+                    "delete it to resume from the one before."
+                )
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         named = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
             for name, leaf in _by_name(abstract).items()
         }
         try:
-            values = ocp.load((path / "state").absolute(), named)
+            with _quiet_orbax():
+                values = ocp.load((path / "state").absolute(), named)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{path} cannot be restored: {str(error).splitlines()[0]} Delete it to resume from the one before."
+                f"{path} cannot be restored: {_reason(error)}; delete it to resume from the one before."
             ) from error
         leaves, structure = jax.tree.flatten(abstract)
         restored = jax.tree.unflatten(structure, [values[name] for name in named])
         assert len(leaves) == len(named)
         # Fresh buffers: the state is donated to the first step.
-        return jax.tree.map(jnp.copy, restored), read_json(path / "position.json")
+        return jax.tree.map(jnp.copy, restored), position
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _file_sizes(directory: Path) -> dict[str, int]:
+    return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
+
+
+def _differences(before: Any, now: Mapping[str, Any]) -> list[str]:
     """What keeps a run from continuing another, one phrase each."""
     try:
         flags, identity = before["flags"], before["identity"]

@@ -1,5 +1,6 @@
 """A fine-tuning run from flags to saved adapters: load, adapt, train, evaluate, save, resume."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -16,15 +17,15 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qlora_jax import data, models
+from qlora_jax import data, kernels, models
 from qlora_jax.checkpoints.base import BaseModel, load_base
 from qlora_jax.checkpoints.hub import resolve_model
 from qlora_jax.checkpoints.peft import load_adapter, save_adapter
+from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Sampling, generate
 from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
-from qlora_jax.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.training.checkpointing import RunDirectory, read_json, write_json
 from qlora_jax.training.config import DEFAULT_DATASET, TrainConfig
 from qlora_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -125,7 +126,7 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
     train = data.Batches(examples, batch_size=rows_a_step, seed=config.seed, **batching)
 
     evaluation: list[data.Batch] = []
-    if held_out is not None:
+    if held_out is not None and len(held_out):
         if config.max_eval_samples is not None:
             held_out = held_out.select(range(min(len(held_out), config.max_eval_samples)))
         eval_examples, eval_report = tokenize(held_out)
@@ -137,20 +138,22 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
     """Load and quantise the base model and set up its adapters: fresh ones, or those of --adapter."""
+    if config.kernel not in (known := ("auto", *kernels.IMPLEMENTATIONS)):
+        raise UserError(f"--kernel {config.kernel} is unknown; choose one of {', '.join(known)}.")
     dtype = compute_dtype(config)
     base = load_base(path, quantization=quantization(config), dtype=dtype)
-    lora, rank, alpha = None, config.lora_r, config.lora_alpha
+    tensors, rank, alpha = None, config.lora_r, config.lora_alpha
     modules = models.lora_modules(base.config, config.lora_modules)
     if config.adapter is not None:
-        lora, saved = load_adapter(config.adapter)
+        tensors, saved = load_adapter(config.adapter)
         rank, alpha, modules = saved.rank, saved.alpha, saved.target_modules
     adapters = LoRAConfig(rank, alpha, config.lora_dropout, tuple(modules))
     precision = Precision(base.quantization, dtype, adapters, config.kernel)
     graphdef, abstract_lora, abstract_frozen = models.split_model(models.abstract_model(base.config, precision))
-    if lora is None:
+    if tensors is None:
         lora = models.init_lora(abstract_lora, jax.random.key(config.seed))
     else:
-        lora = models.unflatten_like(abstract_lora, lora, what=f"--adapter {config.adapter}")
+        lora = models.unflatten_like(abstract_lora, tensors, what=f"--adapter {config.adapter}")
     replicated = NamedSharding(mesh, PartitionSpec())
     frozen = models.fill_base(abstract_frozen, base.tensors)
     return Model(graphdef, jax.device_put(lora, replicated), jax.device_put(frozen, replicated), base, adapters)
@@ -182,6 +185,7 @@ class Trainer:
             "adapters": [model.adapters.rank, model.adapters.alpha, *model.adapters.modules],
         }
         self.directory = RunDirectory.open(config, identity)
+        self.summary_file = self.directory.path / "summary.json"
         # Placed before the first step: a step compiled for other shardings would be compiled twice.
         self.state = jax.device_put(TrainState.create(model.lora, optimizer), NamedSharding(mesh, PartitionSpec()))
         # How far the run is; saved with every checkpoint.
@@ -189,6 +193,12 @@ class Trainer:
         self.start_step, seconds = 0, 0.0
         if self.directory.checkpoints():
             self.start_step = self.directory.checkpoints()[-1]
+            finished = self.start_step == self.total_steps and self.summary_file.exists()
+            if finished or self.start_step > self.total_steps:
+                raise UserError(
+                    f"--output_dir {config.output_dir} holds a finished run of {self.start_step} steps; "
+                    "give another --output_dir, or --overwrite_output_dir to delete it."
+                )
             abstract = jax.eval_shape(lambda state: state, self.state)
             state, position = self.directory.restore(self.start_step, abstract)
             self.state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
@@ -197,13 +207,15 @@ class Trainer:
             seconds = position["seconds"]
         self.log = MetricsLog(self.directory.path, config, self.start_step)
         self.watch = Stopwatch(seconds)
-        self._pending: tuple[int, dict[str, jax.Array], data.Batch, float] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], data.Batch] | None = None
         self._since = (self.watch.seconds, self.tokens)
-        self.last: dict[str, float] = {}
+        self.last: dict[str, str] = {}
 
     def train(self) -> bool:
         """Train to the last step; False if a signal stopped the run early (its state is saved)."""
         with _StopOnSignal() as stop, self._progress() as bar:
+            if self.start_step and self._evaluation_due(self.start_step):
+                self.evaluate(self.start_step)  # left out by the signal that stopped the run there
             for step in range(self.start_step + 1, self.total_steps + 1):
                 batch = next(self.datasets.train)
                 self.state, metrics = self.train_step(self.state, self.model.frozen, self._device_batch(batch))
@@ -214,16 +226,20 @@ class Trainer:
                 self.trained_tokens += batch.n_trained
                 bar.update()
                 bar.set_postfix(self.last, refresh=False)
-                last = step == self.total_steps or stop.requested
-                if last or (self.config.save_strategy == "steps" and step % self.config.save_steps == 0):
-                    self.save(step)
-                if self.config.eval_steps and step % self.config.eval_steps == 0 and not last:
+                # Before saving: whatever is logged up to a checkpoint is there when the run resumes from it.
+                if self._evaluation_due(step) and not stop.requested:
                     self.evaluate(step)
-                if stop.requested and step < self.total_steps:
-                    self.log.close()
+                stopping = stop.requested
+                last = step == self.total_steps
+                if last or stopping or (self.config.save_strategy == "steps" and step % self.config.save_steps == 0):
+                    self.save(step)
+                if stopping and not last:
                     return False
         self.evaluate(self.total_steps)
         return True
+
+    def _evaluation_due(self, step: int) -> bool:
+        return self.config.eval_steps > 0 and step % self.config.eval_steps == 0 and step < self.total_steps
 
     def _progress(self) -> tqdm:
         interactive = sys.stderr.isatty()
@@ -252,17 +268,7 @@ class Trainer:
         self._pending = None
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            saved = self.directory.checkpoints()
-            where = (
-                f"the last good checkpoint is {self.directory.checkpoint_path(saved[-1])}"
-                if saved
-                else ("no checkpoint had been saved")
-            )
-            self.log.close()
-            raise NonFiniteLoss(
-                f"loss {loss} and gradient norm {grad_norm} at step {step} (rows: {', '.join(batch.example_ids)}); "
-                f"{where}. Lower --learning_rate, or look at those rows."
-            )
+            raise self._not_finite(f"loss {loss} and gradient norm {grad_norm}", step, batch)
         seconds, tokens = self.watch.seconds, self.tokens
         rate = (tokens - self._since[1]) / max(seconds - self._since[0], 1e-9)
         self.last = {"loss": f"{loss:.4f}", "tok/s": f"{rate:.0f}"}
@@ -280,19 +286,31 @@ class Trainer:
             )
             self._since = (seconds, tokens)
 
+    def _not_finite(self, what: str, step: int, batch: data.Batch) -> NonFiniteLoss:
+        saved = self.directory.checkpoints()
+        where = "no checkpoint had been saved"
+        if saved:
+            where = f"the last good checkpoint is {self.directory.checkpoint_path(saved[-1])}"
+        return NonFiniteLoss(
+            f"{what} at step {step} (rows: {', '.join(batch.example_ids)}); {where}. "
+            "Lower --learning_rate, or look at those rows."
+        )
+
     def evaluate(self, step: int) -> float | None:
-        """Mean loss over the held-out rows with the present adapters, logged; None if there are none."""
+        """Mean loss over the held-out rows with the present adapters, logged; None if there are none, or it was."""
         self._drain()
-        if not self.datasets.evaluation:
+        if not self.datasets.evaluation or step in self.log.evaluated:
             return None
         sharding = NamedSharding(self.mesh, PartitionSpec("data"))
         total, count = 0.0, 0
         for batch in self.datasets.evaluation:
             arrays = {name: jax.device_put(array, sharding) for name, array in _arrays(batch).items()}
-            loss, n = self.eval_step(self.state.lora, self.model.frozen, arrays)
-            total, count = total + float(loss), count + int(n)
+            batch_loss, n = self.eval_step(self.state.lora, self.model.frozen, arrays)
+            if not math.isfinite(batch_loss):
+                raise self._not_finite(f"held-out loss {float(batch_loss)}", step, batch)
+            total, count = total + float(batch_loss), count + int(n)
         loss = total / count
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        perplexity = math.exp(min(loss, 700.0))  # JSON has no infinity
         self.log.write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": count})
         tqdm.write(f"step {step}: held-out loss {loss:.4f} ({count} tokens)")
         # Evaluation is no training time.
@@ -363,7 +381,7 @@ class Trainer:
             "last_loss": losses[-1] if losses else None,
             "first_eval_loss": held_out[0] if held_out else None,
             "last_eval_loss": held_out[-1] if held_out else None,
-            "step_shapes_compiled": self.train_step._cache_size(),
+            "step_shapes_compiled": self.train_step._cache_size(),  # type: ignore[attr-defined]  # jit has no other
             **memory(self.model, self.state),
         }
 
@@ -454,30 +472,34 @@ def finetune(config: TrainConfig) -> Result:
     model = load_model(config, path, mesh)
     print(f"base model: {model.base.description}")
     trainer = Trainer(config, model, datasets, tokenizer, mesh)
-    if trainer.start_step:
-        print(f"resuming {config.output_dir} after step {trainer.start_step} of {trainer.total_steps}")
-        if trainer.start_step >= trainer.total_steps:
-            raise UserError(
-                f"--output_dir {config.output_dir} holds a finished run of {trainer.start_step} steps; "
-                "give another --output_dir, or --overwrite_output_dir to delete it."
-            )
+    # Closed however the run ends: TensorBoard and W&B hold lines back.
+    with contextlib.closing(trainer.log):
+        return _train_and_save(trainer, prompts)
 
+
+def _train_and_save(trainer: Trainer, prompts: Sequence[str]) -> Result:
+    if trainer.start_step:
+        print(f"resuming {trainer.config.output_dir} after step {trainer.start_step} of {trainer.total_steps}")
+    trainer.summary_file.unlink(missing_ok=True)  # of a shorter run that this one continues
     before_file = trainer.directory.path / "answers_before.json"
     if trainer.start_step and before_file.exists():
-        before = read_json(before_file)
+        known = dict(read_json(before_file))
+        before = [known.get(prompt, "(not asked before training)") for prompt in prompts]
     else:
         before = trainer.answer(prompts)
-        write_json(before_file, before)
+        write_json(before_file, list(zip(prompts, before, strict=True)))
         trainer.evaluate(0)
-    finished = trainer.train()
-    if not finished:
+    if not trainer.train():
         return Result(trainer.summary(), [], interrupted=True)
     trainer.write_adapter(trainer.directory.path / "adapter")
     after = trainer.answer(prompts)
-    trainer.log.close()
     answers = list(zip(prompts, before, after, strict=True))
     summary = trainer.summary()
+    if trainer.config.dataset == DEFAULT_DATASET:
+        summary["answers_in_style_before"] = sum(map(data.follows_style, before))
+        summary["answers_in_style_after"] = sum(map(data.follows_style, after))
     write_json(trainer.directory.path / "answers.json", [{"prompt": p, "before": b, "after": a} for p, b, a in answers])
-    write_json(trainer.directory.path / "summary.json", summary)
     plot_losses(read_metrics(trainer.log.path), trainer.directory.path / "loss.png")
+    # Last: without it the run is not finished, and the same command completes it.
+    write_json(trainer.summary_file, summary)
     return Result(summary, answers, interrupted=False)

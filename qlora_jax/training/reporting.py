@@ -28,11 +28,16 @@ class MetricsLog:
     Training lines hold step, loss, learning_rate, grad_norm, tokens, tokens_per_second, seconds; evaluation lines hold
     step, eval_loss, eval_perplexity, eval_tokens. Losses are nats a token, tokens and seconds are totals of the run.
     Lines beyond `resume_step` belong to work that was lost with the process that did it; they are removed.
+    `evaluated` holds the steps that have an evaluation line.
     """
 
     def __init__(self, directory: Path, config: TrainConfig, resume_step: int):
+        if config.report_to in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"--report_to {config.report_to}: W&B is not installed; `pip install wandb`.")
         path = directory / METRICS_FILE
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        # A run that starts over evaluates step 0 again.
+        kept = [line for line in read_metrics(path) if resume_step and line["step"] <= resume_step]
+        self.evaluated = {line["step"] for line in kept if "eval_loss" in line}
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
@@ -44,8 +49,6 @@ class MetricsLog:
 
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
         if config.report_to in ("wandb", "all"):
-            if importlib.util.find_spec("wandb") is None:
-                raise UserError(f"--report_to {config.report_to}: W&B is not installed; `pip install wandb`.")
             import wandb
 
             self._wandb = wandb.init(
@@ -56,6 +59,8 @@ class MetricsLog:
         """Append one line; it is on disk when this returns."""
         self._file.write(json.dumps(dict(line)) + "\n")
         self._file.flush()
+        if "eval_loss" in line:
+            self.evaluated.add(line["step"])
         values = {name: value for name, value in line.items() if name != "step"}
         if self._board is not None:
             for name, value in values.items():
@@ -80,13 +85,14 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, label, style in (
-        ("loss", "training", {"color": "#8fb3d9", "linewidth": 1.2}),
-        ("eval_loss", "held out", {"color": "#c0392b", "linewidth": 2, "marker": "o", "markersize": 4}),
-    ):
+    styles: dict[str, dict[str, Any]] = {
+        "loss": {"label": "training", "color": "#8fb3d9", "linewidth": 1.2},
+        "eval_loss": {"label": "held out", "color": "#c0392b", "linewidth": 2, "marker": "o", "markersize": 4},
+    }
+    for key, style in styles.items():
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            axes.plot(*zip(*points, strict=True), **style)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     if axes.lines:

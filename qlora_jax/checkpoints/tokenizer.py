@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.checkpoints.gguf_source import read_metadata
 from qlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ def load_tokenizer(path: str | Path) -> "transformers.PreTrainedTokenizerFast":
     """
     path = Path(path)
     if path.is_file():
-        from qlora_jax.checkpoints.gguf_source import read_metadata
-
         tokenizer = tokenizer_from_gguf(read_metadata(path), path)
     else:
         tokenizer = _from_directory(path)

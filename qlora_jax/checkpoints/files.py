@@ -1,0 +1,77 @@
+"""Files of a model: what a directory holds besides weights, what is refused, and reading either whole or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.errors import UserError
+
+MANIFEST_NAME = "qlora_jax.json"
+"""Written last into a converted directory: its presence is what makes the directory complete."""
+
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What belongs to a Hugging Face model besides its weights."""
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+DOWNLOAD_AGAIN = "the file is damaged or its download incomplete: download it again"
+"""What to do, for messages about files that are not whole."""
+
+
+def is_converted(path: str | Path) -> bool:
+    """Whether `path` is a finished directory of `qlora_jax.checkpoints.conversion.convert`."""
+    return (Path(path) / MANIFEST_NAME).is_file()
+
+
+def pickle_refusal(what: str) -> UserError:
+    """The refusal of pickled weights; `what` is the sentence's beginning, naming the file."""
+    return UserError(
+        f"{what}, which can run arbitrary code when read; convert the model to safetensors "
+        f"(save_pretrained does) and give that instead."
+    )
+
+
+def find_pickles(directory: Path) -> list[Path]:
+    """Pickled weight files directly in `directory`."""
+    weights = (p for p in sorted(directory.iterdir()) if p.suffix.lower() in PICKLE_SUFFIXES and p.is_file())
+    return [p for p in weights if p.name != "training_args.bin"]
+
+
+def read_json_object(file: Path, hint: str) -> dict[str, Any]:
+    """Parse a JSON object; `UserError` names the file (and says `hint`) when it is missing or malformed."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {hint}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}); {DOWNLOAD_AGAIN}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object; {DOWNLOAD_AGAIN}.")
+    return content
+
+
+def read_exactly(file: Path, offset: int, destination: np.ndarray, name: str) -> None:
+    """Fill a contiguous array with the file's bytes from `offset`; a short file is a `UserError` naming the tensor."""
+    view = destination.reshape(-1).view(np.uint8).data
+    done = 0
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(offset)
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise UserError(f"{file} ends inside tensor {name}; {DOWNLOAD_AGAIN}.")
+            done += count

@@ -1,0 +1,199 @@
+"""Base tensors on their way from a checkpoint into a model: checked, quantised one at a time, stacked, counted.
+
+Memory: the source is read one tensor at a time; who takes a tensor from the stream decides how long it is kept.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.checkpoints.sources import TensorSource
+from qlora_jax.errors import UserError
+from qlora_jax.models import TensorSpec, base_tensors, ignored_tensors
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, abstract_quantized, quantize
+
+TensorPath = tuple[str, ...]
+Progress = Callable[[int, int], None]
+"""Called with (tensors done, tensors in all)."""
+Chunk = tuple[TensorPath, int | None, Any]
+"""(path, first layer or None if not stacked, value of that layer or of several stacked on axis 0)."""
+
+_LEAVES = ("codes", "absmax", "nested_absmax", "offset")
+
+
+def check_source(source: TensorSource, quantization: QuantizationConfig | None = None) -> list[TensorSpec]:
+    """Compare the names, shapes and element types of a checkpoint with those its config asks for.
+
+    Reads no tensor data. Returns the model's base tensors, layer by layer. With `quantization`, rows must also be whole
+    blocks.
+
+    Raises:
+        UserError: missing, unknown or mis-shaped tensors, or an element type that cannot be read; names the first few
+            tensors, how many there are, and the file. A block size that does not divide a linear's inputs.
+    """
+    specs = base_tensors(source.config)
+    present = set(source.names())
+    missing = [spec.name for spec in specs if spec.name not in present]
+    if missing:
+        raise UserError(
+            f"{source.path} lacks {_listing(missing)} that its config.json asks for; download the complete model."
+        )
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in ignored_tensors(source.config)) or r"(?!)")
+    extra = sorted(present - {spec.name for spec in specs} - {name for name in present if ignored.fullmatch(name)})
+    if extra:
+        raise UserError(
+            f"{source.location(extra[0])} holds {_listing(extra)} that a {source.config['architectures'][0]} with "
+            f"this config.json does not have; leaving them out would make another model, so check that config and "
+            f"weights belong together."
+        )
+    misshaped = [
+        f"{spec.name} {list(source.shape(spec.name))} instead of {list(spec.shape)}"
+        for spec in specs
+        if source.shape(spec.name) != spec.shape
+    ]
+    if misshaped:
+        first = next(spec.name for spec in specs if source.shape(spec.name) != spec.shape)
+        raise UserError(
+            f"{source.location(first)} has the wrong shape for {_listing(misshaped)}; check that config.json and "
+            f"weights belong together."
+        )
+    for spec in specs:
+        source.check_readable(spec.name)
+    if quantization is not None:
+        _check_block_size(specs, quantization)
+    return specs
+
+
+def stream_base(
+    source: TensorSource, quantization: QuantizationConfig, dtype: Any
+) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
+    """Base tensors one after another, layer by layer, as a model stores them.
+
+    Linear weights are quantised from the checkpoint's own precision; norms are float32; embedding, head, biases and,
+    for quant_type "none", linear weights are cast to `dtype`.
+
+    Raises:
+        UserError: at once, for whatever `check_source` refuses; while streaming, for a weight that is not finite or
+            does not fit `dtype` or the block size; names the tensor.
+    """
+    return stream_tensors(source, check_source(source, quantization), quantization, jnp.dtype(dtype))
+
+
+def stream_tensors(
+    source: TensorSource, specs: list[TensorSpec], quantization: QuantizationConfig, dtype: np.dtype
+) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
+    """`stream_base` for the `specs` that `check_source` returned."""
+    for spec in specs:
+        yield spec, _store(source, spec, quantization, dtype)
+
+
+def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: np.dtype, stack: tuple[int, ...]) -> Any:
+    """The value `stream_base` makes of a base tensor, without its data: `jax.ShapeDtypeStruct` for every array.
+
+    Args:
+        spec: the base tensor.
+        quantization: how linear weights are stored.
+        dtype: element type of all other weights but norms.
+        stack: shape in front of the tensor's own.
+    """
+    if spec.quantized and quantization.quant_type != "none":
+        return abstract_quantized(
+            spec.shape,
+            quant_type=quantization.quant_type,
+            block_size=quantization.block_size,
+            double_quant=quantization.double_quant,
+            dtype=dtype.name,
+            stack=stack,
+        )
+    return jax.ShapeDtypeStruct((*stack, *spec.shape), _stored_dtype(spec, dtype))
+
+
+def abstract_stacks(
+    config: dict[str, Any], quantization: QuantizationConfig, dtype: np.dtype
+) -> dict[TensorPath, QuantizedTensor | jax.ShapeDtypeStruct]:
+    """All tensors of a loaded base model, without their data: the layers of one path stacked on axis 0."""
+    by_path: dict[TensorPath, list[TensorSpec]] = {}
+    for spec in base_tensors(config):
+        by_path.setdefault(spec.path, []).append(spec)
+    return {
+        path: abstract_tensor(specs[0], quantization, dtype, () if specs[0].layer is None else (len(specs),))
+        for path, specs in by_path.items()
+    }
+
+
+def inventory(tensors: Mapping[TensorPath, Any] | Iterable[Any]) -> dict[str, int]:
+    """Bytes of real buffers by class: base_packed (codes), scales (absmax and its own scales), unquantised."""
+    counts = {"base_packed": 0, "scales": 0, "unquantised": 0}
+    values: Iterable[Any] = tensors.values() if isinstance(tensors, Mapping) else tensors
+    for value in values:
+        if isinstance(value, QuantizedTensor):
+            counts["base_packed"] += value.codes.nbytes
+            counts["scales"] += sum(leaf.nbytes for name, leaf in quantized_leaves(value).items() if name != "codes")
+        else:
+            counts["unquantised"] += value.nbytes
+    return counts
+
+
+def quantized_leaves(value: QuantizedTensor) -> dict[str, Any]:
+    """The arrays of a quantised tensor by field name, without those it does not have."""
+    leaves = {name: getattr(value, name) for name in _LEAVES}
+    return {name: leaf for name, leaf in leaves.items() if leaf is not None}
+
+
+def _check_block_size(specs: list[TensorSpec], quantization: QuantizationConfig) -> None:
+    for spec in specs if quantization.quant_type in ("nf4", "fp4") else ():
+        # The layers need it: a block that ran over the end of a row would tie two outputs together.
+        if spec.quantized and spec.shape[-1] % quantization.block_size:
+            raise UserError(
+                f"block_size {quantization.block_size} does not divide the {spec.shape[-1]} inputs of {spec.name}; "
+                f"choose a power of two that does."
+            )
+
+
+def _listing(items: list[str], limit: int = 3) -> str:
+    shown = ", ".join(items[:limit])
+    return f"{len(items)} tensor{'s' if len(items) > 1 else ''} ({shown}{', ...' if len(items) > limit else ''})"
+
+
+def _store(
+    source: TensorSource, spec: TensorSpec, quantization: QuantizationConfig, dtype: np.dtype
+) -> QuantizedTensor | np.ndarray:
+    weight = source.read(spec.name)
+    if spec.quantized and quantization.quant_type != "none":
+        if weight.dtype == np.float64:
+            weight = _cast(weight, np.dtype(np.float32), source, spec)
+        try:
+            quantized = quantize(
+                weight,
+                quant_type=quantization.quant_type,
+                block_size=quantization.block_size,
+                double_quant=quantization.double_quant,
+                name=spec.name,
+            )
+        except ValueError as error:
+            raise UserError(f"{source.location(spec.name)}: {error}") from None
+        return dataclasses.replace(quantized, dtype=dtype.name)
+    return _cast(weight, _stored_dtype(spec, dtype), source, spec)
+
+
+def _cast(weight: np.ndarray, dtype: np.dtype, source: TensorSource, spec: TensorSpec) -> np.ndarray:
+    if weight.dtype == dtype:
+        return weight
+    with np.errstate(over="ignore"):
+        cast = weight.astype(dtype)
+    # Only a type with fewer exponent bits can overflow; looking at the others would cost a pass over the tensor.
+    narrows = jnp.finfo(dtype).maxexp < jnp.finfo(weight.dtype).maxexp
+    if narrows and not np.isfinite(cast).all():
+        raise UserError(
+            f"tensor {spec.name} in {source.location(spec.name)} has values that do not fit {dtype.name}; use bfloat16."
+        )
+    return cast
+
+
+def _stored_dtype(spec: TensorSpec, dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if spec.kind == "norm" else dtype
