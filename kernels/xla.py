@@ -3,6 +3,8 @@
 The weight is decoded to the dtype of the activations and multiplied; both are ordinary XLA operations.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -35,4 +37,9 @@ def _as_they_are(dy: jax.Array, w: _Weight) -> tuple[jax.Array, _Weight]:
 def _decode_later(dy: jax.Array, w: _Weight) -> tuple[jax.Array, _Weight]:
     # XLA would decode once for a layer's recomputed forward pass and its backward pass, and so keep the decoded
     # weights of the whole layer. A CPU has the memory and gains the time; elsewhere decoding waits until dy is there.
-    return jax.lax.optimization_barrier((dy, w)) if isinstance(w, QuantizedTensor) else (dy, w)
+    # What goes through the barrier is copied, so it is the smallest buffer that decoding needs, not the codes.
+    if not isinstance(w, QuantizedTensor):
+        return dy, w
+    name = "offset" if w.double_quant else "absmax"
+    dy, waited = jax.lax.optimization_barrier((dy, getattr(w, name)))
+    return dy, dataclasses.replace(w, **{name: waited})

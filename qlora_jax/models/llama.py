@@ -5,6 +5,7 @@ with depth; each layer's weights are dequantised where they are used and nowhere
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,6 +156,36 @@ class KVCache:
         )
 
 
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> Array:
+    """Self-attention [B, S, H, E]: causal, within `window`; or, given a mask [B, 1, S, S], wherever that allows it.
+
+    The mask must be causal itself. Compiled for CUDA in 16 bits this is cuDNN's flash attention, which keeps no scores
+    [B, H, S, S] in memory; anywhere else, and for what cuDNN cannot do, XLA's.
+    """
+    cudnn = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
+    arrays = (q, k, v) if mask is None else (q, k, v, mask)
+
+    def on_cuda(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+        return cudnn(q, k, v, mask=mask)
+
+    def elsewhere(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+        return _attend_xla(q, k, v, mask, window)
+
+    if q.dtype.itemsize != 2:
+        return elsewhere(*arrays)
+    try:  # tracing raises what cuDNN cannot do: it is not installed, the head is too wide, a mask has odd length
+        jax.eval_shape(jax.grad(lambda *arrays: on_cuda(*arrays).astype(jnp.float32).sum()), *arrays)
+    except RuntimeError:
+        return elsewhere(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=on_cuda, default=elsewhere)
+
+
+def _attend_xla(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, local_window_size=window)
+
+
 class Attention(nnx.Module):
     """Grouped-query causal self-attention with rotary positions."""
 
@@ -195,11 +226,10 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start),
             )
             k, v = written
-        if mask is None:
-            window = None if self.config.sliding_window is None else (self.config.sliding_window - 1, 0)
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
-        else:
-            out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        window = None if mask is not None or self.config.sliding_window is None else (self.config.sliding_window - 1, 0)
+        # With a cache the mask may hide everything from a padded query, and one token a step leaves no scores to save.
+        attend = _attend if cache is None else _attend_xla
+        out = attend(q, k, v, mask, window)
         out = checkpoint_name(out.reshape(batch, seq, -1), SAVED)
         return self.o_proj(out, keys[3]), written
 

@@ -213,11 +213,9 @@ class RunDirectory:
             raise UserError(
                 f"{path} cannot be restored: {_reason(error)}; delete it to resume from the one before."
             ) from error
-        leaves, structure = jax.tree.flatten(abstract)
-        restored = jax.tree.unflatten(structure, [values[name] for name in named])
-        assert len(leaves) == len(named)
-        # Fresh buffers: the state is donated to the first step.
-        return jax.tree.map(jnp.copy, restored), position
+        # Fresh buffers, because the state is donated to the first step; one at a time, because two states may not fit.
+        restored = [jnp.copy(values.pop(name)) for name in named]
+        return jax.tree.unflatten(jax.tree.structure(abstract), restored), position
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:

@@ -176,8 +176,9 @@ class Trainer:
             remat=config.gradient_checkpointing,
             dropout=config.lora_dropout > 0,
             seed=config.seed,
+            mesh=mesh,
         )
-        self.eval_step = make_eval_step(model.graphdef, packed=config.packing)
+        self.eval_step = make_eval_step(model.graphdef, packed=config.packing, mesh=mesh)
         identity = {
             "data": datasets.train.fingerprint,
             "compute_dtype": jnp.dtype(compute_dtype(config)).name,
@@ -187,7 +188,7 @@ class Trainer:
         self.directory = RunDirectory.open(config, identity)
         self.summary_file = self.directory.path / "summary.json"
         # Placed before the first step: a step compiled for other shardings would be compiled twice.
-        self.state = jax.device_put(TrainState.create(model.lora, optimizer), NamedSharding(mesh, PartitionSpec()))
+        replicated = NamedSharding(mesh, PartitionSpec())
         # How far the run is; saved with every checkpoint.
         self.tokens = self.trained_tokens = 0
         self.start_step, seconds = 0, 0.0
@@ -199,12 +200,15 @@ class Trainer:
                     f"--output_dir {config.output_dir} holds a finished run of {self.start_step} steps; "
                     "give another --output_dir, or --overwrite_output_dir to delete it."
                 )
-            abstract = jax.eval_shape(lambda state: state, self.state)
+            # No state is made beside the one that is read: the two would not always fit.
+            abstract = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), model.lora)
             state, position = self.directory.restore(self.start_step, abstract)
-            self.state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+            self.state = jax.device_put(state, replicated)
             datasets.train.restore(position["data"])
             self.tokens, self.trained_tokens = position["tokens"], position["trained_tokens"]
             seconds = position["seconds"]
+        else:
+            self.state = jax.device_put(TrainState.create(model.lora, optimizer), replicated)
         self.log = MetricsLog(self.directory.path, config, self.start_step)
         self.watch = Stopwatch(seconds)
         self._pending: tuple[int, dict[str, jax.Array], data.Batch] | None = None
@@ -277,7 +281,7 @@ class Trainer:
                 {
                     "step": step,
                     "loss": loss,
-                    "learning_rate": float(self.schedule(step - 1)),
+                    "learning_rate": self._learning_rate(step),
                     "grad_norm": grad_norm,
                     "tokens": tokens,
                     "tokens_per_second": rate,
@@ -285,6 +289,11 @@ class Trainer:
                 }
             )
             self._since = (seconds, tokens)
+
+    def _learning_rate(self, step: int) -> float:
+        # On the host: on an accelerator the number would wait in line behind the step that was just dispatched.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return float(self.schedule(step - 1))
 
     def _not_finite(self, what: str, step: int, batch: data.Batch) -> NonFiniteLoss:
         saved = self.directory.checkpoints()

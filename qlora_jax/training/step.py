@@ -40,6 +40,7 @@ def _loss_sum(
     graphdef: nnx.GraphDef,
     packed: bool,
     remat: bool,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     model = nnx.merge(graphdef, lora, frozen)
     # An unpacked row is one document padded on the right: causality alone keeps it from the padding.
@@ -47,7 +48,7 @@ def _loss_sum(
     hidden, _ = model(
         batch["input_ids"], batch["positions"], segment_ids=segment_ids, dropout_key=dropout_key, remat=remat
     )
-    return next_token_loss(hidden, model.head, batch["labels"])
+    return next_token_loss(hidden, model.head, batch["labels"], mesh=mesh)
 
 
 def make_train_step(
@@ -58,6 +59,7 @@ def make_train_step(
     remat: bool = False,
     dropout: bool = False,
     seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, nnx.State, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """A jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
@@ -68,6 +70,7 @@ def make_train_step(
         remat: recompute each layer in the backward pass.
         dropout: draw dropout masks, keyed by (seed, step, micro-batch): a resumed run draws the same ones.
         seed: of the dropout.
+        mesh: with axis `data`, over which B is split.
 
     The batch holds input_ids, labels, positions, segment_ids, each int32 [A, B, S]: A micro-batches of B sequences. The
     loss is the mean over all trained tokens of the A*B sequences, so that accumulating equals one large batch. Metrics:
@@ -79,7 +82,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
         # Gradients of the sum, divided once by the token count of the whole batch.
         value_and_grad = jax.value_and_grad(_loss_sum, has_aux=True)
-        statics = {"graphdef": graphdef, "packed": packed, "remat": remat}
+        statics = {"graphdef": graphdef, "packed": packed, "remat": remat, "mesh": mesh}
         micro_batches = batch["input_ids"].shape[0]
 
         def micro(index: Array | int, one: dict[str, Array]) -> tuple[Array, Array, Any]:
@@ -112,11 +115,11 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, packed: bool = False
+    graphdef: nnx.GraphDef, *, packed: bool = False, mesh: jax.sharding.Mesh | None = None
 ) -> Callable[[nnx.State, nnx.State, dict[str, Array]], tuple[Array, Array]]:
     """A jitted `step(lora, frozen, batch)` -> (summed loss, trained tokens) of a batch of int32 [B, S] arrays."""
 
     def step(lora: nnx.State, frozen: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return _loss_sum(lora, frozen, batch, None, graphdef=graphdef, packed=packed, remat=False)
+        return _loss_sum(lora, frozen, batch, None, graphdef=graphdef, packed=packed, remat=False, mesh=mesh)
 
     return jax.jit(step)
