@@ -5,6 +5,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora_jax.cli import parse_flags, run
@@ -68,10 +69,15 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
         rows.insert(2, ("bits a quantised parameter", f"{summary['bits_per_quantized_parameter']:.3f}"))
     print(table(rows))
     print(f"\nSaved in {output_dir}")
-    print(table([
-        ("adapter (PEFT's format)", "adapter/"), ("checkpoints", "checkpoint-*/"), ("metrics", "metrics.jsonl"),
-        ("loss plot", "loss.png"), ("answers", "answers.json"), ("summary", "summary.json"),
-    ]))  # fmt: skip
+    written = {
+        "adapter (PEFT's format)": "adapter",
+        "checkpoints": "checkpoint-*",
+        "metrics": "metrics.jsonl",
+        "loss plot": "loss.png",
+        "answers": "answers.json",
+        "summary": "summary.json",
+    }
+    print(table((name, pattern) for name, pattern in written.items() if any(Path(output_dir).glob(pattern))))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -56,6 +56,8 @@ def test_values(argv, field, value):
         (["--quant_type", "int4"], "--quant_type: invalid choice: 'int4'"),
         (["stray"], "'stray' is not a flag"),
         (["--do_mmlu_eval"], "--do_mmlu_eval is not available: MMLU comes in a later release."),
+        (["--sequence_length", "64"], "--sequence_length is the length of packed sequences; give --packing too."),
+        (["--eval_dataset", "x", "--do_eval", "False"], "--eval_dataset is not read with --do_eval False"),
         (["--bits", "3"], "--bits 3: choose 4, 8 or 16."),
         (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
         (["--optim", "paged_adamw_32bit"], "--optim paged_adamw_32bit: this release has adamw_32bit only"),

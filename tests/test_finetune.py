@@ -136,8 +136,8 @@ def test_summary_counts_what_there_is(finished):
     assert summary["total_parameters"] == sum(parameters.values()) + trainable
     sizes = summary["bytes"]
     assert sizes["base_packed"] == packed
-    assert sizes["base_scales"] == scales
-    assert sizes["base_unquantized"] == 4 * sum(size for name, size in parameters.items() if name not in linears)
+    assert sizes["scales"] == scales
+    assert sizes["unquantised"] == 4 * sum(size for name, size in parameters.items() if name not in linears)
     assert sizes["adapters"] == 4 * trainable
     # Two moments a parameter and a few counters.
     assert 8 * trainable < sizes["optimizer"] <= 8 * trainable + 16
@@ -290,7 +290,7 @@ def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
     summary = json.loads((place / "out-int8" / "summary.json").read_text())
     linears = [shape for name, shape in hf_shapes(CONFIG).items() if ".self_attn." in name or ".mlp." in name]
     assert summary["bytes"]["base_packed"] == sum(math.prod(shape) for shape in linears)
-    assert summary["bytes"]["base_scales"] == 4 * sum(shape[0] for shape in linears)
+    assert summary["bytes"]["scales"] == 4 * sum(shape[0] for shape in linears)
     assert summary["last_eval_loss"] is None
     assert "held out, " not in capsys.readouterr().out
 
@@ -464,6 +464,17 @@ def test_overwrite_deletes_the_other_run(finished, place):
     assert call([*main_flags(place, output_dir=output, **changes), "--overwrite_output_dir"]) == 0
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-000001"]
     assert [line["step"] for line in metrics(output)] == [0, 1, 1]
+
+
+def test_evaluating_without_training(finished, place, capsys):
+    changes = {"adapter": finished[0] / "adapter", "do_train": False, "output_dir": place / "out-evaluated"}
+    assert call(main_flags(place, **changes)) == 0
+    lines = metrics(place / "out-evaluated")
+    assert [line["step"] for line in lines] == [0]
+    last = [line["eval_loss"] for line in metrics(finished[0]) if "eval_loss" in line][-1]
+    assert lines[0]["eval_loss"] == pytest.approx(last, rel=1e-6)
+    assert not (place / "out-evaluated" / "adapter").exists()
+    assert not list((place / "out-evaluated").glob("checkpoint-*"))
 
 
 def test_the_state_that_is_saved_is_all_there_is():

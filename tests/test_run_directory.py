@@ -247,8 +247,9 @@ def test_overwrite(tmp_path):
     run = open_run(tmp_path)
     save(run, 1)
     (run.path / "metrics.jsonl").write_text("{}\n")
+    (run.path / "notes.txt").write_text("mine")
     assert open_run(tmp_path, overwrite_output_dir=True, seed=5).checkpoints() == []
-    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt", "run.json"]
 
 
 def test_overwrite_spares_a_directory_that_is_no_run(tmp_path):

@@ -28,6 +28,11 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import TrainState
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Everything a run writes, as patterns; run.json last.
+_WRITTEN = (
+    "checkpoint-*", ".checkpoint-*", "adapter", "tensorboard", "wandb", "metrics.jsonl", "answers.json",
+    "answers_before.json", "summary.json", "loss.png", "run.json",
+)  # fmt: skip
 # Flags that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
 _FREE = frozenset(
     ("do_eval", "do_sample", "eval_steps", "kernel", "logging_steps", "max_new_tokens", "output_dir",
@@ -119,7 +124,7 @@ class RunDirectory:
             raise UserError(f"--output_dir {path} is a file; give a directory.")
         directory = cls(path, config.save_total_limit)
         if config.overwrite_output_dir and (run_file.exists() or directory.checkpoints()):
-            shutil.rmtree(path)
+            directory.clear()
         if run_file.exists():
             before = read_json(run_file)
             changed = _differences(before, record)
@@ -138,6 +143,12 @@ class RunDirectory:
         for leftover in path.glob(".checkpoint-*"):
             shutil.rmtree(leftover)
         return directory
+
+    def clear(self) -> None:
+        """Delete what runs have written here, and nothing else; what says whose they are goes last."""
+        for name in _WRITTEN:
+            for entry in self.path.glob(name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -165,8 +176,18 @@ class RunDirectory:
             UserError: it could not be written; nothing half-written is left and earlier checkpoints are untouched.
         """
         final = self.checkpoint_path(step)
-        if final.exists():
-            return final
+        if not final.exists():
+            self._write(final, state, position, write_adapter)
+        for old in self.checkpoints()[: -self.save_total_limit]:
+            # Renamed first: a checkpoint that is being deleted must not look complete.
+            doomed = self.path / f".checkpoint-{old:06d}.old"
+            os.replace(self.checkpoint_path(old), doomed)
+            shutil.rmtree(doomed)
+        return final
+
+    def _write(
+        self, final: Path, state: TrainState, position: Mapping[str, Any], write_adapter: Callable[[Path], None]
+    ) -> None:
         temporary = self.path / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         with _saving(final, temporary):
@@ -175,12 +196,6 @@ class RunDirectory:
             write_adapter(temporary)
             write_json(temporary / "position.json", {**position, "files": _file_sizes(temporary)})
             os.replace(temporary, final)
-        for old in self.checkpoints()[: -self.save_total_limit]:
-            # Renamed first: a checkpoint that is being deleted must not look complete.
-            doomed = self.path / f".checkpoint-{old:06d}.old"
-            os.replace(self.checkpoint_path(old), doomed)
-            shutil.rmtree(doomed)
-        return final
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state and position that `save` was given at that step, bit for bit.

@@ -71,7 +71,7 @@ class TrainConfig:
     )
     group_by_length: bool = flag(True, "Batch rows of similar length together (without --packing).", group="data")
 
-    do_train: bool = flag(True, "Train.", group="training")
+    do_train: bool = flag(True, "Train; False evaluates and answers the prompts only.", group="training")
     optim: str = flag("adamw_32bit", "Optimizer: adamw_32bit.", group="training")
     per_device_train_batch_size: int = flag(1, "Sequences in a forward pass on each device.", group="training")
     gradient_accumulation_steps: int = flag(16, "Forward passes in an optimizer step.", group="training")
@@ -141,6 +141,10 @@ class TrainConfig:
         for name in ("max_train_samples", "max_eval_samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        if self.sequence_length is not None and not self.packing:
+            raise UserError("--sequence_length is the length of packed sequences; give --packing too.")
+        if self.eval_dataset is not None and not self.do_eval:
+            raise UserError("--eval_dataset is not read with --do_eval False; leave out one of them.")
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be positive.")
         for name in ("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio"):

@@ -21,6 +21,7 @@ from qlora_jax import data, kernels, models
 from qlora_jax.checkpoints.base import BaseModel, load_base
 from qlora_jax.checkpoints.hub import resolve_model
 from qlora_jax.checkpoints.peft import load_adapter, save_adapter
+from qlora_jax.checkpoints.streaming import inventory
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Sampling, generate
@@ -164,8 +165,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, model: Model, datasets: Datasets, tokenizer: Any, mesh: jax.sharding.Mesh):
         self.config, self.model, self.datasets, self.tokenizer, self.mesh = config, model, datasets, tokenizer, mesh
-        self.total_steps = config.max_steps
-        if config.num_train_epochs is not None:
+        self.total_steps = config.max_steps if config.do_train else 0
+        if config.do_train and config.num_train_epochs is not None:
             self.total_steps = math.ceil(config.num_train_epochs * datasets.train.batches_per_epoch)
         self.schedule = learning_rate_schedule(config, self.total_steps)
         optimizer = make_optimizer(config, self.total_steps)
@@ -233,12 +234,13 @@ class Trainer:
                 # Before saving: whatever is logged up to a checkpoint is there when the run resumes from it.
                 if self._evaluation_due(step) and not stop.requested:
                     self.evaluate(step)
-                stopping = stop.requested
-                last = step == self.total_steps
-                if last or stopping or (self.config.save_strategy == "steps" and step % self.config.save_steps == 0):
+                stopping = stop.requested and step < self.total_steps
+                if stopping or (self.config.save_strategy == "steps" and step % self.config.save_steps == 0):
                     self.save(step)
-                if stopping and not last:
+                if stopping:
                     return False
+            # If it was saved before the run was killed, what is beyond save_total_limit may still be there.
+            self.save(self.total_steps)
         self.evaluate(self.total_steps)
         return True
 
@@ -380,7 +382,7 @@ class Trainer:
         return {
             "model": self.config.model_name_or_path,
             "base": self.model.base.description,
-            "adapter": str(self.directory.path / "adapter"),
+            "adapter": str(self.directory.path / "adapter") if self.config.do_train else self.config.adapter,
             "steps": int(self.state.step),
             "epochs": self.datasets.train.epoch,
             "tokens": self.tokens,
@@ -397,24 +399,20 @@ class Trainer:
 
 def memory(model: Model, state: TrainState) -> dict[str, Any]:
     """Parameters, bits a parameter and bytes by class, counted from the buffers that training holds."""
-    packed = scales = unquantized = total = quantized = 0
-    for value in models.flatten(model.frozen).values():
-        if isinstance(value, QuantizedTensor):
-            packed += value.codes.nbytes
-            scales += value.nbytes - value.codes.nbytes
-            quantized += math.prod((*value.stack_shape, *value.shape))
-        else:
-            unquantized += value.nbytes
-            total += value.size
+    base = models.flatten(model.frozen)
+    quantized = sum(
+        math.prod((*value.stack_shape, *value.shape)) for value in base.values() if isinstance(value, QuantizedTensor)
+    )
+    other = sum(value.size for value in base.values() if not isinstance(value, QuantizedTensor))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(state.lora))
+    sizes = inventory(base)
+    bits = 8 * (sizes["base_packed"] + sizes["scales"]) / quantized if quantized else None
     return {
         "trainable_parameters": trainable,
-        "total_parameters": total + quantized + trainable,
-        "bits_per_quantized_parameter": 8 * (packed + scales) / quantized if quantized else None,
+        "total_parameters": quantized + other + trainable,
+        "bits_per_quantized_parameter": bits,
         "bytes": {
-            "base_packed": packed,
-            "base_scales": scales,
-            "base_unquantized": unquantized,
+            **sizes,
             "adapters": sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora)),
             "optimizer": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
         },
@@ -498,10 +496,12 @@ def _train_and_save(trainer: Trainer, prompts: Sequence[str]) -> Result:
         before = trainer.answer(prompts)
         write_json(before_file, list(zip(prompts, before, strict=True)))
         trainer.evaluate(0)
-    if not trainer.train():
-        return Result(trainer.summary(), [], interrupted=True)
-    trainer.write_adapter(trainer.directory.path / "adapter")
-    after = trainer.answer(prompts)
+    after = before
+    if trainer.config.do_train:
+        if not trainer.train():
+            return Result(trainer.summary(), [], interrupted=True)
+        trainer.write_adapter(trainer.directory.path / "adapter")
+        after = trainer.answer(prompts)
     answers = list(zip(prompts, before, after, strict=True))
     summary = trainer.summary()
     if trainer.config.dataset == DEFAULT_DATASET:
