@@ -1,6 +1,6 @@
 """Time our training step and the reference stack's in turn, on the same machine in the same run (project environment).
 
-    python compare_step.py --reference-python ref/bin/python --smollm2 smollm2-hf-f32 [--rounds 2]
+    python compare_step.py --reference-python ref/bin/python --smollm2 smollm2-hf-f32 [--rounds 1]
 
 Every round runs ours, then the reference's, workload by workload; the best median of each dtype over the rounds counts,
 for both, and for the reference also the best of its attention implementations. `--smollm2` is the Hugging Face
@@ -19,7 +19,7 @@ WORKLOADS = ("small", "smollm2")
 
 def lines(command: list[str]) -> list[dict]:
     """Run a benchmark and return the JSON objects it prints."""
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -28,13 +28,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reference-python", required=True)
     parser.add_argument("--smollm2", required=True)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
 
     best: dict[tuple[str, str, str], float] = {}
 
     def keep(workload: str, side: str, dtype: str, rate: float) -> None:
+        print(f"# {workload} {side} {dtype} {rate:.0f} tokens/s", file=sys.stderr, flush=True)
         key = (workload, side, dtype)
         best[key] = max(best.get(key, 0.0), rate)
 
