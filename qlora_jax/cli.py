@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import sys
 import types
 import typing
@@ -121,11 +122,16 @@ def parse_flags[T](
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
-    """Run a script's main: a UserError is printed as one line and exits with status 1, Ctrl-C with 130."""
+    """Run a script's main: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; free space.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

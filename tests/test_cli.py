@@ -1,10 +1,11 @@
 """The flags of scripts/finetune.py: types, defaults, errors, help."""
 
 import dataclasses
+import errno
 
 import pytest
 
-from qlora_jax.cli import parse_flags
+from qlora_jax.cli import parse_flags, run
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import DEMO, UNAVAILABLE, TrainConfig
 
@@ -87,3 +88,13 @@ def test_demo_is_made_of_real_flags():
 
 def test_no_flag_is_both_available_and_not():
     assert not {field.name for field in dataclasses.fields(TrainConfig)} & set(UNAVAILABLE)
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def main(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: metrics.jsonl cannot be written: No space left on device; free space.\n"

@@ -148,6 +148,9 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
     if config.adapter is not None:
         tensors, saved = load_adapter(config.adapter)
         rank, alpha, modules = saved.rank, saved.alpha, saved.target_modules
+        print(
+            f"adapter {config.adapter}: rank {rank}, alpha {alpha:g}, on {', '.join(modules)} (its own, not the flags')"
+        )
     adapters = LoRAConfig(rank, alpha, config.lora_dropout, tuple(modules))
     precision = Precision(base.quantization, dtype, adapters, config.kernel)
     graphdef, abstract_lora, abstract_frozen = models.split_model(models.abstract_model(base.config, precision))
