@@ -75,7 +75,10 @@ class Result:
 
 
 def compute_dtype(config: TrainConfig) -> Any:
-    """The dtype --bf16 asks for; by default bfloat16 on accelerators and float32 on a CPU, where that is faster."""
+    """The dtype --bf16 asks for; by default bfloat16 on accelerators and float32 on CPUs.
+
+    Few CPUs multiply bfloat16 (AVX-512 BF16, AMX); on those --bf16 is about half as fast again (BENCHMARKS.md).
+    """
     if config.bf16 is None:
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.bfloat16 if config.bf16 else jnp.float32
