@@ -51,6 +51,12 @@ def _loss_sum(
     return next_token_loss(hidden, model.head, batch["labels"], mesh=mesh)
 
 
+def _compiler_options() -> dict[str, str | bool | int | float] | None:
+    # XLA keeps to 256-bit vectors on CPUs that have 512 bits; decoding 4-bit weights gains more than clocks lose (2 to
+    # 5 % of a step on a Zen 5). CPUs without them take the widest they have.
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -111,7 +117,7 @@ def make_train_step(
         metrics = {"loss": loss * scale, "grad_norm": grad_norm, "trained_tokens": count}
         return TrainState(lora, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
 
 
 def make_eval_step(
@@ -122,4 +128,4 @@ def make_eval_step(
     def step(lora: nnx.State, frozen: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
         return _loss_sum(lora, frozen, batch, None, graphdef=graphdef, packed=packed, remat=False, mesh=mesh)
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=_compiler_options())
