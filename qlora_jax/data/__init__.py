@@ -3,11 +3,10 @@
 from qlora_jax.data.batching import Batch, Batches, bucket_lengths, evaluation_batches
 from qlora_jax.data.default import default_prompts, follows_style
 from qlora_jax.data.formats import FORMATS
-from qlora_jax.data.loading import DEFAULT_DATASET, HUB_NAMES, Rows, load_rows, split_rows
+from qlora_jax.data.loading import HUB_NAMES, Rows, load_rows, split_rows
 from qlora_jax.data.tokenization import IGNORED, DataReport, Example, encode_prompt, tokenize_rows
 
 __all__ = [
-    "DEFAULT_DATASET",
     "FORMATS",
     "HUB_NAMES",
     "IGNORED",

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
-
-DEFAULT_DATASET = "default"
 
 HUB_NAMES = {
     "alpaca": "tatsu-lab/alpaca",

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from qlora_jax.checkpoints.files import file_sizes
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import TrainState
@@ -194,7 +195,7 @@ class RunDirectory:
             temporary.mkdir(parents=True)
             ocp.save((temporary / "state").absolute(), _by_name(state))
             write_adapter(temporary)
-            write_json(temporary / "position.json", {**position, "files": _file_sizes(temporary)})
+            write_json(temporary / "position.json", {**position, "files": file_sizes(temporary)})
             os.replace(temporary, final)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -231,10 +232,6 @@ class RunDirectory:
         # Fresh buffers, because the state is donated to the first step; one at a time, because two states may not fit.
         restored = [jnp.copy(values.pop(name)) for name in named]
         return jax.tree.unflatten(jax.tree.structure(abstract), restored), position
-
-
-def _file_sizes(directory: Path) -> dict[str, int]:
-    return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
 
 
 def _differences(before: Any, now: Mapping[str, Any]) -> list[str]:

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qlora_jax.cli import flag
+from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
 from qlora_jax.errors import UserError
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_DATASET = "default"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,12 +23,13 @@ from qlora_jax.checkpoints.hub import resolve_model
 from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.checkpoints.streaming import inventory
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
+from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Sampling, generate
 from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 from qlora_jax.training.checkpointing import RunDirectory, read_json, write_json
-from qlora_jax.training.config import DEFAULT_DATASET, TrainConfig
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, plot_losses, read_metrics
 from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
