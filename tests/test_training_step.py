@@ -62,6 +62,18 @@ def test_chunked_loss_equals_the_plain_one(masked, chunk):
     assert int(next_token_loss(hidden, head, labels, chunk=chunk)[1]) == int(jnp.sum(labels[:, 1:] != IGNORED))
 
 
+@pytest.mark.parametrize("vocabulary", [1024, 2048, 2100])
+def test_loss_of_a_vocabulary_of_several_blocks(vocabulary):
+    rng = np.random.default_rng(3)
+    hidden = jnp.asarray(rng.normal(size=(2, 9, 16)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(vocabulary, 16)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, vocabulary, (2, 9)), jnp.int32)
+    want, want_gradient = jax.value_and_grad(plain_loss)(hidden, head, labels)
+    got, got_gradient = jax.jit(jax.value_and_grad(lambda h: next_token_loss(h, head, labels)[0]))(hidden)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-5, atol=1e-5)
+
+
 def test_loss_survives_huge_logits():
     hidden = jnp.full((1, 4, 8), 1e4, jnp.float32)
     head = jnp.asarray(np.eye(8), jnp.float32)

@@ -11,6 +11,8 @@ from qlora_jax.data import IGNORED
 
 # Tokens whose logits exist at a time. Large enough for a full-speed product, small beside a batch.
 CHUNK = 512
+# Rows of the head that a CPU multiplies at a time when it sums over the vocabulary: 2 MiB at 1024 columns in bfloat16.
+_VOCABULARY_BLOCK = 1024
 
 
 def next_token_loss(
@@ -78,7 +80,8 @@ def _loss_forward(chunk: int, rows: Array, head: Array, targets: Array, count: A
         probabilities = exponentials / normaliser
         hit = jax.nn.one_hot(one_targets, head.shape[0], dtype=probabilities.dtype)
         d_logits = jnp.where(trained[:, None], probabilities - hit, 0).astype(rows.dtype)
-        d_rows = jnp.einsum("tv,vd->td", d_logits, head, preferred_element_type=jnp.float32).astype(rows.dtype)
+        d_rows = jax.lax.platform_dependent(d_logits, head, cpu=_by_vocabulary_blocks, default=_product)
+        d_rows = d_rows.astype(rows.dtype)
         return total + loss, jax.lax.dynamic_update_slice(gradient, d_rows, (i * chunk, 0))
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(rows))
@@ -90,6 +93,27 @@ def _loss_backward(chunk: int, gradient: Array, cotangent: Array) -> tuple[Array
 
 
 _loss_of_rows.defvjp(_loss_forward, _loss_backward)
+
+
+def _product(d_logits: Array, head: Array) -> Array:
+    return jnp.einsum("tv,vd->td", d_logits, head, preferred_element_type=jnp.float32)
+
+
+def _by_vocabulary_blocks(d_logits: Array, head: Array) -> Array:
+    # The same sum, a block of the vocabulary at a time: a CPU first rearranges the right-hand side of a product, and a
+    # block of the head still lies in its cache when it is multiplied.
+    blocks, rest = divmod(head.shape[0], _VOCABULARY_BLOCK)
+    if not blocks:
+        return _product(d_logits, head)
+
+    def add(i: Array | int, total: Array, size: int = _VOCABULARY_BLOCK) -> Array:
+        start = i * _VOCABULARY_BLOCK
+        columns = jax.lax.dynamic_slice_in_dim(d_logits, start, size, axis=1)
+        return total + _product(columns, jax.lax.dynamic_slice_in_dim(head, start, size))
+
+    total = jnp.zeros((d_logits.shape[0], head.shape[1]), jnp.float32)
+    total = jax.lax.fori_loop(0, blocks, add, total)
+    return add(blocks, total, rest) if rest else total
 
 
 def _chunks(count: Array, chunk: int) -> Array:
