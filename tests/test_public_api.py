@@ -151,7 +151,7 @@ def test_imports_make_no_circle():
     "module", [name for name in ROOMS if FLOOR_OF.get(name.split(".")[1], 9) <= FLOOR_OF["kernels"]]
 )
 def test_the_ground_floors_need_jax_and_numpy_only(module):
-    assert third_party(module) <= {"jax", "numpy", "jaxtyping"}
+    assert third_party(module) <= {"jax", "jaxlib", "numpy", "jaxtyping"}
 
 
 @pytest.mark.parametrize("module", [name for name, path in SOURCES.items() if path.name == "__init__.py"])

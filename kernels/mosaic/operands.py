@@ -1,0 +1,78 @@
+"""A 4-bit weight as the kernels take it: two-dimensional views of the stored buffers, and which layer of a stack."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.kernels.mosaic import tiles
+from qlora_jax.quantization import QuantizedTensor
+from qlora_jax.quantization.codebooks import dynamic_map
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Views of the buffers of a stack of L quantised [N, K] weights, and the layer to use. Nothing is copied.
+
+    Attributes:
+        codes: uint8 [L, N, K / 2].
+        scales: (absmax uint8 [L, N K / block_size], nested_absmax float32 [L, ...], offset float32 [L], dynamic map
+            float32 [256]) with double quantisation, else (absmax float32 [L, N K / block_size],).
+        layer: int32 [1].
+        quant_type: "nf4" or "fp4".
+        block_size: elements a scale.
+    """
+
+    codes: jax.Array
+    scales: tuple[jax.Array, ...]
+    layer: jax.Array
+    quant_type: str
+    block_size: int
+
+    @classmethod
+    def of(cls, w: QuantizedTensor, layer: Any = None) -> "Operands":
+        """View a weight, or a stack of them of which `layer` (an int32 scalar) is used."""
+        n, k = w.shape
+        stack = w.stack_shape or (1,)
+
+        def view(buffer: Any, *shape: int) -> jax.Array:
+            return jnp.asarray(buffer).reshape(*stack, *shape)
+
+        scales: tuple[jax.Array, ...] = (view(w.absmax, -1),)
+        if w.double_quant:
+            scales = (*scales, view(w.nested_absmax, -1), view(w.offset), jnp.asarray(dynamic_map()))
+        layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
+        return cls(view(w.codes, n, k // 2), scales, layer, w.quant_type, w.block_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[1], 2 * self.codes.shape[2]
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised."""
+        return len(self.scales) > 1
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Kernel operands: codes, scales, layer."""
+        return (self.codes, *self.scales, self.layer)
+
+    def decoding(self, dtype: Any) -> tiles.Decoding:
+        """What the kernel must know of the weight, decoded to `dtype`."""
+        return tiles.Decoding(self.quant_type, jnp.dtype(dtype), self.block_size, self.double_quant, self.shape[1])
+
+
+def pad_contraction(dy: jax.Array, n: int, block: int) -> jax.Array:
+    """Return dy [M, N] as [M, ceil(N / block) * block] for a kernel whose last tile of W begins at N - block.
+
+    What that tile shares with the one before it is multiplied by zeros. dy itself if N is a multiple of `block`.
+    """
+    rest = n % block
+    if not rest:
+        return dy
+    whole = dy[:, : n - rest]
+    zeros = jnp.zeros((dy.shape[0], block - rest), dy.dtype)
+    return jnp.concatenate([whole, zeros, dy[:, n - rest :]], axis=1)

@@ -1,0 +1,58 @@
+"""What all kernels agree on: how codes and weights lie in tiles, and which thread decodes what."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP = 128
+# One thread decodes runs of 64 consecutive codes of one row; a run has one scale, or two if the blocks are of 32.
+RUN = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What a kernel knows at compile time about the codes it decodes.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        dtype: bfloat16 or float16, of the decoded weights.
+        block_size: elements a scale belongs to, 32 or a multiple of 64.
+        double_quant: whether scales are 8-bit codes of the dynamic map.
+        n_inputs: K, elements of a row of the weight.
+    """
+
+    quant_type: str
+    dtype: Any
+    block_size: int
+    double_quant: bool
+    n_inputs: int
+
+    @property
+    def scales_per_run(self) -> int:
+        """1, or 2 where the blocks are of 32."""
+        return max(1, RUN // self.block_size)
+
+    def scale_layout(self, runs: int) -> plgpu.Layout:
+        """Layout of an array with the scales of `runs` runs: run t + 128 j belongs to thread t."""
+        return plgpu.Layout.WG_STRIDED((runs * self.scales_per_run,), vec_size=self.scales_per_run)
+
+
+def swizzled(offset: Any, row_bytes: int) -> Any:
+    """The shared-memory byte where the swizzle of rows of 32, 64 or 128 bytes puts the byte `offset` of a tile.
+
+    The pattern of TMA and of the tensor cores: bits 4..6 of the address are exclusive-ored with bits 7..9, as many of
+    them as the row has 16-byte chunks (PTX ISA, "Swizzling modes").
+    """
+    return offset ^ ((offset >> 3) & (row_bytes - 16))
+
+
+def swizzle_of(row_bytes: int) -> tuple[Any, ...]:
+    """Pallas transforms of a byte tile with rows of 32, 64 or 128 bytes, swizzled over the whole row."""
+    return (plgpu.TilingTransform((8, row_bytes)), plgpu.SwizzleTransform(row_bytes))
+
+
+def tile_transforms(dtype: Any) -> tuple[Any, ...]:
+    """Pallas transforms of a 16-bit tile: subtiles of 8 rows x 64 elements (128 bytes), swizzled."""
+    return (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
