@@ -124,8 +124,29 @@ def _runs_of_thread(n_runs: int, rows: int) -> list[tuple[ir.Value, ir.Value]]:
     return out
 
 
+def _runs_of_fragments(n_runs: int, rows: int) -> list[tuple[ir.Value, ir.Value]]:
+    """(row, run) of the two runs of this thread in a tile of 16 rows x 16 runs, 4 runs a warp.
+
+    Lane 4 g + c holds run c of rows g and g + 8, as an operand of mma.sync holds its columns (PTX ISA, "Matrix
+    Fragments for mma.m16n8k16").
+    """
+    if (n_runs, rows) != (2 * tiles.WARPGROUP, 16):
+        raise ValueError(f"fragments are of 16 rows and 16 runs, not {rows} and {n_runs // rows}.")
+    thread = _thread()
+    row = arith.andi(arith.shrui(thread, _const(2)), _const(7))
+    run = arith.addi(arith.muli(arith.shrui(thread, _const(5)), _const(4)), arith.andi(thread, _const(3)))
+    return [(row, run), (arith.addi(row, _const(8)), run)]
+
+
 def fetch_scales(
-    decoding: tiles.Decoding, absmax: Any, nested: Any, row: Any, column: Any, tile: tuple[int, int]
+    decoding: tiles.Decoding,
+    absmax: Any,
+    nested: Any,
+    row: Any,
+    column: Any,
+    tile: tuple[int, int],
+    *,
+    fragments: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Start reading the scales of a tile of codes from global memory; `finish_scales` makes numbers of them.
 
@@ -135,7 +156,8 @@ def fetch_scales(
         nested: ref [N K / block_size / 256 or more] float32 (double quantisation), else None.
         row: first row of the tile.
         column: first column of the tile, in elements, a multiple of 64.
-        tile: (rows, columns) of the tile, columns in elements.
+        tile: (rows, columns) of the tile, columns in elements; what lies beyond the last column repeats the last run.
+        fragments: the runs lie in threads as `_runs_of_fragments` says, not neighbouring rows in neighbouring threads.
 
     Returns:
         Arrays in `scale_layout`: what was read of absmax as int32 bits, and of nested as float32.
@@ -153,8 +175,10 @@ def fetch_scales(
         """Index of the block of every scale of this thread, within the flattened weight."""
         row, column = (value.registers.item() for value in (row, column))
         out = []
-        for run_row, run in _runs_of_thread(n_runs, rows):
+        for run_row, run in (_runs_of_fragments if fragments else _runs_of_thread)(n_runs, rows):
             first = arith.addi(column, arith.muli(run, _const(tiles.RUN)))
+            if fragments:
+                first = arith.minsi(first, _const(decoding.n_inputs - tiles.RUN))
             base = arith.muli(arith.addi(row, run_row), _const(blocks_per_row))
             block = arith.addi(base, arith.divui(first, _const(decoding.block_size)))
             out.append([arith.addi(block, _const(i)) for i in range(decoding.scales_per_run)])
@@ -302,6 +326,7 @@ class Scales:
         absmax, nested: refs in global memory of this layer's scales (nested None without double quantisation).
         dynamic_map: shared-memory ref float32 [256], or None.
         offset: float32 scalar, or None.
+        fragments: see `fetch_scales`.
     """
 
     decoding: tiles.Decoding
@@ -310,20 +335,30 @@ class Scales:
     nested: Any
     dynamic_map: Any
     offset: Any
+    fragments: bool = False
 
     @classmethod
-    def of(cls, decoding: tiles.Decoding, tile: tuple[int, int], layer: Any, refs: list[Any], scratch: Any) -> "Scales":
+    def of(
+        cls,
+        decoding: tiles.Decoding,
+        tile: tuple[int, int],
+        layer: Any,
+        refs: list[Any],
+        scratch: Any,
+        *,
+        fragments: bool = False,
+    ) -> "Scales":
         """Take a kernel's scale operands (`Operands.scales`); the next barrier publishes the table in `scratch`."""
         if not decoding.double_quant:
             (absmax,) = refs
-            return cls(decoding, tile, absmax.at[layer], None, None, None)
+            return cls(decoding, tile, absmax.at[layer], None, None, None, fragments)
         absmax, nested, offset, dynamic_map = refs
         scratch[...] = plgpu.load(dynamic_map, layout=plgpu.Layout.WG_STRIDED((256,), vec_size=2))
-        return cls(decoding, tile, absmax.at[layer], nested.at[layer], scratch, offset[layer])
+        return cls(decoding, tile, absmax.at[layer], nested.at[layer], scratch, offset[layer], fragments)
 
     def fetch(self, row: Any, column: Any) -> tuple[jax.Array, ...]:
         """Start reading the scales of the tile at (row, column)."""
-        return fetch_scales(self.decoding, self.absmax, self.nested, row, column, self.tile)
+        return fetch_scales(self.decoding, self.absmax, self.nested, row, column, self.tile, fragments=self.fragments)
 
     def finish(self, read: tuple[jax.Array, ...]) -> jax.Array:
         """Make numbers of what `fetch` read."""
@@ -351,3 +386,205 @@ def mma(acc: jax.Array, x: Any, w: Any, *, transposed: bool, m_warps: int) -> ja
     lhs = plgpu.load(x, layout=plgpu.Layout.MMA_LHS(x.dtype, m_warps=m_warps))
     rhs = plgpu.load(w if transposed else w.T, layout=plgpu.Layout.MMA_RHS(w.dtype, m_warps=m_warps))
     return plgpu.mma(acc, lhs, rhs)
+
+
+# ---------------------------------------------------------------------------------------------- few rows of x
+
+# A warpgroup's step: 16 rows of W x 16 runs, each warp its own 4 runs (256 columns).
+_WORDS = plgpu.Layout.WG_STRIDED((tiles.WARPGROUP * 16,), vec_size=16)
+
+
+def _accumulator_layout(m_tiles: int) -> plgpu.Layout:
+    return plgpu.Layout.WG_STRIDED((tiles.WARPGROUP * 4 * m_tiles,), vec_size=4 * m_tiles)
+
+
+def _load_global(pointer: ir.Value, offset: ir.Value, keep: ir.Value | None = None) -> list[ir.Value]:
+    """Sixteen bytes of global memory as four words; zeros, and no access, where `keep` is 0."""
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _byte_pointer(pointer, offset))
+    if keep is None:
+        text, operands, constraints = "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "l"
+    else:
+        text = (
+            "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
+            "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+            "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+        )
+        operands, constraints = [address, keep], "l,r"
+    return _asm(text, [_i32()] * 4, operands, "=&r,=&r,=&r,=&r," + constraints)
+
+
+def _global_pointer(ref: ir.Value) -> ir.Value:
+    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
+
+
+def stream_codes(decoding: tiles.Decoding, codes: Any, row: Any, column: Any) -> jax.Array:
+    """Read the codes of 16 rows x 1024 columns from global memory into registers; the last run again beyond the edge.
+
+    Args:
+        decoding: the weight.
+        codes: ref uint8 [N, K / 2].
+        row: first row.
+        column: first column, in elements, a multiple of 64.
+
+    Returns:
+        int32 [2048]: for each thread the 8 words of its run in row g, then those of row g + 8 (`_runs_of_fragments`).
+    """
+    scalar = plgpu.Layout.WG_SPLAT(())
+    result = plgpu.ShapeDtypeStruct((tiles.WARPGROUP * 16,), jnp.int32, layout=_WORDS)
+    row_bytes = decoding.n_inputs // 2
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar), return_type=result)
+    def read(_: Any, codes: ir.Value, row: Any, column: Any) -> mgpu.FragmentedArray:
+        row, column = (value.registers.item() for value in (row, column))
+        pointer = _global_pointer(codes)
+        words = []
+        for run_row, run in _runs_of_fragments(2 * tiles.WARPGROUP, 16):
+            first = arith.addi(column, arith.muli(run, _const(tiles.RUN)))
+            first = arith.minsi(first, _const(decoding.n_inputs - tiles.RUN))
+            # Rows times bytes may pass 2^31.
+            wide = ir.IntegerType.get_signless(64)
+            offset = arith.muli(arith.extsi(wide, arith.addi(row, run_row)), arith.constant(wide, row_bytes))
+            offset = arith.addi(offset, arith.extsi(wide, arith.shrui(first, _const(1))))
+            for half in range(2):
+                words += _load_global(pointer, arith.addi(offset, arith.constant(wide, 16 * half)))
+        vector = llvm.mlir_undef(ir.VectorType.get((16,), _i32()))
+        for i, word in enumerate(words):
+            vector = llvm.insertelement(vector, word, _const(i))
+        registers = np.empty(1, object)
+        registers[0] = vector
+        return mgpu.FragmentedArray(_registers=registers, _layout=_WORDS.to_mgpu(), _is_signed=True)
+
+    return read(codes, row, column)
+
+
+def zero_fragments(m_tiles: int) -> jax.Array:
+    """Zeros for `stream_multiply`: float32, four for each thread and eight rows of x."""
+    return plgpu.layout_cast(jnp.zeros(tiles.WARPGROUP * 4 * m_tiles, jnp.float32), _accumulator_layout(m_tiles))
+
+
+def stream_multiply(
+    decoding: tiles.Decoding, acc: jax.Array, words: jax.Array, scales: jax.Array, x: Any, column: Any
+) -> jax.Array:
+    """Add this warp's part of W x^T to its accumulator, from codes in registers.
+
+    The products of a run go to mma.sync in an order of the columns that suits the codes, not the instruction: a sum
+    does not mind. In step s, what the instruction calls its columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 are elements
+    4 s .. 4 s + 3 of run c, in W and x alike.
+
+    Args:
+        decoding: the weight.
+        acc: `zero_fragments` or what this returned.
+        words: of `stream_codes`.
+        scales: float32 [256 * scales_per_run], of the same runs.
+        x: ref [M, K] in global memory, M <= 8 * m_tiles; rows beyond M and columns beyond K count as zeros.
+        column: as in `stream_codes`.
+    """
+    scale_layout = decoding.scale_layout(2 * tiles.WARPGROUP)
+    m_tiles = acc.shape[0] // (tiles.WARPGROUP * 4)
+    layout = _accumulator_layout(m_tiles)
+    result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=layout)
+    scalar = plgpu.Layout.WG_SPLAT(())
+    rows = x.shape[0]
+    kind = "bf16" if decoding.dtype == jnp.bfloat16 else "f16"
+    mma_sync = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    )
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+
+    @plgpu.inline_mgpu(arg_types=(layout, _WORDS, scale_layout, plgpu.RefType(), scalar), return_type=result)
+    def multiply(_: Any, acc: Any, words: Any, scales: Any, x: ir.Value, column: Any) -> mgpu.FragmentedArray:
+        f32 = ir.F32Type.get()
+        sums = [llvm.extractelement(acc.registers[0], _const(i)) for i in range(4 * m_tiles)]
+        codes = [llvm.extractelement(words.registers[0], _const(i)) for i in range(16)]
+        (x_row, run), _other = _runs_of_fragments(2 * tiles.WARPGROUP, 16)
+        first = arith.addi(column.registers.item(), arith.muli(run, _const(tiles.RUN)))
+        within = arith.cmpi(arith.CmpIPredicate.slt, first, _const(decoding.n_inputs))
+        pointer = _global_pointer(x)
+        fragments = []
+        for tile in range(m_tiles):
+            row = arith.addi(x_row, _const(8 * tile))
+            keep = arith.andi(within, arith.cmpi(arith.CmpIPredicate.slt, row, _const(rows)))
+            keep = arith.extui(_i32(), keep)
+            offset = arith.muli(arith.addi(arith.muli(row, _const(decoding.n_inputs)), first), _const(2))
+            fragments.append(
+                [_load_global(pointer, arith.addi(offset, _const(16 * i)), keep) for i in range(tiles.RUN // 8)]
+            )
+        words_per_scale = 8 // decoding.scales_per_run
+        for i in range(8):
+            if i % words_per_scale == 0:
+                scale = [llvm.extractelement(r, _const(i // words_per_scale)) for r in scales.registers]
+                tables = [_table(one, decoding.quant_type, decoding.dtype) for one in scale]
+            upper, lower = (_decode_word(codes[8 * half + i], tables[half]) for half in range(2))
+            for pair in range(2):
+                a = [upper[2 * pair], lower[2 * pair], upper[2 * pair + 1], lower[2 * pair + 1]]
+                for tile in range(m_tiles):
+                    b = fragments[tile][i][2 * pair : 2 * pair + 2]
+                    c = sums[4 * tile : 4 * tile + 4]
+                    sums[4 * tile : 4 * tile + 4] = _asm(mma_sync, [f32] * 4, [*a, *b, *c], constraints)
+        vector = llvm.mlir_undef(ir.VectorType.get((4 * m_tiles,), f32))
+        for i, value in enumerate(sums):
+            vector = llvm.insertelement(vector, value, _const(i))
+        registers = np.empty(1, object)
+        registers[0] = vector
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return multiply(acc, words, scales, x, column)
+
+
+def store_fragments(acc: jax.Array, partial: Any, out: Any, column: Any) -> None:
+    """Add the accumulators of the four warps and write columns column .. column + 15 of the output.
+
+    Args:
+        acc: of `stream_multiply`.
+        partial: shared-memory ref float32 [4, 16, 8 * m_tiles].
+        out: ref [M, N] in global memory, bfloat16 or float16.
+        column: first row of W.
+    """
+    m_tiles = acc.shape[0] // (tiles.WARPGROUP * 4)
+    rows, n = out.shape
+    kind = "bf16" if out.dtype == jnp.bfloat16 else "f16"
+
+    @plgpu.inline_mgpu(
+        arg_types=(_accumulator_layout(m_tiles), plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()))
+    )
+    def store(_: Any, acc: Any, partial: ir.Value, out: ir.Value, column: Any) -> None:
+        f32, width = ir.F32Type.get(), 8 * m_tiles
+        thread = _thread()
+        shared = mgpu.utils.memref_ptr(partial)
+        warp = arith.shrui(thread, _const(5))
+        g = arith.andi(arith.shrui(thread, _const(2)), _const(7))
+        c = arith.andi(thread, _const(3))
+        for tile in range(m_tiles):
+            for i in range(4):
+                # Accumulator i: row g (+ 8 from the third on), column 2 c + i % 2 ("Matrix Fragments").
+                row = arith.addi(g, _const(8 * (i // 2)))
+                index = arith.addi(arith.muli(warp, _const(16)), row)
+                index = arith.addi(arith.muli(index, _const(width)), arith.muli(c, _const(2)))
+                index = arith.addi(index, _const(8 * tile + i % 2))
+                value = llvm.extractelement(acc.registers[0], _const(4 * tile + i))
+                llvm.store(value, mgpu.utils.getelementptr(shared, [index], f32))
+        mgpu.utils.warpgroup_barrier()
+        pointer = _global_pointer(out)
+        for tile in range(m_tiles):
+            # Thread t: weight row t % 16, so that neighbours write neighbours, and x row t / 16.
+            w_row, x_row = arith.andi(thread, _const(15)), arith.addi(arith.shrui(thread, _const(4)), _const(8 * tile))
+            parts = []
+            for part in range(4):
+                index = arith.addi(arith.muli(arith.addi(w_row, _const(16 * part)), _const(width)), x_row)
+                parts.append(llvm.load(f32, mgpu.utils.getelementptr(shared, [index], f32)))
+            total = parts[0]
+            for value in parts[1:]:
+                total = arith.addf(total, value)
+            element = arith.addi(arith.muli(x_row, _const(n)), arith.addi(column.registers.item(), w_row))
+            wide = arith.extsi(ir.IntegerType.get_signless(64), element)
+            address = mgpu.utils.getelementptr(pointer, [wide], ir.IntegerType.get_signless(16))
+            address = llvm.ptrtoint(ir.IntegerType.get_signless(64), address)
+            keep = arith.extui(_i32(), arith.cmpi(arith.CmpIPredicate.slt, x_row, _const(rows)))
+            text = (
+                f"{{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; cvt.rn.{kind}.f32 h, $1; "
+                "@p st.global.b16 [$0], h; }"
+            )
+            llvm.inline_asm(None, [address, total, keep], text, "l,f,r", has_side_effects=True)
+
+    store(acc, partial, out, column)

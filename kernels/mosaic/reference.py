@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from qlora_jax.kernels.mosaic import tiles
-from qlora_jax.quantization.codebooks import TABLES
+from qlora_jax.quantization.blockwise import lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,22 +21,32 @@ class Scales:
     nested: Any
     dynamic_map: Any
     offset: Any
+    fragments: bool = False
 
     @classmethod
-    def of(cls, decoding: tiles.Decoding, tile: tuple[int, int], layer: Any, refs: list[Any], scratch: Any) -> "Scales":
+    def of(
+        cls,
+        decoding: tiles.Decoding,
+        tile: tuple[int, int],
+        layer: Any,
+        refs: list[Any],
+        scratch: Any,
+        *,
+        fragments: bool = False,
+    ) -> "Scales":
         """See `machine.Scales.of`."""
         if not decoding.double_quant:
-            return cls(decoding, tile, refs[0][layer], None, None, None)
+            return cls(decoding, tile, refs[0][layer], None, None, None, fragments)
         absmax, nested, offset, dynamic_map = refs
         scratch[...] = dynamic_map[...]
-        return cls(decoding, tile, absmax[layer], nested[layer], scratch, offset[layer])
+        return cls(decoding, tile, absmax[layer], nested[layer], scratch, offset[layer], fragments)
 
     def fetch(self, row: Any, column: Any) -> tuple[jax.Array, ...]:
         """See `machine.Scales.fetch`."""
         rows, columns = self.tile
         per_run, size = self.decoding.scales_per_run, self.decoding.block_size
         r = jnp.arange(rows)[:, None, None] + row
-        c = jnp.arange(columns // tiles.RUN)[None, :, None] * tiles.RUN + column
+        c = _first_columns(self.decoding, columns // tiles.RUN, column)[None, :, None]
         block = r * (self.decoding.n_inputs // size) + c // size + jnp.arange(per_run)
         if not self.decoding.double_quant:
             return (self.absmax[block],)
@@ -52,13 +63,20 @@ class Scales:
         return product + self.offset
 
 
+def _first_columns(decoding: tiles.Decoding, runs: int, column: Any) -> jax.Array:
+    """First column of each run; beyond the edge, that of the last run again."""
+    return jnp.minimum(column + jnp.arange(runs) * tiles.RUN, decoding.n_inputs - tiles.RUN)
+
+
+def _decoded(decoding: tiles.Decoding, packed: jax.Array, scales: jax.Array) -> jax.Array:
+    """Weights [*scales.shape, codes a scale] of packed codes and scales [rows, runs, scales_per_run]."""
+    code = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(*scales.shape, -1)
+    return (lookup(code, decoding.quant_type) * scales[..., None]).astype(decoding.dtype)
+
+
 def decode(decoding: tiles.Decoding, codes: Any, scales: jax.Array, out: Any) -> None:
     """`machine.decode` for interpret mode."""
-    rows, columns = out.shape
-    packed = codes[...]
-    code = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(*scales.shape, -1)
-    table = jnp.asarray(TABLES[decoding.quant_type])
-    out[...] = (table[code.astype(jnp.int32)] * scales[..., None]).astype(decoding.dtype).reshape(rows, columns)
+    out[...] = _decoded(decoding, codes[...], scales).reshape(out.shape)
 
 
 def mma(acc: jax.Array, x: Any, w: Any, *, transposed: bool, m_warps: int) -> jax.Array:
@@ -76,3 +94,32 @@ def zero_accumulator(shape: tuple[int, int], dtype: Any, m_warps: int) -> jax.Ar
     """Zeros [block_m, block_n]."""
     del dtype, m_warps
     return jnp.zeros(shape, jnp.float32)
+
+
+def stream_codes(decoding: tiles.Decoding, codes: Any, row: Any, column: Any) -> jax.Array:
+    """Codes of `machine.stream_codes` as they lie in the rows, uint8 [16, 16, 32]."""
+    columns = _first_columns(decoding, 16, column)[:, None] // 2 + jnp.arange(tiles.RUN // 2)
+    return codes[...][row + jnp.arange(16)[:, None, None], columns]
+
+
+def zero_fragments(m_tiles: int) -> jax.Array:
+    """Zeros [8 * m_tiles, 16]."""
+    return jnp.zeros((8 * m_tiles, 16), jnp.float32)
+
+
+def stream_multiply(
+    decoding: tiles.Decoding, acc: jax.Array, words: jax.Array, scales: jax.Array, x: Any, column: Any
+) -> jax.Array:
+    """See `machine.stream_multiply`."""
+    w = _decoded(decoding, words, scales).reshape(16, -1)
+    columns = column + jnp.arange(w.shape[1])
+    rows = x[...][:, jnp.minimum(columns, decoding.n_inputs - 1)]
+    rows = jnp.where(columns < decoding.n_inputs, rows, 0)
+    rows = jnp.pad(rows, ((0, acc.shape[0] - rows.shape[0]), (0, 0)))
+    return acc + jnp.einsum("mk,nk->mn", rows, w, preferred_element_type=jnp.float32)
+
+
+def store_fragments(acc: jax.Array, partial: Any, out: Any, column: Any) -> None:
+    """See `machine.store_fragments`."""
+    del partial
+    out[:, pl.ds(column, 16)] = acc[: out.shape[0]].astype(out.dtype)

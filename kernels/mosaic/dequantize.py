@@ -1,0 +1,81 @@
+"""Decoding a whole weight to 16 bits, for an ordinary matrix product to follow."""
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qlora_jax.kernels.mosaic import machine, tiles
+from qlora_jax.kernels.mosaic.operands import Operands
+
+# Column tiles that one CTA decodes, one after another, while the codes of the next are on their way.
+_STEPS = 4
+
+
+def dequantize(w: Operands, dtype: Any, *, seam: ModuleType = machine, interpret: Any = None) -> jax.Array:
+    """Return the weight as an array [N, K] of bfloat16 or float16, each element rounded once.
+
+    Args:
+        w: the weight; N >= 128, or >= 64 if K is a multiple of 128.
+        dtype: bfloat16 or float16.
+        seam: `machine`, or `reference` in interpret mode.
+        interpret: Pallas interpret parameters.
+    """
+    n, k = w.shape
+    dtype = jnp.dtype(dtype)
+    rows, columns = (64, 128) if k % 128 == 0 else (128, 64)
+    tile = (rows, columns)
+    decoding = w.decoding(dtype)
+    column_tiles = k // columns
+    steps = min(_STEPS, column_tiles)
+
+    def kernel(codes: Any, *refs: Any) -> None:
+        *scale_refs, layer_ref, out, w_tile, scale_scratch = refs
+        layer = layer_ref[0]
+        row = lax.min(lax.axis_index("n") * rows, n - rows)
+        first = lax.min(lax.axis_index("k") * steps, column_tiles - steps)
+        scales = seam.Scales.of(decoding, tile, layer, scale_refs, scale_scratch)
+
+        def body(indices: Any, codes_tile: Any, scale: Any) -> Any:
+            (step,) = indices
+            column = (first + step) * columns
+            upcoming = scales.fetch(row, lax.min(column + columns, k - columns))
+            seam.barrier()  # the last tile has been read
+            seam.decode(decoding, codes_tile, scale, w_tile)
+            seam.barrier()
+            values = plgpu.load(w_tile, layout=plgpu.Layout.SMEM_GMEM_COPY(tile, dtype, 128))
+            plgpu.store(out.at[pl.ds(row, rows), pl.ds(column, columns)], values, optimized=False)
+            return scales.finish(upcoming)
+
+        seam.barrier()  # the table of scales is in place
+        plgpu.emit_pipeline(
+            body,
+            grid=(steps,),
+            in_specs=[
+                plgpu.BlockSpec(
+                    (pl.Element(rows), columns // 2),
+                    lambda step: (row, first + step),
+                    transforms=tiles.swizzle_of(columns // 2),
+                    oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+                )
+            ],
+            max_concurrent_steps=2,
+            init_carry=scales.finish(scales.fetch(row, first * columns)),
+        )(codes.at[layer])
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((n, k), dtype),
+        grid=(-(-n // rows), -(-column_tiles // steps)),
+        grid_names=("n", "k"),
+        scratch_types=[
+            plgpu.SMEM(tile, dtype, transforms=tiles.tile_transforms(dtype)),
+            plgpu.SMEM((256,), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=interpret,
+    )(*w.arrays)
