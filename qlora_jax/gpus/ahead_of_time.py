@@ -9,6 +9,8 @@ What comes back cannot run here, but it is the program that would: `memory_analy
   host-resident *arguments* are counted as device bytes. `jax.device_put` to `jax.memory.Space.Host` inside the
   function does lower and is counted in `host_temp_size_in_bytes`.
 - Without the target as the default device, Pallas guesses another architecture; `compile_for` sets it.
+- All Pallas kernels of a process are assembled for the architecture of its first, which `compile_for` refuses for
+  another: one architecture a process.
 - JAX drops the plugin, compiler and all, when it looks for CUDA devices and finds none or misses a CUDA library: on a
   machine without a GPU the process needs `JAX_PLATFORMS=cpu` in its environment from the start.
 """
@@ -26,6 +28,8 @@ from jax.sharding import AxisType, Mesh
 from qlora_jax.errors import UserError
 from qlora_jax.gpus.chips import Chip
 
+# The architecture of the first Pallas kernel: the compiler assembles every later one for it too, whatever the chip.
+_pallas_arch: dict[str, str] = {}
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
@@ -80,8 +84,17 @@ def compile_for(
         **kwargs: Its keyword arguments.
 
     Raises:
-        UserError: JAX's CUDA plugin is not installed, or was dropped for want of a GPU.
+        UserError: JAX's CUDA plugin is not installed, or was dropped for want of a GPU; or `function` has Pallas
+            kernels and this process compiled some for another architecture.
     """
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     with jax.default_device(topology(chip, n_devices).devices[0]):
-        return jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",)).compile()
+        lowered = jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+        if "custom_call @mosaic_gpu" in lowered.as_text():
+            first = _pallas_arch.setdefault("first", chip.arch)
+            if chip.arch != first:
+                raise UserError(
+                    f"This process has compiled Pallas kernels for {first} and would take {chip.arch} for the same:"
+                    " compile for it in another process."
+                )
+        return lowered.compile()
