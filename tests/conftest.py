@@ -1,9 +1,15 @@
 """Run-time shape checks for every test: the package is imported through jaxtyping with beartype."""
 
 import os
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+# The CUDA plugin, which the tests compile with, otherwise complains in every process of the libraries and devices that
+# a machine without a GPU has not; children inherit it. /dev/dxg: Windows' subsystem for Linux.
+if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Must come before the first import of the package.
 _hook = install_import_hook("qlora_jax", "beartype.beartype")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
     ("defaults", "errors"),
-    ("cli", "quantization"),
+    ("cli", "gpus", "quantization"),
     ("kernels",),
     ("layers", "rotary"),
     ("models",),

@@ -1,0 +1,168 @@
+"""What NVIDIA's data sheets say about the GPUs that plans and roofline predictions are made for. Nothing is measured.
+
+Sheets: NVIDIA A100 data sheet (2020, 2021 for 80 GB); RTX A6000 data sheet (2020); "NVIDIA Ampere GA102 GPU
+Architecture" (3090); "NVIDIA Ada GPU Architecture" (4090); L4 and L40S data sheets (2023); "NVIDIA H100 Tensor Core GPU
+Architecture" and the H100 and H200 data sheets (SXM modules); HGX B200 data sheet (2024); "NVIDIA RTX Blackwell GPU
+Architecture" (5090). Tensor figures are dense: half of what a sheet prints "with sparsity".
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+from types import MappingProxyType
+
+import jax
+
+from qlora_jax.errors import UserError
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One GPU model: peak figures from its data sheet at its boost clock.
+
+    Attributes:
+        name: Key in `CHIPS`, and what a command line calls it.
+        title: What the CUDA driver calls it, letter by letter: `jax.Device.device_kind`.
+        compute_capability: "major.minor".
+        arch: ptxas' target for kernels written for this GPU alone.
+        memory_bytes: Device memory. The sheets' GB are 2^30 bytes; the driver and XLA keep some of it.
+        memory_bandwidth: Bytes a second.
+        bf16_flops: Dense bfloat16 tensor FLOP/s accumulated in float32, which GeForce cards do at half rate.
+        f32_flops: float32 FLOP/s outside the tensor cores, two for a fused multiply-add.
+        int32_ops_per_clock: 32-bit integer instructions (add, logic, shift, byte permute) of one SM in one clock:
+            the CUDA C++ Programming Guide's throughput table up to 9.0; 128 on 12.0, where the Blackwell paper has
+            every core do both integers and floats; for 10.0 no sheet gives one, and Hopper's stands in.
+        n_sms: Streaming multiprocessors.
+        clock_hz: Boost clock.
+        l2_bytes: Level-two cache.
+        shared_memory_bytes: Shared memory that one block may have.
+    """
+
+    name: str
+    title: str
+    compute_capability: str
+    arch: str
+    memory_bytes: int
+    memory_bandwidth: float
+    bf16_flops: float
+    f32_flops: float
+    int32_ops_per_clock: int
+    n_sms: int
+    clock_hz: float
+    l2_bytes: int
+    shared_memory_bytes: int
+
+    @property
+    def int32_ops(self) -> float:
+        """32-bit integer instructions a second, of the whole chip, counted per thread."""
+        return self.int32_ops_per_clock * self.n_sms * self.clock_hz
+
+    @property
+    def target(self) -> str:
+        """XLA's description of the GPU, a text proto: what the compiler is told instead of looking at a device."""
+        return importlib.resources.files("qlora_jax.gpus").joinpath("targets", f"{self.name}.txtpb").read_text("utf-8")
+
+
+def _chip(
+    arch: str,
+    name: str,
+    title: str,
+    *,
+    gib: float,
+    gb_per_second: float,
+    bf16: float,
+    f32: float,
+    int32: int,
+    sms: int,
+    mhz: int,
+    l2_mib: float,
+    shared_kib: int,
+) -> tuple[str, Chip]:
+    """A row of the table in the sheets' own units: TFLOP/s, GB/s, MHz, KiB of shared memory."""
+    digits = arch.removeprefix("sm_").removesuffix("a")
+    return name, Chip(
+        name=name,
+        title=title,
+        compute_capability=f"{digits[:-1]}.{digits[-1]}",
+        arch=arch,
+        memory_bytes=round(gib * _GIB),
+        memory_bandwidth=gb_per_second * 1e9,
+        bf16_flops=bf16 * 1e12,
+        f32_flops=f32 * 1e12,
+        int32_ops_per_clock=int32,
+        n_sms=sms,
+        clock_hz=mhz * 1e6,
+        l2_bytes=round(l2_mib * 2**20),
+        shared_memory_bytes=shared_kib * 1024,
+    )
+
+
+_a100 = functools.partial(
+    _chip, "sm_80", bf16=312.0, f32=19.5, int32=64, sms=108, mhz=1410, l2_mib=40.0, shared_kib=163
+)
+_h100 = functools.partial(
+    _chip, "sm_90a", bf16=989.4, f32=66.9, int32=64, sms=132, mhz=1980, l2_mib=50.0, shared_kib=227
+)
+# L4 and L40S are shipped with error correction on, which keeps a sixteenth of GDDR6; the sheets say 24 and 48 GB.
+_GDDR_ECC = 15 / 16
+
+CHIPS: MappingProxyType[str, Chip] = MappingProxyType(
+    dict(
+        (
+            _a100("a100", "NVIDIA A100-SXM4-40GB", gib=40.0, gb_per_second=1555.0),
+            _a100("a100-80gb", "NVIDIA A100-SXM4-80GB", gib=80.0, gb_per_second=2039.0),
+            _chip(
+                "sm_86", "a6000", "NVIDIA RTX A6000", gib=48.0, gb_per_second=768.0, bf16=154.8, f32=38.7,
+                int32=64, sms=84, mhz=1800, l2_mib=6.0, shared_kib=99,
+            ),
+            _chip(
+                "sm_86", "rtx3090", "NVIDIA GeForce RTX 3090", gib=24.0, gb_per_second=936.0, bf16=71.0, f32=35.6,
+                int32=64, sms=82, mhz=1695, l2_mib=6.0, shared_kib=99,
+            ),
+            _chip(
+                "sm_89", "rtx4090", "NVIDIA GeForce RTX 4090", gib=24.0, gb_per_second=1008.0, bf16=165.2, f32=82.6,
+                int32=64, sms=128, mhz=2520, l2_mib=72.0, shared_kib=99,
+            ),
+            _chip(
+                "sm_120a", "rtx5090", "NVIDIA GeForce RTX 5090", gib=32.0, gb_per_second=1792.0, bf16=209.5, f32=104.8,
+                int32=128, sms=170, mhz=2407, l2_mib=96.0, shared_kib=99,
+            ),
+            _chip(
+                "sm_89", "l4", "NVIDIA L4", gib=24.0 * _GDDR_ECC, gb_per_second=300.0, bf16=121.0, f32=30.3,
+                int32=64, sms=58, mhz=2040, l2_mib=48.0, shared_kib=99,
+            ),
+            _chip(
+                "sm_89", "l40s", "NVIDIA L40S", gib=48.0 * _GDDR_ECC, gb_per_second=864.0, bf16=362.05, f32=91.6,
+                int32=64, sms=142, mhz=2520, l2_mib=96.0, shared_kib=99,
+            ),
+            _h100("h100", "NVIDIA H100 80GB HBM3", gib=80.0, gb_per_second=3352.0),
+            _h100("h200", "NVIDIA H200", gib=141.0, gb_per_second=4800.0),
+            _chip(
+                "sm_100a", "b200", "NVIDIA B200", gib=180.0, gb_per_second=8000.0, bf16=2250.0, f32=75.0,
+                int32=64, sms=148, mhz=1965, l2_mib=126.5, shared_kib=227,
+            ),
+        )
+    )
+)  # fmt: skip
+"""Every known GPU by its short name."""
+
+
+def chip_named(name: str) -> Chip:
+    """The GPU that a command line calls `name`.
+
+    Raises:
+        UserError: There is none by that name.
+    """
+    if name not in CHIPS:
+        raise UserError(f"No GPU is called {name!r} here: choose one of {', '.join(CHIPS)}.")
+    return CHIPS[name]
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The data sheet of a device, real or compiled for; None for a GPU that is not in the table and for no GPU at all.
+
+    Only the exact model counts: a PCIe, NVL, Ti, D or laptop version has other clocks, SMs and bandwidth.
+    """
+    return next((chip for chip in CHIPS.values() if chip.title == device.device_kind), None)
