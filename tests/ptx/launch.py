@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-import ptx.instructions  # noqa: F401 - fills the table of builders
 from ptx.decode import decode
 from ptx.errors import PtxError, RaceError
+from ptx.instructions import tcgen05
 from ptx.machine import CTA
 from ptx.memory import PARAM_WIN, SHARED_BASE, GlobalMem
 from ptx.numerics import DT, u8
@@ -113,6 +113,7 @@ def run(
                 b[2]()  # un-waited bulk stores still complete
             if c.async_q or c.wgmma_busy:
                 raise RaceError(f"CTA {cta[::-1]} exited with TMA loads or wgmma in flight")
+            tcgen05.check_finished(c)
             steps += c.steps
             lanes += c.lanes
     for a, b in zip(G.arr, G.buf, strict=True):

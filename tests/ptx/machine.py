@@ -19,11 +19,11 @@ JUNK = 0x7FE57FE57FE57FE5  # initial register contents: a NaN as f64, f32, f16 a
 class MBar:
     """mbarrier object: pending arrivals, tx-count and phase."""
 
-    def __init__(self, count, nw, init):
+    def __init__(self, count, agents, init):
         self.init = init
         self.count = self.pending = count
         self.tx = self.phase = 0
-        self.vc = np.zeros(nw + 1, i32)
+        self.vc = np.zeros(agents, i32)
         self.done_vc = self.vc.copy()
         self.waiters = []
 
@@ -53,8 +53,10 @@ class CTA:
         self.alive = lin < n
         self.blocked = np.zeros(N, bool)
         self.reconv = np.zeros(N, bool)
-        self.vc = np.zeros((nw + 1, nw + 1), i32)
-        np.fill_diagonal(self.vc, 1)  # last = async (TMA) agent
+        # Vector clocks of the warps and of two asynchronous agents
+        self.tma, self.tensor_core = nw, nw + 1
+        self.vc = np.zeros((nw + 2, nw + 2), i32)
+        np.fill_diagonal(self.vc, 1)
         self.shared = SharedMem(smem, nw)
         self.local = LocalMem(N, local)
         self.param = ParamMem(params)
@@ -66,6 +68,11 @@ class CTA:
         self.wgmmas = [[] for _ in range(nw)]
         self.wgmma_commits = [0] * nw  # wgmma
         self.unfenced = [{-1} for _ in range(nw)]  # registers touched since wgmma.fence
+        self.tensor_memory = None  # made by tcgen05.alloc
+        self.tensor_loads = [[] for _ in range(nw)]  # tcgen05.ld and .st: what their wait does
+        self.tensor_stores = [[] for _ in range(nw)]
+        self.fenced_products = np.zeros(nw, i32)  # clock of the tensor core at tcgen05.fence::after_thread_sync
+        self.products = {}  # thread -> tcgen05.mma not yet committed
         self.steps = 0
         self.lanes = 0
         self.opts = opts

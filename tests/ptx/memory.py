@@ -92,7 +92,7 @@ class SharedMem:
         self.init = z(size, bool)
         self.writer = z(size, np.int16)
         self.write_clock = z(size, i32)
-        self.read_clock = z((nw + 1, size), i32)
+        self.read_clock = z((nw + 2, size), i32)
         self.pending_writes = z(size, np.int16)
         self.pending_reads = z(size, np.int16)
         self.dirty = z(size, bool)  # last written by a generic (not TMA) write
@@ -129,7 +129,7 @@ class SharedMem:
     def unfenced(self, cta, ix, w):
         """Generic-proxy bytes without a fence.proxy.async ordered between their write and this access."""
         f = self.fenced[:, ix]
-        return self.dirty[ix] & ~((f > 0) & (f <= cta.vc[w][:, :-1].T[:, :, None])).any(0)
+        return self.dirty[ix] & ~((f > 0) & (f <= cta.vc[w][:, : cta.num_warps].T[:, :, None])).any(0)
 
     def fence(self, cta, w):
         ok = self.dirty & (self.write_clock <= cta.vc[w][self.writer])

@@ -1,10 +1,14 @@
 """Small PTX programs for the tests, and the data they run on."""
 
+import pathlib
+import re
+
 import ml_dtypes
 import numpy as np
 
-from ptx import run
+from ptx import PtxError, run
 
+DATA = pathlib.Path(__file__).parent / "data"
 BF = ml_dtypes.bfloat16
 RNG = np.random.default_rng(7)
 SUF = {
@@ -120,3 +124,25 @@ mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], {bytes};
 {copies} W: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0, 1000; @!%p2 bra W;
 """
 COPY = "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r{d}], [%d{m}, {{{x}, {y}}}], [%r2];"
+
+
+# What shows that a mutation was caught, other than a wrong result
+FAULTS = (PtxError, NotImplementedError)
+
+
+def agrees(o, ref, mag):
+    """One bf16 rounding plus f32 accumulation error."""
+    return bool((np.abs(o - ref) <= 2.0**-8 * np.abs(ref) + 2.0**-20 * mag).all())
+
+
+def nth(pattern, repl, k=0):
+    """A mutation of a text: match k of the pattern is replaced."""
+
+    def f(t):
+        ms = list(re.finditer(pattern, t))
+        m = ms[k]
+        r = m.expand(repl)
+        assert r != m[0]
+        return t[: m.start()] + r + t[m.end() :]
+
+    return f

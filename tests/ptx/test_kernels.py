@@ -4,16 +4,12 @@ k9f and k9b (forward and transposed product with NF4 weights, mma.sync, for sm_8
 and TMA, for sm_90a), k4 (wgmma with A in registers), tmast (a pipeline of TMA loads and stores).
 """
 
-import pathlib
-import re
-
 import numpy as np
 import pytest
 
 from ptx import PtxError, mosaic_args
-from ptx.programs import BF, RNG
+from ptx.programs import BF, DATA, FAULTS, RNG, agrees, nth
 
-DATA = pathlib.Path(__file__).parent / "data"
 NF4 = np.array(
     [
         -1.0,
@@ -62,11 +58,6 @@ def execute(name, mutate=lambda t: t, **kw):
     return out.astype(np.float64), ref, mag
 
 
-def agrees(o, ref, mag):
-    """One bf16 rounding plus f32 accumulation error."""
-    return bool((np.abs(o - ref) <= 2.0**-8 * np.abs(ref) + 2.0**-20 * mag).all())
-
-
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kw", [{}, dict(reverse=True), dict(warps_per_bundle=4)])
 def test_real_kernel(name, kw):
@@ -101,18 +92,6 @@ def test_real_kernel_tma_store_pipeline():
     np.testing.assert_array_equal(o, (a.astype(np.float32) + 2 * b.astype(np.float32)).astype(BF))
 
 
-def nth(pattern, repl, k=0):
-    def f(t):
-        ms = list(re.finditer(pattern, t))
-        m = ms[k]
-        r = m.expand(repl)
-        assert r != m[0]
-        return t[: m.start()] + r + t[m.end() :]
-
-    return f
-
-
-FAULTS = (PtxError, NotImplementedError)
 MUTANTS = [
     ("k9f", p, r, k)
     for p, r, k in [

@@ -69,7 +69,7 @@ def test_strictness():
         "add.u32.foo %r1, %r2, %r3;",
         "wmma.load.a %r1;",
         "mov.u32 %r1, %clock;",
-        "tcgen05.wait::ld.sync.aligned;",
+        "tcgen05.cp.cta_group::1.128x256b [%r1], %d1;",
     ):
         with pytest.raises(NotImplementedError):
             run(kernel(bad, 0), "k", 1, 32, [])

@@ -10,6 +10,7 @@ from ptx.instructions import (
     load_store,
     mbarrier,
     mma,
+    tcgen05,
     warp,
     wgmma,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "load_store",
     "mbarrier",
     "mma",
+    "tcgen05",
     "warp",
     "wgmma",
 ]

@@ -17,6 +17,7 @@ def _mbarrier(kernel, ins):
     what = ins.take("init", "inval", "arrive", "expect_tx", "test_wait", "try_wait", required=True)
     etx = ins.take("expect_tx") or what == "expect_tx"
     par = ins.take("parity")
+    no_complete = what == "arrive" and ins.take("noComplete")
     ins.take("release", "acquire", "relaxed")
     ins.take("cta", "cluster")
     sp = ins.take("shared::cta", "shared", "shared::cluster", default="generic")
@@ -44,7 +45,7 @@ def _mbarrier(kernel, ins):
                     continue
                 if what == "init":
                     cta.shared.check_write(cta, k, ix, k // 32)
-                    cta.mbars[int(q[j])] = MBar(int(c[j]), cta.num_warps, (t // 32, cta.vc[t // 32, t // 32]))
+                    cta.mbars[int(q[j])] = MBar(int(c[j]), len(cta.vc), (t // 32, cta.vc[t // 32, t // 32]))
                     cta.shared.pending_writes[ix] += 1
                 else:
                     cta.mbar(k, q[j])
@@ -56,7 +57,7 @@ def _mbarrier(kernel, ins):
         d = dst(kernel, ins, ins.ops[0], "b64")
         a = addr(ins.ops[1])
         n = src(kernel, ins, ins.ops[2], "u32") if len(ins.ops) > 2 else None
-        if etx and n is None:
+        if (etx or no_complete) and n is None:
             ins.bad()
 
         def fn(cta, sel):
@@ -67,6 +68,8 @@ def _mbarrier(kernel, ins):
             for j, t in enumerate(cta.ids(sel)):
                 mb = cta.mbar(np.array([t]), q[j])
                 tok[j] = mb.phase
+                if no_complete and mb.pending <= c[j]:
+                    cta.fault(cta.ids(sel), j, "mbarrier.arrive.noComplete would complete the phase")
                 cta.mbar_update(mb, 1 if etx else int(c[j]), int(c[j]) if etx else 0, rel[t // 32])
             d(cta, sel, tok)
 
