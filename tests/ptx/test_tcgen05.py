@@ -1,8 +1,9 @@
 """Blackwell's tensor memory and tcgen05: kernels as Mosaic GPU compiled them, mutations of them, and small programs.
 
-b200_nt, b200_bn: one product with B stored [N, K] and [K, N], both operands in shared memory; b200_atmem: A is copied
-to tensor memory first; b200_ws: persistent and warp-specialised, with a TMA warp, a warp that issues the products and a
-warpgroup that stores results, two buffers of each kind. All are x[128, 256] @ w in bfloat16.
+b200_nt, b200_bn: one product with B stored [N, K] and [K, N], both operands in shared memory; b200_tn64: A stored
+[K, M] and B [K, N], with a swizzle of 64 bytes; b200_atmem: A is copied to tensor memory first; b200_ws: persistent and
+warp-specialised, with a TMA warp, a warp that issues the products and a warpgroup that stores results, two buffers of
+each kind. All are x[128, 256] @ w in bfloat16; their source is data/b200_kernels.py.
 """
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from ptx import PtxError, RaceError, mosaic_args
 from ptx.programs import BF, DATA, FAULTS, RNG, agrees, go, nth
 
-WIDTHS = dict(b200_nt=128, b200_bn=128, b200_atmem=128, b200_ws=256)
+WIDTHS = dict(b200_nt=128, b200_bn=128, b200_tn64=128, b200_atmem=128, b200_ws=256)
 
 
 def execute(name, mutate=lambda text: text, dtype=BF, **kw):
@@ -20,8 +21,9 @@ def execute(name, mutate=lambda text: text, dtype=BF, **kw):
     a = RNG.standard_normal((128, 256)).astype(dtype)
     b = RNG.standard_normal((256, WIDTHS[name])).astype(dtype)
     out = np.full((128, WIDTHS[name]), np.nan, BF)
-    stored = b if name in ("b200_bn", "b200_ws") else np.ascontiguousarray(b.T)
-    launch.run([a, stored, out], **kw)
+    stored_a = np.ascontiguousarray(a.T) if name == "b200_tn64" else a
+    stored_b = np.ascontiguousarray(b.T) if name in ("b200_nt", "b200_atmem") else b
+    launch.run([stored_a, stored_b, out], **kw)
     a, b = a.astype(np.float64), b.astype(np.float64)
     return out.astype(np.float64), a @ b, np.abs(a) @ np.abs(b)
 
