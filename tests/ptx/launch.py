@@ -19,7 +19,71 @@ def dim3(d):
     return d + (1,) * (3 - len(d))
 
 
-last_stats: dict = {}
+last_stats: dict = {}  # of the last run: how many instructions were executed
+
+
+def pack_parameters(kernel, args, memory):
+    """(bytes of param space, offsets of parameters by name, tensor maps by address) for the arguments of a launch."""
+    if len(args) != len(kernel.params):
+        raise PtxError(f"{kernel.name} has {len(kernel.params)} parameters, got {len(args)} arguments")
+    buf = bytearray()
+    symbols, tensor_maps = {}, {}
+    for (name, ty, nbytes, align), arg in zip(kernel.params, args, strict=True):
+        buf += bytes(-len(buf) % align)
+        offset = len(buf)
+        symbols[name] = offset
+        width = DT[ty].itemsize
+        is_array = isinstance(arg, np.ndarray)
+        if nbytes is not None:
+            if isinstance(arg, (bytes, bytearray)):
+                buf += arg.ljust(nbytes, b"\0")
+                continue
+            for j, tensor_map in enumerate([arg] if isinstance(arg, TensorMap) else arg):
+                entry = (tensor_map, memory.add(tensor_map.array))
+                tensor_maps[offset + 128 * j] = tensor_maps[PARAM_WIN + offset + 128 * j] = entry
+                assert 128 * (j + 1) <= nbytes
+            buf += bytes(nbytes)
+        elif is_array and (arg.ndim + arg.size > 1 or (width == 8 and ty[0] in "ub")):
+            if width != 8:
+                raise PtxError(f"array passed for .{ty} parameter {name}")
+            buf += memory.add(arg).to_bytes(8, "little")
+        elif is_array or isinstance(arg, np.generic):
+            if arg.nbytes != width:
+                raise PtxError(f"{arg.nbytes}-byte scalar for .{ty} parameter {name}")
+            buf += arg.tobytes()
+        elif isinstance(arg, float) and ty[0] != "f":
+            raise PtxError(f"Python float for .{ty} parameter {name}: pass np.float32/np.float64")
+        else:
+            buf += np.array(arg, DT["s" + ty[1:]] if ty[0] in "bus" and arg < 0 else DT[ty]).tobytes()
+    return buf, symbols, tensor_maps
+
+
+def place_variables(module, kernel, dynamic_shared, memory):
+    """(addresses of variables by name, end of shared memory, size of a thread's local memory)."""
+    symbols = {}
+    end = SHARED_BASE
+    shared = {**{name: spec[1:] for name, spec in module.vars.items() if spec[0] == "shared"}, **kernel.shared}
+    for name, (align, size, _) in shared.items():
+        if size is not None:
+            end = -(-end // align) * align
+            symbols[name] = end
+            end += size
+    if any(size is None for _, size, _ in shared.values()) or dynamic_shared:
+        end = -(-end // 1024) * 1024
+    for name, (_, size, _) in shared.items():
+        if size is None:
+            symbols[name] = end
+    end += dynamic_shared
+    local = 0
+    for name, (align, size, _) in kernel.local.items():
+        local = -(-local // align) * align
+        symbols[name] = local
+        local += size
+    for name, (space, _, size, data) in module.vars.items():
+        if space != "shared":
+            content = np.frombuffer((data or b"").ljust(size or 0, b"\0"), u8).copy()
+            symbols[name] = memory.add(content) if size else 0
+    return symbols, end, local
 
 
 def run(
@@ -42,84 +106,35 @@ def run(
     warps_per_bundle > 1 runs warps in lockstep (faster); reverse starts the highest warps first."""
     if cluster is not None and math.prod(dim3(cluster)) != 1:
         raise NotImplementedError("clusters of more than one CTA")
-    mod = Module(ptx_text)
-    K = decode(mod.kernel(entry_name))
+    module = Module(ptx_text)
+    kernel = decode(module.kernel(entry_name))
     grid = dim3(grid)
     block = dim3(block)
-    for a, lim in K.attrs.items():
-        if (a == "maxntid" and math.prod(block) > math.prod(lim)) or (a == "reqntid" and tuple(block) != dim3(lim)):
-            raise PtxError(f"block {block} violates .{a} {lim}")
-    G = GlobalMem()
-    tmaps = {}
-    symbols = {}
-    if len(args) != len(K.params):
-        raise PtxError(f"{entry_name} has {len(K.params)} parameters, got {len(args)} arguments")
-    buf = bytearray()
-    for (name, ty, n, al), a in zip(K.params, args, strict=True):
-        buf += bytes(-len(buf) % al)
-        off = len(buf)
-        symbols[name] = off
-        w = DT[ty].itemsize
-        if n is not None:
-            if isinstance(a, (bytes, bytearray)):
-                buf += a.ljust(n, b"\0")
-                continue
-            for j, t in enumerate([a] if isinstance(a, TensorMap) else a):
-                tmaps[off + 128 * j] = tmaps[PARAM_WIN + off + 128 * j] = (t, G.add(t.array))
-                assert 128 * (j + 1) <= n
-            buf += bytes(n)
-        elif (isinstance(a, np.ndarray) and a.ndim + a.size > 1) or (
-            isinstance(a, np.ndarray) and w == 8 and ty[0] in "ub"
-        ):
-            if w != 8:
-                raise PtxError(f"array passed for .{ty} parameter {name}")
-            buf += G.add(a).to_bytes(8, "little")
-        elif isinstance(a, (np.generic, np.ndarray)):
-            if a.nbytes != w:
-                raise PtxError(f"{a.nbytes}-byte scalar for .{ty} parameter {name}")
-            buf += a.tobytes()
-        elif isinstance(a, float) and ty[0] != "f":
-            raise PtxError(f"Python float for .{ty} parameter {name}: pass np.float32/np.float64")
-        else:
-            buf += np.array(a, DT["s" + ty[1:]] if ty[0] in "bus" and a < 0 else DT[ty]).tobytes()
-    smem = SHARED_BASE
-    stat = {**{n: v[1:] for n, v in mod.vars.items() if v[0] == "shared"}, **K.shared}
-    for n, (al, size, _) in stat.items():
-        if size is not None:
-            smem = -(-smem // al) * al
-            symbols[n] = smem
-            smem += size
-    if any(size is None for _, size, _ in stat.values()) or dynamic_shared:
-        smem = -(-smem // 1024) * 1024
-    for n, (_, size, _) in stat.items():
-        if size is None:
-            symbols[n] = smem
-    smem += dynamic_shared
-    local = 0
-    for n, (al, size, _) in K.local.items():
-        local = -(-local // al) * al
-        symbols[n] = local
-        local += size
-    for n, (sp, _, size, data) in mod.vars.items():
-        if sp != "shared":
-            symbols[n] = G.add(np.frombuffer((data or b"").ljust(size or 0, b"\0"), u8).copy()) if size else 0
+    for attribute, limit in kernel.attrs.items():
+        too_big = attribute == "maxntid" and math.prod(block) > math.prod(limit)
+        if too_big or (attribute == "reqntid" and tuple(block) != dim3(limit)):
+            raise PtxError(f"block {block} violates .{attribute} {limit}")
+    memory = GlobalMem()
+    params, symbols, tensor_maps = pack_parameters(kernel, args, memory)
+    variables, shared_end, local = place_variables(module, kernel, dynamic_shared, memory)
+    symbols |= variables
     opts = dict(warps_per_bundle=warps_per_bundle, reverse=reverse, max_steps=max_steps, strict_mask=strict_mask)
     steps = lanes = 0
     with np.errstate(all="ignore"):
-        for cta in np.ndindex(*grid[::-1]) if ctas is None else [dim3(c)[::-1] for c in ctas]:
-            c = CTA(K, G, grid, block, cta[::-1], buf, symbols, smem, local, tmaps, opts)
-            c.run()
-            for b in c.bulk:
-                b[2]()  # un-waited bulk stores still complete
-            if c.async_q or c.wgmma_busy:
-                raise RaceError(f"CTA {cta[::-1]} exited with TMA loads or wgmma in flight")
-            tcgen05.check_finished(c)
-            steps += c.steps
-            lanes += c.lanes
-    for a, b in zip(G.arr, G.buf, strict=True):
-        if a.flags.writeable:
-            a.reshape(-1).view(u8)[:] = b
-        elif a.tobytes() != b.tobytes():
+        for index in np.ndindex(*grid[::-1]) if ctas is None else [dim3(c)[::-1] for c in ctas]:
+            cta = CTA(kernel, memory, grid, block, index[::-1], params, symbols, shared_end, local, tensor_maps, opts)
+            cta.run()
+            for _, _, store in cta.bulk:
+                store()  # un-waited bulk stores still complete
+            if cta.async_q or cta.wgmma_busy:
+                raise RaceError(f"CTA {index[::-1]} exited with TMA loads, tcgen05 or wgmma in flight")
+            tcgen05.check_finished(cta)
+            steps += cta.steps
+            lanes += cta.lanes
+    for array, content in zip(memory.arr, memory.buf, strict=True):
+        if array.flags.writeable:
+            array.reshape(-1).view(u8)[:] = content
+        elif array.tobytes() != content.tobytes():
             raise PtxError("kernel wrote to a read-only array")
     last_stats.clear()
     last_stats.update(group_instructions=steps, thread_instructions=lanes)

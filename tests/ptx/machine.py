@@ -31,14 +31,14 @@ class MBar:
 class CTA:
     """One thread block being executed."""
 
-    def __init__(self, kernel, G, grid, block, ctaid, params, symbols, smem, local, tmaps, opts):
+    def __init__(self, kernel, memory, grid, block, ctaid, params, symbols, smem, local, tensor_maps, opts):
         self.kernel = kernel
-        self.global_memory = G
+        self.global_memory = memory
         self.grid = grid
         self.block = block
         self.ctaid = ctaid
         self.symbols = symbols
-        self.tensor_maps = tmaps
+        self.tensor_maps = tensor_maps
         n = math.prod(block)
         self.num_warps = nw = -(-n // 32)
         N = self.N = nw * 32
@@ -52,21 +52,20 @@ class CTA:
         self.pc = np.zeros(N, i64)
         self.alive = lin < n
         self.blocked = np.zeros(N, bool)
-        self.reconv = np.zeros(N, bool)
-        # Vector clocks of the warps and of two asynchronous agents
+        self.reconv = np.zeros(N, bool)  # waits for the other lanes of its warp
+        # Vector clocks: vc[i, j] is the last moment of j that i knows of; warps, then two asynchronous agents
         self.tma, self.tensor_core = nw, nw + 1
         self.vc = np.zeros((nw + 2, nw + 2), i32)
         np.fill_diagonal(self.vc, 1)
         self.shared = SharedMem(smem, nw)
         self.local = LocalMem(N, local)
         self.param = ParamMem(params)
-        self.bars = {}
-        self.mbars = {}
-        self.async_q = collections.deque()
+        self.bars = {}  # bar.sync: number -> who arrived
+        self.mbars = {}  # shared address -> MBar
+        self.async_q = collections.deque()  # TMA loads and tcgen05.commit: what happens when they complete
         self.copies, self.copy_commits = [], np.zeros(N, i64)  # cp.async
         self.bulk, self.bulk_commits = [], np.zeros(N, i64)  # cp.async.bulk stores
-        self.wgmmas = [[] for _ in range(nw)]
-        self.wgmma_commits = [0] * nw  # wgmma
+        self.wgmmas, self.wgmma_commits = [[] for _ in range(nw)], [0] * nw
         self.unfenced = [{-1} for _ in range(nw)]  # registers touched since wgmma.fence
         self.tensor_memory = None  # made by tcgen05.alloc
         self.tensor_loads = [[] for _ in range(nw)]  # tcgen05.ld and .st: what their wait does

@@ -90,10 +90,10 @@ class SharedMem:
         self.size, z = size, np.zeros
         self.buf = z(size, u8)
         self.init = z(size, bool)
-        self.writer = z(size, np.int16)
-        self.write_clock = z(size, i32)
-        self.read_clock = z((nw + 2, size), i32)
-        self.pending_writes = z(size, np.int16)
+        self.writer = z(size, np.int16)  # the last one: a warp or an asynchronous agent
+        self.write_clock = z(size, i32)  # the writer's own clock at that write
+        self.read_clock = z((nw + 2, size), i32)  # each one's clock at its last read
+        self.pending_writes = z(size, np.int16)  # asynchronous ones in flight
         self.pending_reads = z(size, np.int16)
         self.dirty = z(size, bool)  # last written by a generic (not TMA) write
         self.fenced = z((nw, size), i32)  # per warp: its clock at its fence.proxy.async after that write
