@@ -1,10 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.errors import UserError
-from qlora_jax.kernels import IMPLEMENTATIONS, dequantize, matmul, xla
+from qlora_jax.gpus import CHIPS
+from qlora_jax.kernels import StackedWeight, dequantize, matmul, selection, xla
+from qlora_jax.kernels.mosaic import launch, reference
 from qlora_jax.quantization import quantize
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -26,14 +31,97 @@ def tolerance(dtype, k):
     return {"rtol": 2 * float(jnp.finfo(dtype).eps), "atol": 4e-7 * k}
 
 
-@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels for an A6000, run by Pallas' interpreter; what it cannot execute is replaced by jax.numpy."""
+    options = {"seam": reference, "interpret": plgpu.InterpretGPUParams()}
+    monkeypatch.setattr(selection, "target_chip", lambda: CHIPS["a6000"])
+    for name in ("matmul", "dequantize"):
+        monkeypatch.setattr(launch, name, functools.partial(getattr(launch, name), **options))
+
+
+@pytest.fixture(
+    params=[
+        "xla",
+        "interpreted fused",
+        "interpreted dequantize",
+        pytest.param("fused", marks=pytest.mark.gpu),
+        pytest.param("dequantize", marks=pytest.mark.gpu),
+    ]
+)
+def implementation(request):
+    """The name to ask for, after whatever it takes to run it here."""
+    kind, _, name = request.param.rpartition(" ")
+    if kind == "interpreted":
+        request.getfixturevalue("interpreted")
+    return name
+
+
+# M, N, K, block_size: rows that are streamed and rows that are tiled, on and off the tiles' edges; a small weight.
+PRODUCTS = [(1, 192, 576, 64), (21, 136, 256, 32), (70, 200, 192, 64), (130, 24, 512, 512)]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_product_and_gradient(implementation, dtype, kind, double_quant, product):
+    m, n, k, block_size = product
+    w = quantize(array(n, k, seed=1), quant_type=kind, block_size=block_size, double_quant=double_quant)
+    w = jax.tree.map(jnp.asarray, w)
+    x, dy = array(m, k, dtype=dtype), array(m, n, seed=2, dtype=dtype)
+    y, vjp = jax.vjp(lambda x: matmul(x, w, implementation=implementation), x)
+    (dx,) = vjp(dy)
+    assert y.dtype == dx.dtype == dtype and y.shape == dy.shape and dx.shape == x.shape
+    decoded = np.asarray(dequantize(w, dtype, implementation="xla"), np.float64)
+    np.testing.assert_array_equal(dequantize(w, dtype, implementation=implementation), decoded)
+    np.testing.assert_allclose(np.asarray(y, np.float64), np.float64(x) @ decoded.T, **tolerance(dtype, k))
+    np.testing.assert_allclose(np.asarray(dx, np.float64), np.float64(dy) @ decoded, **tolerance(dtype, n))
+
+
+def test_one_of_a_stack(implementation):
+    weights = [jax.tree.map(jnp.asarray, quantize(array(136, 192, seed=i))) for i in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    x = array(40, 192, dtype=jnp.bfloat16)
+
+    def product(w):
+        y, vjp = jax.vjp(lambda x: matmul(x, w, implementation=implementation), x)
+        return y, vjp(y), dequantize(w, jnp.bfloat16, implementation=implementation)
+
+    for layer, weight in enumerate(weights):
+        of_stack = product(StackedWeight(stack, jnp.int32(layer)))
+        jax.tree.map(np.testing.assert_array_equal, of_stack, product(weight))
+
+
+def test_float32_activations_are_left_to_xla(interpreted):
+    w, x = make("nf4", 136, 192), array(40, 192)
+    np.testing.assert_array_equal(matmul(x, w, implementation="fused"), matmul(x, w, implementation="xla"))
+
+
+def test_a_kernel_that_cannot_run_says_why(interpreted, monkeypatch):
+    x = array(3, 64, dtype=jnp.bfloat16)
+    for kind, why in (("int8", "the weight is int8, not 4-bit"), ("plain", "the weight is not quantised")):
+        with pytest.raises(UserError, match=f"Kernel 'fused' cannot multiply here: {why}. Choose auto or xla."):
+            matmul(x, make(kind, 8, 64), implementation="fused")
+        assert matmul(x, make(kind, 8, 64)).shape == (3, 8)  # "auto" falls back
+    with pytest.raises(UserError, match="no whole blocks of 64 in a row"):
+        matmul(array(3, 96, dtype=jnp.bfloat16), make("nf4", 8, 96, 32), implementation="dequantize")
+    with pytest.raises(UserError, match="Kernel 'dequantize' cannot decode here: it is a stack of weights"):
+        stack = jax.tree.map(lambda leaf: leaf[None], make("nf4", 8, 64))
+        dequantize(stack, jnp.bfloat16, implementation="dequantize")
+    monkeypatch.undo()
+    if jax.default_backend() == "cpu":
+        with pytest.raises(UserError, match="needs a CUDA GPU of compute capability .* runs on 'cpu': choose auto"):
+            matmul(x, make("nf4", 8, 64), implementation="fused")
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matmul_and_gradient_equal_the_decoded_product(implementation, kind, dtype):
+def test_xla_takes_every_weight(kind, dtype):
     for n, k, block_size in SHAPES:
         w = make(kind, n, k, block_size)
         x, dy = array(2, 5, k, dtype=dtype), array(2, 5, n, seed=2, dtype=dtype)
-        y, vjp = jax.vjp(lambda x, w=w: matmul(x, w, implementation=implementation), x)
+        y, vjp = jax.vjp(lambda x, w=w: matmul(x, w, implementation="xla"), x)
         (dx,) = vjp(dy)
         assert y.dtype == dx.dtype == dtype and y.shape == dy.shape and dx.shape == x.shape
         decoded = np.asarray(dequantize(w, dtype), np.float64)
@@ -114,7 +202,7 @@ def test_dequantize_takes_stacks_and_plain_weights():
 
 def test_errors():
     q, x = make("nf4", 8, 64), array(3, 64)
-    with pytest.raises(UserError, match="Unknown matmul implementation 'fast'; choose one of auto, xla"):
+    with pytest.raises(UserError, match="Unknown kernel 'fast'; choose one of auto, xla"):
         matmul(x, q, implementation="fast")
     with pytest.raises(ValueError, match=r"not \(3, 63\) and \(8, 64\)"):
         matmul(x[:, :63], q)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qlora_jax.kernels.mosaic import tiles
 from qlora_jax.quantization import QuantizedTensor
-from qlora_jax.quantization.codebooks import dynamic_map
+from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, dynamic_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Operands:
         layer: int32 [1].
         quant_type: "nf4" or "fp4".
         block_size: elements a scale.
+        n_rows: N before `with_rows`.
     """
 
     codes: jax.Array
@@ -29,6 +30,7 @@ class Operands:
     layer: jax.Array
     quant_type: str
     block_size: int
+    n_rows: int
 
     @classmethod
     def of(cls, w: QuantizedTensor, layer: Any = None) -> "Operands":
@@ -43,7 +45,25 @@ class Operands:
         if w.double_quant:
             scales = (*scales, view(w.nested_absmax, -1), view(w.offset), jnp.asarray(dynamic_map()))
         layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
-        return cls(view(w.codes, n, k // 2), scales, layer, w.quant_type, w.block_size)
+        return cls(view(w.codes, n, k // 2), scales, layer, w.quant_type, w.block_size, n)
+
+    def with_rows(self, least: int) -> "Operands":
+        """The same weight with rows of zero codes, if it has fewer than `least` rows or, for TMA, not whole eights."""
+        n, k = self.shape
+        rows = max(least, -(-n // 8) * 8)
+        if rows == n:
+            return self
+
+        def pad(buffer: jax.Array, size: int) -> jax.Array:
+            widths = [(0, 0)] * buffer.ndim
+            widths[1] = (0, max(0, size - buffer.shape[1]))
+            return jnp.pad(buffer, widths)
+
+        blocks = rows * k // self.block_size
+        absmax, *rest = self.scales
+        if rest:
+            rest[0] = pad(rest[0], -(-blocks // NESTED_BLOCK_SIZE))
+        return dataclasses.replace(self, codes=pad(self.codes, rows), scales=(pad(absmax, blocks), *rest))
 
     @property
     def shape(self) -> tuple[int, int]:

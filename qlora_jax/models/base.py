@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from qlora_jax import kernels
 from qlora_jax.errors import UserError
 from qlora_jax.layers import LoRAParam
+from qlora_jax.quantization import QuantizedTensor
 
 Path = tuple[str, ...]
 
@@ -50,6 +52,27 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def flatten(state: nnx.State) -> dict[Path, Any]:
     """{path: value} of a state; a value is an array, a ShapeDtypeStruct or a QuantizedTensor."""
     return {tuple(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def split_stacks(layers: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """(quantised weights, all the rest) of a state with leading layer axes.
+
+    A scan over layers slices the rest but only indexes the weights (`layer_of`): they are too large to be copied.
+    """
+
+    def quantized(path: Any, variable: nnx.Variable) -> bool:
+        return isinstance(variable.get_value(), QuantizedTensor)
+
+    stacks, rest = nnx.split_state(layers, quantized, ...)
+    return stacks, rest
+
+
+def layer_of(stacks: nnx.State, layer: Array) -> nnx.State:
+    """The quantised weights of one layer, still inside their stacks."""
+    flat = nnx.to_flat_state(stacks)
+    return nnx.from_flat_state(
+        [(path, variable.replace(kernels.StackedWeight(variable.get_value(), layer))) for path, variable in flat]
+    )
 
 
 def unflatten_like(state: nnx.State, values: Mapping[Path, Any], *, what: str) -> nnx.State:

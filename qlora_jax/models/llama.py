@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import UserError
 from qlora_jax.layers import SAVED, Precision, QLoRALinear, RMSNorm, frozen_array
-from qlora_jax.models.base import TensorSpec, flatten
+from qlora_jax.models.base import TensorSpec, flatten, layer_of, split_stacks
 from qlora_jax.rotary import RotaryConfig, apply_rotary, rotary_tables
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -334,20 +334,22 @@ class Llama(nnx.Module):
             mask = self._mask(jnp.arange(seq), jnp.arange(seq)) & same
 
         graphdef, layers = nnx.split(self.layers)
+        stacks, layers = split_stacks(layers)
         n_layers = self.config.num_hidden_layers
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
         length = None if cache is None else cache.length
 
         def body(h: Array, xs: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array] | None]:
-            layer, layer_key, layer_cache = xs
+            index, layer, layer_key, layer_cache = xs
             layer_cache = None if layer_cache is None else (*layer_cache, length)
-            return nnx.merge(graphdef, layer)(h, rotary, mask, layer_cache, layer_key)
+            block = nnx.merge(graphdef, layer, layer_of(stacks, index))
+            return block(h, rotary, mask, layer_cache, layer_key)
 
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat else policies.save_only_these_names(SAVED)
         # prevent_cse is for code outside a scan; inside it only blocks fusion.
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        xs = (layers, layer_keys, None if cache is None else (cache.keys, cache.values))
+        xs = (jnp.arange(n_layers), layers, layer_keys, None if cache is None else (cache.keys, cache.values))
         h, written = jax.lax.scan(body, h, xs)
         if cache is not None:
             keys, values = written

@@ -143,8 +143,7 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
     """Load and quantise the base model and set up its adapters: fresh ones, or those of --adapter."""
-    if config.kernel not in (known := ("auto", *kernels.IMPLEMENTATIONS)):
-        raise UserError(f"--kernel {config.kernel} is unknown; choose one of {', '.join(known)}.")
+    kernels.check_implementation(config.kernel)
     dtype = compute_dtype(config)
     base = load_base(path, quantization=quantization(config), dtype=dtype)
     tensors, rank, alpha = None, config.lora_r, config.lora_alpha
