@@ -111,7 +111,7 @@ def test_a_kernel_that_cannot_run_says_why(interpreted, monkeypatch):
         dequantize(stack, jnp.bfloat16, implementation="dequantize")
     monkeypatch.undo()
     if jax.default_backend() == "cpu":
-        with pytest.raises(UserError, match="needs a CUDA GPU of compute capability .* runs on 'cpu': choose auto"):
+        with pytest.raises(UserError, match=r"needs a CUDA GPU of compute capability .* runs on 'cpu': choose auto"):
             matmul(x, make("nf4", 8, 64), implementation="fused")
 
 
