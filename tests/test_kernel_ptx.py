@@ -1,0 +1,163 @@
+"""Whole kernels, compiled for GPUs and executed on the CPU from the PTX the compiler emitted, bit for bit.
+
+What each output must be is computed in numpy, in the kernels' own order of summation (`ptx_kernels`).
+"""
+
+import dataclasses
+
+import gpu_child
+import numpy as np
+import pytest
+from ptx_kernels import DTYPES, Case, Problem, compile_all, config_of, differences, execute, expected, owned
+
+from qlora_jax.kernels.mosaic.operands import Operands
+from qlora_jax.quantization import QuantizedTensor, dequantize
+
+pytestmark = gpu_child.needs_plugin
+
+# Kernels for many rows: (chip, module, config for a transposed product of an odd multiple of 64 columns). An empty
+# config is the module's default, or for "mma" what `launch` chooses.
+TILED = [
+    ("a6000", "mma", ()),
+    ("h100", "mma", ()),
+]
+CHIPS = ("a6000", "h100")
+
+
+def tiled_cases(chip, kernel, narrow):
+    """Ragged and whole shapes, one step and several, all kinds of weights, both products."""
+    forward = config_of(Case(chip, kernel, 256, 512, 512))
+    m, n, k = forward.block_m, forward.block_n, forward.block_k
+    yield Case(chip, kernel, m + 24, n + 40, 3 * k, layers=3)
+    yield Case(chip, kernel, m, n + 8, k, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
+    yield Case(chip, kernel, m, n, 256, quant_type="fp4", block_size=256)
+    yield Case(chip, kernel, m, n, 5 * k, dtype="float16", block_size=32)
+    yield Case(chip, kernel, m, n, 4 * k, double_quant=False)
+    backward = config_of(Case(chip, kernel, 256, 512, 512, True))
+    m, n, k = backward.block_m, backward.block_k, backward.block_n
+    yield Case(chip, kernel, m + 24, 2 * n + 40, 2 * k, True, layers=3)
+    yield Case(chip, kernel, m, n, k, True, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
+    yield Case(chip, kernel, m, n + 8, max(256, k), True, quant_type="fp4", block_size=256)
+    backward = config_of(Case(chip, kernel, 256, 512, 192, True, config=narrow))
+    m, n, k = backward.block_m, backward.block_k, backward.block_n
+    yield Case(chip, kernel, m, n + 72, 3 * k, True, dtype="float16", block_size=32, config=narrow)
+
+
+def other_tiles():
+    """What `launch` chooses for fewer rows, and other numbers of warps and stages."""
+    yield Case("a6000", "mma", 32, 136, 192, dtype="float16")
+    yield Case("a6000", "mma", 16, 136, 192, True, layers=3)
+    yield Case("a6000", "mma", 16, 136, 256, True)
+    yield Case("a6000", "mma", 45, 131, 128, config=(("block_m", 32),))  # an odd number of columns
+    yield Case("a6000", "mma", 64, 128, 320, config=(("block_m", 64), ("stages", 4), ("m_warps", 4)))
+
+
+def streamed_cases(chip):
+    yield Case(chip, "streaming", 1, 40, 1088, layers=3)
+    yield Case(chip, "streaming", 5, 24, 2112, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
+    yield Case(chip, "streaming", 16, 33, 576, dtype="float16", block_size=32)
+    yield Case(chip, "streaming", 9, 16, 256, quant_type="fp4", block_size=256)
+    yield Case(chip, "streaming", 8, 16, 64, double_quant=False)
+
+
+def decoded_cases(chip):
+    yield Case(chip, "dequantize", 0, 136, 192, layers=3)  # tiles of 128 x 64, one group of columns
+    yield Case(chip, "dequantize", 0, 72, 640, dtype="float16", block_size=32)  # 64 x 128, groups of columns overlap
+    yield Case(chip, "dequantize", 0, 64, 256, quant_type="fp4", block_size=256)
+    yield Case(chip, "dequantize", 0, 128, 64, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
+    yield Case(chip, "dequantize", 0, 200, 320, double_quant=False)
+
+
+SMALL = [
+    *(case for kernel in TILED for case in tiled_cases(*kernel)),
+    *other_tiles(),
+    *(case for chip in CHIPS for make in (streamed_cases, decoded_cases) for case in make(chip)),
+]
+
+# Weights of SmolLM2-135M, [N, K].
+LINEAR = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
+ROWS = [64, 128, 200, 256]
+
+
+def large_cases(everything):
+    """Of each kernel: every shape with a number of rows that goes round, or with every number."""
+    for chip, kernel, narrow in TILED:
+        for i, (n, k) in enumerate(LINEAR):
+            for transposed in (False, True):
+                config = narrow if transposed and k % 128 else ()
+                for j, m in enumerate(ROWS):
+                    case = Case(chip, kernel, m, n, k, transposed, config=config)
+                    fits = m >= config_of(case).block_m
+                    chosen = (i + transposed) % len(ROWS) == j or not fits
+                    if everything and fits and not chosen:
+                        yield case
+                    elif not everything and chosen:
+                        yield case if fits else dataclasses.replace(case, m=config_of(case).block_m + 8)
+    for chip in CHIPS:
+        for n, k in LINEAR[2:] if not everything else LINEAR[:2]:
+            yield Case(chip, "dequantize", 0, n, k)
+            yield Case(chip, "streaming", 16, n, k)
+
+
+@pytest.fixture(scope="session")
+def launches(request):
+    """Of all cases that the selected tests ask for, as cases can only be compiled cheaply together."""
+    params = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
+    return compile_all(found["case"] for found in params if isinstance(found.get("case"), Case))
+
+
+@pytest.fixture
+def launch(case, launches):
+    found = launches[case]
+    assert not isinstance(found, str), found
+    return found
+
+
+def check(launch, problem, ctas=None, **options):
+    """Executes a kernel, all of it or some CTAs, and compares what they own."""
+    out = execute(launch, problem, ctas=ctas, **options)
+    if ctas is None:
+        assert not differences(out, expected(problem))
+        return
+    written = np.zeros(out.shape, bool)
+    for cta in ctas:
+        rows, columns = owned(problem.case, cta)
+        assert not differences(out[rows, columns], expected(problem, rows, columns)), cta
+        written[rows, columns] = True
+    assert np.isnan(out[~written].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small(case, launch):
+    check(launch, Problem(case))
+
+
+def corners(grid):
+    """The first and the last block, which is the one that is moved back inside."""
+    return sorted({(0, 0, 0), tuple(size - 1 for size in grid)})
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(large_cases(False)), ids=str)
+def test_shapes_of_smollm2(case, launch):
+    check(launch, Problem(case), corners(launch.grid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", dict.fromkeys(large_cases(True)), ids=str)
+def test_all_shapes_of_smollm2(case, launch):
+    check(launch, Problem(case), corners(launch.grid))
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.kernel == "dequantize"], ids=str)
+def test_numpy_decodes_like_the_library(case):
+    """Ties the references of this file to `qlora_jax.quantization`, which knows nothing of the kernels."""
+    problem = Problem(case)
+    absmax, *rest = (array[case.layer] for array in problem.scales[:3])
+    nested, offset = rest or (None, None)
+    codes = problem.codes[case.layer].reshape(-1)
+    q = QuantizedTensor(codes, absmax, nested, offset, (case.n, case.k), case.quant_type, case.block_size, case.dtype)
+    assert not differences(np.asarray(dequantize(q, DTYPES[case.dtype])), problem.weight)
+    of_stack = Operands.of(q)
+    assert [a.shape[1:] for a in of_stack.arrays] == [
+        a.shape[1:] for a in (problem.codes, *problem.scales, problem.layer)
+    ]
