@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.kernels.mosaic import tiles
 from qlora_jax.quantization.codebooks import TABLES
@@ -36,7 +37,7 @@ class Scales:
         per_run, size = self.decoding.scales_per_run, self.decoding.block_size
         r = jnp.arange(rows)[:, None, None] + row
         c = jnp.arange(columns // tiles.RUN)[None, :, None] * tiles.RUN + column
-        block = r * (self.decoding.n_inputs // size) + c // size + jnp.arange(per_run)
+        block = (r * self.decoding.n_inputs + c) // size + jnp.arange(per_run)
         if not self.decoding.double_quant:
             return (self.absmax[block],)
         return self.absmax[block], self.nested[block >> 8]
@@ -57,19 +58,24 @@ def decode(decoding: tiles.Decoding, codes: Any, scales: jax.Array, out: Any) ->
     rows, columns = out.shape
     packed = codes[...]
     code = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(*scales.shape, -1)
-    table = jnp.asarray(TABLES[decoding.quant_type])
-    out[...] = (table[code.astype(jnp.int32)] * scales[..., None]).astype(decoding.dtype).reshape(rows, columns)
+    value = jnp.zeros(code.shape, jnp.float32)
+    for i, entry in enumerate(TABLES[decoding.quant_type]):  # a kernel cannot hold the table as a constant
+        value = jnp.where(code == i, float(entry), value)
+    out[...] = (value * scales[..., None]).astype(decoding.dtype).reshape(rows, columns)
 
 
 def mma(acc: jax.Array, x: Any, w: Any, *, transposed: bool, m_warps: int) -> jax.Array:
     """`machine.mma` for interpret mode."""
     del m_warps
     contracted = (((1,), (0 if transposed else 1,)), ((), ()))
-    return acc + jax.lax.dot_general(x[...], w[...], contracted, preferred_element_type=jnp.float32)
+    product = jax.lax.dot_general(x[...], w[...], contracted, preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # stands for the barrier that the pipeline itself has before it fills a slot again
+    return acc + product
 
 
 def barrier() -> None:
-    """Nothing: interpreted threads of a warpgroup are one."""
+    """See `machine.barrier`: interpreted threads of a warpgroup are one, but copies run beside them."""
+    plgpu.commit_smem()
 
 
 def zero_accumulator(shape: tuple[int, int], dtype: Any, m_warps: int) -> jax.Array:
