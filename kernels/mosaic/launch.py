@@ -26,9 +26,8 @@ def why_not(w: Weight, dtype: Any) -> str | None:
         return f"the weight is {w.quant_type}, not 4-bit"
     if dtype not in DTYPES:
         return f"the activations are {jnp.dtype(dtype).name}, not bfloat16 or float16"
-    stack = w.stack if isinstance(w, StackedWeight) else w
-    if len(w.shape) != 2 or w.shape[1] % max(tiles.RUN, stack.block_size):
-        return f"the weight's shape {w.shape} has no whole blocks of {max(tiles.RUN, stack.block_size)} in a row"
+    if len(w.shape) != 2 or w.shape[1] % tiles.RUN:
+        return f"the weight's shape {w.shape} has no whole runs of {tiles.RUN} codes in a row"
     return None
 
 
