@@ -48,9 +48,9 @@ def test_sizes_that_do_not_fit():
     for shape in ((132, 128, 64), (120, 128, 64), (128, 132, 64), (128, 64, 64), (128, 128, 96)):
         m, n, k = shape
         codes, scales = jnp.zeros((1, n, k // 2), jnp.uint8), jnp.ones((1, n * k // 32))
-        w = operands.Operands(codes, (scales,), jnp.zeros(1, jnp.int32), "nf4", 32)
+        w = operands.Operands(codes, (scales,), jnp.zeros(1, jnp.int32), "nf4", 32, n)
         with pytest.raises(ValueError, match=r"need|no multiple"):
             wgmma.matmul(jnp.zeros((m, k), jnp.bfloat16), w, config=wgmma.Config(block_m=128))
     with pytest.raises(ValueError, match="128 columns"):
-        w = operands.Operands(jnp.zeros((1, 128, 64), jnp.uint8), (jnp.ones((1, 512)),), w.layer, "nf4", 32)
+        w = operands.Operands(jnp.zeros((1, 128, 64), jnp.uint8), (jnp.ones((1, 512)),), w.layer, "nf4", 32, 128)
         wgmma.matmul(jnp.zeros((128, 64), jnp.bfloat16), w, config=wgmma.Config(block_m=128))
