@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qlora_jax.gpus import Chip
 from qlora_jax.kernels.mosaic import dequantize as decoding
-from qlora_jax.kernels.mosaic import machine, mma, streaming, tiles
+from qlora_jax.kernels.mosaic import machine, mma, streaming, tiles, wgmma
 from qlora_jax.kernels.mosaic.operands import Operands, pad_contraction
 from qlora_jax.kernels.weights import StackedWeight, Weight
 from qlora_jax.quantization import QuantizedTensor
@@ -16,6 +16,8 @@ from qlora_jax.quantization import QuantizedTensor
 DTYPES = (jnp.bfloat16, jnp.float16)
 # Rows of W that every tile fits into.
 _ROWS = 128
+# Up to here the portable kernel's small tiles waste less than wgmma's and tcgen05's, which begin at 128 rows.
+_PORTABLE_ROWS = 64
 
 
 def why_not(w: Weight, dtype: Any) -> str | None:
@@ -26,9 +28,8 @@ def why_not(w: Weight, dtype: Any) -> str | None:
         return f"the weight is {w.quant_type}, not 4-bit"
     if dtype not in DTYPES:
         return f"the activations are {jnp.dtype(dtype).name}, not bfloat16 or float16"
-    stack = w.stack if isinstance(w, StackedWeight) else w
-    if len(w.shape) != 2 or w.shape[1] % max(tiles.RUN, stack.block_size):
-        return f"the weight's shape {w.shape} has no whole blocks of {max(tiles.RUN, stack.block_size)} in a row"
+    if len(w.shape) != 2 or w.shape[1] % tiles.RUN:
+        return f"the weight's shape {w.shape} has no whole runs of {tiles.RUN} codes in a row"
     return None
 
 
@@ -66,13 +67,13 @@ def matmul(
     n, _ = w.shape
     if not transposed and m <= streaming.MAX_ROWS:
         return streaming.matmul(x, w, seam=seam, interpret=interpret)[:, : w.n_rows]
-    config = mma_config(chip, m, w.shape, transposed)
+    module, config = choose_kernel(chip, m, w.shape, transposed)
     # Where there is TMA, rows come by eights.
     x = _with_rows(x, max(config.block_m, -(-m // 8) * 8))
     if transposed:
         x = jnp.pad(x, ((0, 0), (0, n - x.shape[1])))
         x = pad_contraction(x, n, config.block_k)
-    y = mma.matmul(x, w, config=config, transposed=transposed, seam=seam, interpret=interpret)
+    y = module.matmul(x, w, config=config, transposed=transposed, seam=seam, interpret=interpret)
     return y[:m] if transposed else y[:m, : w.n_rows]
 
 
@@ -81,8 +82,23 @@ def dequantize(w: Operands, dtype: Any, *, seam: ModuleType = machine, interpret
     return decoding.dequantize(w, dtype, seam=seam, interpret=interpret)[: w.n_rows]
 
 
-def mma_config(chip: Chip, m: int, shape: tuple[int, int], transposed: bool) -> mma.Config:
-    """Tile sizes of the portable kernel.
+def choose_kernel(chip: Chip, m: int, shape: tuple[int, int], transposed: bool) -> tuple[ModuleType, Any]:
+    """The module and the Config that multiply m rows by a weight of `shape` (N, K) on a chip.
+
+    The tensor cores of data-center chips since Hopper need many rows to be worth their set-up; the portable kernel
+    takes the others, and all other chips.
+    """
+    odd = transposed and shape[1] % 128 != 0  # the output is not whole tiles of 128 columns
+    if chip.arch == "sm_90a" and m > _PORTABLE_ROWS:
+        block_m = 256 if m > 128 and not odd else 128
+        if odd:
+            return wgmma, wgmma.Config(block_m=block_m, block_n=64, block_k=128, stages=2)
+        return wgmma, wgmma.Config(block_m=block_m)
+    return mma, mma_config(chip, m, odd)
+
+
+def mma_config(chip: Chip, m: int, odd: bool) -> mma.Config:
+    """Tile sizes of the portable kernel; `odd`: the output is not whole tiles of 128 columns.
 
     Two CTAs should share an SM, so that one decodes while the other multiplies; what limits them is shared memory.
     Larger block_m means less decoding for a product, but never more rows than there are.
@@ -91,7 +107,7 @@ def mma_config(chip: Chip, m: int, shape: tuple[int, int], transposed: bool) -> 
     largest = 128 if chip.shared_memory_bytes >= 160 * 1024 else 64
     block_m = next(size for size in (16, 32, 64, 128) if size >= min(m, largest))
     m_warps = 1 if block_m == 16 else 2
-    if transposed and shape[1] % 128:
+    if odd:
         return mma.Config(block_m=block_m, block_n=64, block_k=128, m_warps=m_warps)
     return mma.Config(block_m=block_m, m_warps=m_warps)
 

@@ -152,7 +152,7 @@ def fetch_scales(
 
     Args:
         decoding: the weight.
-        absmax: ref [N, K / block_size], uint8 codes or float32 scales.
+        absmax: ref [N K / block_size], uint8 codes or float32 scales; N K < 2^32.
         nested: ref [N K / block_size / 256 or more] float32 (double quantisation), else None.
         row: first row of the tile.
         column: first column of the tile, in elements, a multiple of 64.
@@ -169,7 +169,6 @@ def fetch_scales(
     scalar = plgpu.Layout.WG_SPLAT(())
     raw = plgpu.ShapeDtypeStruct(size, jnp.int32, layout=layout)
     floats = plgpu.ShapeDtypeStruct(size, jnp.float32, layout=layout)
-    blocks_per_row = decoding.n_inputs // decoding.block_size
 
     def indices(row: Any, column: Any) -> list[list[ir.Value]]:
         """Index of the block of every scale of this thread, within the flattened weight."""
@@ -179,8 +178,8 @@ def fetch_scales(
             first = arith.addi(column, arith.muli(run, _const(tiles.RUN)))
             if fragments:
                 first = arith.minsi(first, _const(decoding.n_inputs - tiles.RUN))
-            base = arith.muli(arith.addi(row, run_row), _const(blocks_per_row))
-            block = arith.addi(base, arith.divui(first, _const(decoding.block_size)))
+            row_start = arith.muli(arith.addi(row, run_row), _const(decoding.n_inputs))
+            block = arith.divui(arith.addi(row_start, first), _const(decoding.block_size))
             out.append([arith.addi(block, _const(i)) for i in range(decoding.scales_per_run)])
         return out
 

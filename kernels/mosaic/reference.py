@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.kernels.mosaic import tiles
 from qlora_jax.quantization.blockwise import lookup
@@ -47,7 +48,7 @@ class Scales:
         per_run, size = self.decoding.scales_per_run, self.decoding.block_size
         r = jnp.arange(rows)[:, None, None] + row
         c = _first_columns(self.decoding, columns // tiles.RUN, column)[None, :, None]
-        block = r * (self.decoding.n_inputs // size) + c // size + jnp.arange(per_run)
+        block = (r * self.decoding.n_inputs + c) // size + jnp.arange(per_run)
         if not self.decoding.double_quant:
             return (self.absmax[block],)
         return self.absmax[block], self.nested[block >> 8]
@@ -83,11 +84,14 @@ def mma(acc: jax.Array, x: Any, w: Any, *, transposed: bool, m_warps: int) -> ja
     """`machine.mma` for interpret mode."""
     del m_warps
     contracted = (((1,), (0 if transposed else 1,)), ((), ()))
-    return acc + jax.lax.dot_general(x[...], w[...], contracted, preferred_element_type=jnp.float32)
+    product = jax.lax.dot_general(x[...], w[...], contracted, preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # stands for the barrier that the pipeline itself has before it fills a slot again
+    return acc + product
 
 
 def barrier() -> None:
-    """Nothing: interpreted threads of a warpgroup are one."""
+    """See `machine.barrier`: interpreted threads of a warpgroup are one, but copies run beside them."""
+    plgpu.commit_smem()
 
 
 def zero_accumulator(shape: tuple[int, int], dtype: Any, m_warps: int) -> jax.Array:

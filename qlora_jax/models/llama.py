@@ -206,12 +206,14 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         rotary: tuple[Array, Array],
         mask: Bool[Array, "B 1 S T"] | None,
-        cache: tuple[Array, Array, Array] | None = None,
+        cache: tuple[Array, Array] | None = None,
+        place: tuple[Array, Array] | None = None,
         keys: tuple[Array | None, ...] = (None,) * 4,
     ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
-        """Attend within x, or over `cache` = (keys [B, T, K, E], values, length) with x written at `length`.
+        """Attend within x, or over `cache` = (keys, values), both [L, B, T, K, E], with x written at `place`.
 
-        mask None means causal over x (with the config's sliding window); `keys` are dropout keys for q, k, v, o.
+        `place` is (layer, slot). All layers' caches are handed on, so that a loop over them writes them in place. mask
+        None means causal over x (with the config's sliding window); `keys` are dropout keys for q, k, v, o.
         """
         batch, seq, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(batch, seq, -1, self.config.head_dim)
@@ -219,13 +221,14 @@ class Attention(nnx.Module):
         v = self.v_proj(x, keys[2]).reshape(batch, seq, -1, self.config.head_dim)
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         written = None
-        if cache is not None:
-            start = (0, cache[2], 0, 0)
+        if cache is not None and place is not None:
+            layer, slot = place
+            start = (layer, 0, slot, 0, 0)
             written = (
-                jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start),
-                jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start),
+                jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), start),
+                jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), start),
             )
-            k, v = written
+            k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in written)
         window = None if mask is not None or self.config.sliding_window is None else (self.config.sliding_window - 1, 0)
         # With a cache the mask may hide everything from a padded query, and one token a step leaves no scores to save.
         attend = _attend if cache is None else _attend_xla
@@ -265,12 +268,13 @@ class Block(nnx.Module):
         h: Float[Array, "B S D"],
         rotary: tuple[Array, Array],
         mask: Bool[Array, "B 1 S T"] | None,
-        cache: tuple[Array, Array, Array] | None,
+        cache: tuple[Array, Array] | None,
+        place: tuple[Array, Array] | None,
         dropout_key: Array | None,
     ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
         """Residual attention, then residual MLP."""
         keys = (None,) * 7 if dropout_key is None else tuple(jax.random.split(dropout_key, 7))
-        attended, written = self.self_attn(self.input_layernorm(h), rotary, mask, cache, keys[:4])
+        attended, written = self.self_attn(self.input_layernorm(h), rotary, mask, cache, place, keys[:4])
         h = h + attended
         return h + self.mlp(self.post_attention_layernorm(h), keys[4:]), written
 
@@ -337,22 +341,23 @@ class Llama(nnx.Module):
         stacks, layers = split_stacks(layers)
         n_layers = self.config.num_hidden_layers
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
-        length = None if cache is None else cache.length
+        start = None if cache is None else cache.length
 
-        def body(h: Array, xs: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array] | None]:
-            index, layer, layer_key, layer_cache = xs
-            layer_cache = None if layer_cache is None else (*layer_cache, length)
+        def body(carry: tuple[Array, Any], xs: tuple[Any, ...]) -> tuple[tuple[Array, Any], None]:
+            h, written = carry
+            index, layer, layer_key = xs
             block = nnx.merge(graphdef, layer, layer_of(stacks, index))
-            return block(h, rotary, mask, layer_cache, layer_key)
+            place = None if start is None else (index, start)
+            return block(h, rotary, mask, written, place, layer_key), None
 
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat else policies.save_only_these_names(SAVED)
         # prevent_cse is for code outside a scan; inside it only blocks fusion.
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        xs = (jnp.arange(n_layers), layers, layer_keys, None if cache is None else (cache.keys, cache.values))
-        h, written = jax.lax.scan(body, h, xs)
-        if cache is not None:
-            keys, values = written
+        stored = None if cache is None else (cache.keys, cache.values)
+        (h, stored), _ = jax.lax.scan(body, (h, stored), (jnp.arange(n_layers), layers, layer_keys))
+        if cache is not None and stored is not None:
+            keys, values = stored
             cache = KVCache(keys, values, seen, cache.length + seq)
         return self.norm(h), cache
 

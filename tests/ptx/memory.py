@@ -132,7 +132,8 @@ class SharedMem:
         return self.dirty[ix] & ~((f > 0) & (f <= cta.vc[w][:, : cta.num_warps].T[:, :, None])).any(0)
 
     def fence(self, cta, w):
-        ok = self.dirty & (self.write_clock <= cta.vc[w][self.writer])
+        # The first fence after a write is the one that counts: a later one of the same warp takes nothing back.
+        ok = self.dirty & (self.fenced[w] == 0) & (self.write_clock <= cta.vc[w][self.writer])
         self.fenced[w, ok] = cta.vc[w, w]
 
     def check_write(self, cta, sel, ix, w):
