@@ -37,7 +37,7 @@ class Case:
         quant_type, dtype, block_size, double_quant: what the kernel is specialised for.
         layers: of the stack the weight lies in; the last but one is used.
         config: (name, value) pairs for the module's Config, if it has one; empty for what `launch` would choose or,
-            where it has no choice, the module's defaults.
+            where it would choose another kernel, the module's defaults.
     """
 
     chip: str
@@ -75,8 +75,12 @@ def config_of(case: Case) -> Any:
     module = importlib.import_module(f"qlora_jax.kernels.mosaic.{case.kernel}")
     if not hasattr(module, "Config"):
         return None
-    if case.kernel == "mma" and not case.config:
-        return launch.mma_config(CHIPS[case.chip], case.m, (case.n, case.k), case.transposed)
+    if not case.config:
+        chosen, config = launch.choose_kernel(CHIPS[case.chip], case.m, (case.n, case.k), case.transposed)
+        if chosen is module:
+            return config
+        if case.kernel == "mma":
+            return launch.mma_config(CHIPS[case.chip], case.m, case.transposed and case.k % 128 != 0)
     return module.Config(**dict(case.config))
 
 
@@ -145,7 +149,7 @@ class Problem:
     def __init__(self, case: Case, seed: int = 0):
         self.case = case
         random = np.random.default_rng(seed)
-        blocks = case.n * case.k // case.block_size
+        blocks = -(-case.n * case.k // case.block_size)
         self.layer = np.array([case.layer], np.int32)
         self.x = random.standard_normal((case.m, case.n if case.transposed else case.k)).astype(DTYPES[case.dtype])
         self.codes = random.integers(0, 256, (case.layers, case.n, case.k // 2), np.uint8)
@@ -179,9 +183,10 @@ class Problem:
             _, nested, offset, table = self.scales
             scales = table[scales] * np.repeat(nested[layer], NESTED_BLOCK_SIZE)[: scales.size] + offset[layer]
         packed = self.codes[layer].reshape(-1)
-        codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(scales.size, case.block_size)
+        codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
         with np.errstate(over="ignore"):
-            values = (TABLES[case.quant_type][codes] * scales[:, None]).astype(DTYPES[case.dtype])
+            values = TABLES[case.quant_type][codes] * np.repeat(scales, case.block_size)[: codes.size]
+            values = values.astype(DTYPES[case.dtype])
         return values.reshape(case.n, case.k)
 
     def contracted(self) -> tuple[np.ndarray, np.ndarray]:

@@ -15,11 +15,12 @@ from qlora_jax.quantization import QuantizedTensor, dequantize
 
 pytestmark = gpu_child.needs_plugin
 
-# Kernels for many rows: (chip, module, config for a transposed product of an odd multiple of 64 columns). An empty
-# config is the module's default, or for "mma" what `launch` chooses.
+# Kernels for many rows: (chip, module, config for a transposed product of an odd multiple of 64 columns), the config
+# empty if `launch` chooses it.
 TILED = [
     ("a6000", "mma", ()),
     ("h100", "mma", ()),
+    ("h100", "wgmma", ()),
 ]
 CHIPS = ("a6000", "h100")
 
@@ -33,14 +34,16 @@ def tiled_cases(chip, kernel, narrow):
     yield Case(chip, kernel, m, n, 256, quant_type="fp4", block_size=256)
     yield Case(chip, kernel, m, n, 5 * k, dtype="float16", block_size=32)
     yield Case(chip, kernel, m, n, 4 * k, double_quant=False)
+    yield Case(chip, kernel, m, n, 3 * k, block_size=128)  # blocks straddle rows
     backward = config_of(Case(chip, kernel, 256, 512, 512, True))
     m, n, k = backward.block_m, backward.block_k, backward.block_n
     yield Case(chip, kernel, m + 24, 2 * n + 40, 2 * k, True, layers=3)
     yield Case(chip, kernel, m, n, k, True, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
     yield Case(chip, kernel, m, n + 8, max(256, k), True, quant_type="fp4", block_size=256)
+    yield Case(chip, kernel, m, n + 8, 2 * k, True, dtype="float16", block_size=32)
     backward = config_of(Case(chip, kernel, 256, 512, 192, True, config=narrow))
     m, n, k = backward.block_m, backward.block_k, backward.block_n
-    yield Case(chip, kernel, m, n + 72, 3 * k, True, dtype="float16", block_size=32, config=narrow)
+    yield Case(chip, kernel, m, n + 72, 3 * k, True, dtype="float16", block_size=128, config=narrow)
 
 
 def other_tiles():
@@ -48,7 +51,7 @@ def other_tiles():
     yield Case("a6000", "mma", 32, 136, 192, dtype="float16")
     yield Case("a6000", "mma", 16, 136, 192, True, layers=3)
     yield Case("a6000", "mma", 16, 136, 256, True)
-    yield Case("a6000", "mma", 45, 131, 128, config=(("block_m", 32),))  # an odd number of columns
+    yield Case("a6000", "mma", 45, 136, 128, quant_type="fp4", config=(("block_m", 32), ("m_warps", 1)))
     yield Case("a6000", "mma", 64, 128, 320, config=(("block_m", 64), ("stages", 4), ("m_warps", 4)))
 
 
@@ -87,12 +90,9 @@ def large_cases(everything):
                 config = narrow if transposed and k % 128 else ()
                 for j, m in enumerate(ROWS):
                     case = Case(chip, kernel, m, n, k, transposed, config=config)
-                    fits = m >= config_of(case).block_m
-                    chosen = (i + transposed) % len(ROWS) == j or not fits
-                    if everything and fits and not chosen:
-                        yield case
-                    elif not everything and chosen:
-                        yield case if fits else dataclasses.replace(case, m=config_of(case).block_m + 8)
+                    if ((i + transposed) % len(ROWS) == j) != everything:
+                        # `launch` adds rows up to a tile.
+                        yield dataclasses.replace(case, m=max(m, config_of(case).block_m))
     for chip in CHIPS:
         for n, k in LINEAR[2:] if not everything else LINEAR[:2]:
             yield Case(chip, "dequantize", 0, n, k)
