@@ -49,8 +49,10 @@ def tiled_cases(chip, kernel, narrow):
 def other_tiles():
     """What `launch` chooses for fewer rows, and other numbers of warps and stages."""
     yield Case("a6000", "mma", 32, 136, 192, dtype="float16")
-    yield Case("a6000", "mma", 16, 136, 192, True, layers=3)
-    yield Case("a6000", "mma", 16, 136, 256, True)
+    yield Case("a6000", "mma", 32, 136, 256, True)
+    yield Case(
+        "a6000", "mma", 16, 136, 192, True, config=(("block_m", 16), ("block_n", 64), ("block_k", 128), ("m_warps", 1))
+    )
     yield Case("a6000", "mma", 45, 136, 128, quant_type="fp4", config=(("block_m", 32), ("m_warps", 1)))
     yield Case("a6000", "mma", 64, 128, 320, config=(("block_m", 64), ("stages", 4), ("m_warps", 4)))
 
