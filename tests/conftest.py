@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -24,6 +25,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def launches(request: pytest.FixtureRequest) -> Any:
+    """Of every `ptx_kernels.Case` that a selected test has as `case`: they are cheap to compile only all at once."""
+    from ptx_kernels import Case, compile_all
+
+    params = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
+    return compile_all(found["case"] for found in params if isinstance(found.get("case"), Case))
+
+
+@pytest.fixture
+def launch(case: Any, launches: Any) -> Any:
+    """The compiled kernel of a test's `case`."""
+    found = launches[case]
+    assert not isinstance(found, str), found
+    return found
 
 
 @pytest.fixture(autouse=True)

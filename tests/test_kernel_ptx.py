@@ -8,7 +8,7 @@ import dataclasses
 import gpu_child
 import numpy as np
 import pytest
-from ptx_kernels import DTYPES, Case, Problem, compile_all, config_of, differences, execute, expected, owned
+from ptx_kernels import DTYPES, Case, Problem, config_of, differences, execute, expected, owned
 
 from qlora_jax.kernels.mosaic.operands import Operands
 from qlora_jax.quantization import QuantizedTensor, dequantize
@@ -99,20 +99,6 @@ def large_cases(everything):
         for n, k in LINEAR[2:] if not everything else LINEAR[:2]:
             yield Case(chip, "dequantize", 0, n, k)
             yield Case(chip, "streaming", 16, n, k)
-
-
-@pytest.fixture(scope="session")
-def launches(request):
-    """Of all cases that the selected tests ask for, as cases can only be compiled cheaply together."""
-    params = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
-    return compile_all(found["case"] for found in params if isinstance(found.get("case"), Case))
-
-
-@pytest.fixture
-def launch(case, launches):
-    found = launches[case]
-    assert not isinstance(found, str), found
-    return found
 
 
 def check(launch, problem, ctas=None, **options):
