@@ -16,11 +16,17 @@ from ptx.numerics import DT, UDT, i32, i64, u32
 JUNK = 0x7FE57FE57FE57FE5  # initial register contents: a NaN as f64, f32, f16 and bf16, in each half
 
 
-class MBar:
-    """mbarrier object: pending arrivals, tx-count and phase."""
+# Asynchronous agents that carry out TMA loads, one for each mbarrier (if there are more, some share): a load that has
+# completed says nothing of another that was started before it.
+COPY_AGENTS = 64
 
-    def __init__(self, count, agents, init):
+
+class MBar:
+    """mbarrier object: pending arrivals, tx-count and phase; `agent` fills what it guards."""
+
+    def __init__(self, count, agents, init, agent):
         self.init = init
+        self.agent = agent
         self.count = self.pending = count
         self.tx = self.phase = 0
         self.vc = np.zeros(agents, i32)
@@ -53,15 +59,17 @@ class CTA:
         self.alive = lin < n
         self.blocked = np.zeros(N, bool)
         self.reconv = np.zeros(N, bool)  # waits for the other lanes of its warp
-        # Vector clocks: vc[i, j] is the last moment of j that i knows of; warps, then two asynchronous agents
-        self.tma, self.tensor_core = nw, nw + 1
-        self.vc = np.zeros((nw + 2, nw + 2), i32)
+        # Vector clocks: vc[i, j] is the last moment of j that i knows of; warps, the tensor core, then copies
+        self.tensor_core = nw
+        self.first_copy = nw + 1
+        self.vc = np.zeros((nw + 1 + COPY_AGENTS,) * 2, i32)
         np.fill_diagonal(self.vc, 1)
         self.shared = SharedMem(smem, nw)
         self.local = LocalMem(N, local)
         self.param = ParamMem(params)
         self.bars = {}  # bar.sync: number -> who arrived
         self.mbars = {}  # shared address -> MBar
+        self.mbars_made = 0
         self.async_q = collections.deque()  # TMA loads and tcgen05.commit: what happens when they complete
         self.copies, self.copy_commits = [], np.zeros(N, i64)  # cp.async
         self.bulk, self.bulk_commits = [], np.zeros(N, i64)  # cp.async.bulk stores

@@ -9,7 +9,7 @@ import bisect
 import numpy as np
 
 from ptx.errors import PtxError, RaceError
-from ptx.numerics import i32, i64, u8
+from ptx.numerics import i32, u8
 
 # Generic address windows ("State Spaces": generic addressing); global allocations start at GLOBAL0.
 SHARED_WIN = 1 << 40
@@ -92,7 +92,7 @@ class SharedMem:
         self.init = z(size, bool)
         self.writer = z(size, np.int16)  # the last one: a warp or an asynchronous agent
         self.write_clock = z(size, i32)  # the writer's own clock at that write
-        self.read_clock = z((nw + 2, size), i32)  # each one's clock at its last read
+        self.read_clock = z((nw + 1, size), i32)  # each one's clock at its last read
         self.pending_writes = z(size, np.int16)  # asynchronous ones in flight
         self.pending_reads = z(size, np.int16)
         self.dirty = z(size, bool)  # last written by a generic (not TMA) write
@@ -137,12 +137,12 @@ class SharedMem:
         self.fenced[w, ok] = cta.vc[w, w]
 
     def check_write(self, cta, sel, ix, w):
-        clk = cta.vc[w]  # (lanes, nw+1)
+        clk = cta.vc[w][:, : len(self.read_clock)]
         for bad, msg in (
             (self.pending_writes[ix] > 0, "write to bytes being written asynchronously or owned by an mbarrier"),
             (self.pending_reads[ix] > 0, "write to bytes being read asynchronously (missing wait)"),
             (
-                self.write_clock[ix] > np.take_along_axis(clk, self.writer[ix].astype(i64), 1),
+                self.write_clock[ix] > cta.vc[w[:, None], self.writer[ix]],
                 "race: write not ordered after write",
             ),
             ((self.read_clock[:, ix] > clk.T[:, :, None]).any(0), "race: write not ordered after read"),

@@ -83,7 +83,7 @@ class TensorMem:
         own = own & (self.writer[rows, cols] == cta.tensor_core)
         if ((self.write_clock[rows, cols] > cta.vc[w, self.writer[rows, cols]]) & ~own).any():
             raise RaceError("race: tensor memory write not ordered after write")
-        if (self.read_clock[:, rows, cols] > cta.vc[w][:, None, None]).any():
+        if (self.read_clock[:, rows, cols] > cta.vc[w][: len(self.read_clock), None, None]).any():
             raise RaceError("race: tensor memory write not ordered after read")
 
     def put(self, cta, agent, rows, cols, values):

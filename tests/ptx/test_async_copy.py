@@ -76,3 +76,29 @@ cp.async.bulk.wait_group.read 0; E:"""
     np.testing.assert_array_equal(g.view(np.uint32).reshape(128, 4), np.repeat(np.arange(128), 4).reshape(128, 4))
     with pytest.raises(RaceError, match=r"fence.proxy.async"):
         hopper(body.replace("FENCE", ""), [tm], dummy)
+
+
+@pytest.mark.parametrize("waits", ["ab", "a", "b"])
+def test_tma_copies_complete_in_any_order(waits):
+    """Two copies on two mbarriers: that the second is complete says nothing of the first, nor the other way round."""
+    g = np.arange(2 * 32 * 64, dtype=np.uint16).reshape(64, 64)
+    o = np.zeros((2, 128), np.uint32)
+    tm = TensorMap(g, g.shape, (64, 1), (32, 64), 128)
+    wait = "{0}: mbarrier.try_wait.parity.shared.b64 %p2, [%r{1}], 0, 1000; @!%p2 bra {0};"
+    body = f"""mov.u64 %d1, tm; cvta.param.u64 %d2, %d1; mov.u32 %r1, sm; mov.u32 %r7, 0; mov.u32 %r8, 32;
+add.u32 %r2, %r1, 65520; add.u32 %r3, %r1, 65528; add.u32 %r4, %r1, 4096; setp.eq.u32 %p1, %t, 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r2], 1; @%p1 mbarrier.init.shared::cta.b64 [%r3], 1;
+fence.mbarrier_init.release.cluster; bar.sync 0; @!%p1 bra W;
+mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], 4096;
+mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r3], 4096;
+{COPY.format(d=1, m=2, x="%r7", y="%r7")} {COPY.format(d=4, m=2, x="%r7", y="%r8").replace("[%r2]", "[%r3]")} W:
+{wait.format("A", 2) if "a" in waits else ""} {wait.format("B", 3) if "b" in waits else ""}
+shl.b32 %r5, %t, 2; add.u32 %r5, %r5, %r1; ld.shared.u32 %r11, [%r5]; ld.shared.u32 %r12, [%r5+4096];
+{addr(0, 4)} st.global.u32 [%A0], %r11; st.global.u32 [%A0+512], %r12;"""
+    if waits == "ab":
+        hopper(body, [tm], o)
+        # Row 0 is not swizzled.
+        np.testing.assert_array_equal(o[:, :32], np.stack([g[0], g[32]]).view(np.uint32))
+    else:
+        with pytest.raises(PtxError, match=r"not ordered after write|being written|uninitialised"):
+            hopper(body, [tm], o)

@@ -174,7 +174,7 @@ def _bulk(kernel, ins):
                     if ok.any():
                         v[ok] = cta.global_memory.load(cta, np.repeat(k, int(ok.sum())), src_a[ok], tm.w)
                     cta.shared.pending_writes[ix] -= 1
-                    ag = cta.tma
+                    ag = bar.agent
                     cta.vc[ag] = np.maximum(cta.vc[ag], clk)
                     cta.vc[ag, ag] += 1
                     cta.shared.put(cta, k, ix, np.full(len(ix), ag), v, False)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ptx.decode import control, op
-from ptx.machine import MBar
+from ptx.machine import COPY_AGENTS, MBar
 from ptx.memory import WIN
 from ptx.numerics import i64, u64
 from ptx.operands import address, dst, src
@@ -45,7 +45,9 @@ def _mbarrier(kernel, ins):
                     continue
                 if what == "init":
                     cta.shared.check_write(cta, k, ix, k // 32)
-                    cta.mbars[int(q[j])] = MBar(int(c[j]), len(cta.vc), (t // 32, cta.vc[t // 32, t // 32]))
+                    agent = cta.first_copy + cta.mbars_made % COPY_AGENTS
+                    cta.mbars_made += 1
+                    cta.mbars[int(q[j])] = MBar(int(c[j]), len(cta.vc), (t // 32, cta.vc[t // 32, t // 32]), agent)
                     cta.shared.pending_writes[ix] += 1
                 else:
                     cta.mbar(k, q[j])

@@ -60,7 +60,7 @@ def _alloc(kernel, ins, form):
     def fn(cta, sel):
         for w in cta.full(sel):
             if cta.tensor_memory is None:
-                cta.tensor_memory = TensorMem(len(cta.vc))
+                cta.tensor_memory = TensorMem(cta.num_warps + 1)
             start = cta.tensor_memory.allocate(uniform(cta, sel, w, n(cta, sel)))
             where = np.array([uniform(cta, sel, w, a(cta, sel))])
             cta.store("shared", np.array([w * 32]), where, np.array([[start]], u32).view(u8))
