@@ -55,9 +55,7 @@ def _loss_sum(
         ) -> tuple[Array, Array]:
             if dropout_key is not None:
                 dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("data"))
-            here = _loss_sum(
-                lora, frozen, batch, dropout_key, graphdef=graphdef, packed=packed, remat=remat, mesh=None
-            )
+            here = _loss_sum(lora, frozen, batch, dropout_key, graphdef=graphdef, packed=packed, remat=remat, mesh=None)
             return jax.lax.psum(here, "data")
 
         whole, rows = PartitionSpec(), PartitionSpec("data")
