@@ -61,7 +61,7 @@ def _weights_in(compiled: jax.stages.Compiled, frozen: nnx.State) -> dict[str, A
     """What a program does with the base weights.
 
     Keys: kernels, the number of Pallas calls; decoded, arrays of a whole base weight in a floating dtype; moved, arrays
-    as large as a layer's codes that something writes.
+    as large as a layer's codes that something writes; gathers, transfers of the rows of other GPUs.
     """
     text = compiled.as_text()
     weights = [value for value in flatten(frozen).values() if isinstance(value, QuantizedTensor)]
@@ -76,7 +76,8 @@ def _weights_in(compiled: jax.stages.Compiled, frozen: nnx.State) -> dict[str, A
         if dtype in ("u8", "s8", "s32") and elements and elements % smallest == 0 and operation not in _NAMES:
             moved.add(f"{dtype}[{dims}] {operation}")
     kernels = len(re.findall(r'custom_call_target="mosaic_gpu', text))
-    return {"kernels": kernels, "decoded": sorted(decoded), "moved": sorted(moved)}
+    gathers = len(re.findall(r"all-gather(?:-start)?\(", text))
+    return {"kernels": kernels, "gathers": gathers, "decoded": sorted(decoded), "moved": sorted(moved)}
 
 
 def training_step(chip_name: str, model: str, kernel: str, rows: int, seq: int, n_devices: int = 1) -> dict[str, Any]:

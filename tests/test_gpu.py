@@ -1,12 +1,16 @@
 """What only a CUDA GPU can show: the same code gives the same numbers there. Skipped, never passed, without one."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from test_training_step import adapters_with_b, batch_of, random_ids
 
-from qlora_jax.quantization import QuantizationConfig
+from qlora_jax import kernels
+from qlora_jax.quantization import QuantizationConfig, quantize
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
@@ -41,3 +45,29 @@ def test_losses_on_a_device():
     want = losses_on(cpu, "float32", False)
     assert want[-1] < want[0]
     np.testing.assert_allclose(losses_on(cpu, "bfloat16", True), want, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 8192), (576, 1536), (192, 576)])
+@pytest.mark.parametrize("rows", [1, 7, 16, 33, 100, 512, 2048])
+def test_kernels_at_real_shapes(rows, shape):
+    """Both kernels against XLA's decode-and-multiply, forward and backward, for one layer of a stack."""
+    n, k = shape
+    weights = [quantize(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)) for i in range(2)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    w = kernels.StackedWeight(stack, jnp.int32(1))
+    x = jax.random.normal(jax.random.key(2), (rows, k), jnp.bfloat16)
+    dy = jax.random.normal(jax.random.key(3), (rows, n), jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, x, dy, w):
+        y, vjp = jax.vjp(lambda x: kernels.matmul(x, w, implementation=implementation), x)
+        return y, vjp(dy)[0], kernels.dequantize(w, jnp.bfloat16, implementation=implementation)
+
+    *expected, decoded = run("xla", x, dy, w)
+    for implementation in ("fused", "dequantize"):
+        *products, ours = run(implementation, x, dy, w)
+        np.testing.assert_array_equal(ours, decoded)
+        for got, want in zip(products, expected, strict=True):
+            got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+            np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-8 * np.sqrt(np.mean(want**2)))

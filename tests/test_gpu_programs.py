@@ -15,7 +15,7 @@ PROGRAMS = [
 
 
 @needs_plugin
-@pytest.mark.parametrize("chip", ["a6000", "h100"])
+@pytest.mark.parametrize("chip", ["a6000", "h100", "b200"])
 def test_no_weight_is_decoded_to_memory_or_copied(chip):
     """On the fused path: no array of a whole base weight in 16 or 32 bits, and no codes but the stored ones."""
     results = call("gpu_programs:compiled", chip, PROGRAMS, timeout=600)
@@ -28,6 +28,7 @@ def test_no_weight_is_decoded_to_memory_or_copied(chip):
         # prompt, then one token at a time.
         assert result["kernels"] == (7 + 6 + 7 if program == "training_step" else 7 + 7)
         assert not result["moved"]
+        assert not result["gathers"]
         assert bool(result["decoded"]) == (kernel == "dequantize")
         if program == "decoding":
             cache = 2 * 32 * (64 + 64) * 4096 * 2  # keys and values, bfloat16

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qlora_jax.gpus import Chip
 from qlora_jax.kernels.mosaic import dequantize as decoding
-from qlora_jax.kernels.mosaic import machine, mma, streaming, tiles, wgmma
+from qlora_jax.kernels.mosaic import machine, mma, streaming, tcgen05, tiles, wgmma
 from qlora_jax.kernels.mosaic.operands import Operands, pad_contraction
 from qlora_jax.kernels.weights import StackedWeight, Weight
 from qlora_jax.quantization import QuantizedTensor
@@ -94,6 +94,14 @@ def choose_kernel(chip: Chip, m: int, shape: tuple[int, int], transposed: bool) 
         if odd:
             return wgmma, wgmma.Config(block_m=block_m, block_n=64, block_k=128, stages=2)
         return wgmma, wgmma.Config(block_m=block_m)
+    if chip.arch == "sm_100a" and m > _PORTABLE_ROWS:
+        if odd:
+            return tcgen05, tcgen05.Config(block_m=128, block_n=64, block_k=128, stages=2, decoders=1)
+        # Small outputs: tiles of which two fit an SM, and enough of them for all SMs.
+        columns = shape[transposed]
+        if m <= 128 or columns < 256 or -(-m // 256) * -(-columns // 256) < chip.n_sms:
+            return tcgen05, tcgen05.Config(block_m=128, block_n=128, decoders=1)
+        return tcgen05, tcgen05.Config()
     return mma, mma_config(chip, m, odd)
 
 

@@ -393,7 +393,7 @@ def mma(acc: jax.Array, x: Any, w: Any, *, transposed: bool, m_warps: int) -> ja
 _WORDS = plgpu.Layout.WG_STRIDED((tiles.WARPGROUP * 16,), vec_size=16)
 
 
-def _accumulator_layout(m_tiles: int) -> plgpu.Layout:
+def _accumulator_layout(m_tiles: int) -> Any:
     return plgpu.Layout.WG_STRIDED((tiles.WARPGROUP * 4 * m_tiles,), vec_size=4 * m_tiles)
 
 

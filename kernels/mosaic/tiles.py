@@ -34,7 +34,7 @@ class Decoding:
         """1, or 2 where the blocks are of 32."""
         return max(1, RUN // self.block_size)
 
-    def scale_layout(self, runs: int) -> plgpu.Layout:
+    def scale_layout(self, runs: int) -> Any:
         """Layout of an array with the scales of `runs` runs: run t + 128 j belongs to thread t."""
         return plgpu.Layout.WG_STRIDED((runs * self.scales_per_run,), vec_size=self.scales_per_run)
 

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.data import IGNORED
@@ -21,7 +20,6 @@ def next_token_loss(
     labels: Int[Array, "B S"],
     *,
     chunk: int = CHUNK,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of the next-token cross-entropies, in nats, and the number of trained tokens.
 
@@ -34,20 +32,8 @@ def next_token_loss(
         head: output projection; its product with `hidden` is summed in float32.
         labels: labels[:, i] is the target *at* token i, as Hugging Face aligns it, so it is predicted from
             hidden[:, i - 1]; IGNORED marks tokens that are not trained.
-        chunk: tokens whose logits exist at a time (on each device).
-        mesh: with axis `data` over which B is split; every device then gathers and multiplies its own tokens. Left to
-            itself, XLA would send all hidden states to all devices, and each would compute the logits of all.
+        chunk: tokens whose logits exist at a time.
     """
-    if mesh is not None and mesh.size > 1:
-
-        def local(hidden: Array, head: Array, labels: Array) -> tuple[Array, Array]:
-            return jax.lax.psum(next_token_loss(hidden, head, labels, chunk=chunk), "data")
-
-        divided, whole = PartitionSpec("data"), PartitionSpec()
-        split = jax.shard_map(
-            local, mesh=mesh, in_specs=(divided, whole, divided), out_specs=(whole, whole), check_vma=False
-        )
-        return split(hidden, head, labels)
     batch, seq, width = hidden.shape
     targets = jnp.roll(labels, -1, axis=1).at[:, -1].set(IGNORED).reshape(-1)
     rows = batch * seq

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.training.losses import next_token_loss
@@ -42,13 +43,33 @@ def _loss_sum(
     remat: bool,
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """(summed loss, trained tokens) of a batch, split over the axis `data` of the mesh.
+
+    Every device runs the whole model on its own rows: written as one program for all rows, XLA could not divide the
+    kernels' calls and would send every row to every device.
+    """
+    if mesh is not None and mesh.size > 1:
+
+        def local(
+            lora: nnx.State, frozen: nnx.State, batch: dict[str, Array], dropout_key: Array | None
+        ) -> tuple[Array, Array]:
+            if dropout_key is not None:
+                dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("data"))
+            here = _loss_sum(lora, frozen, batch, dropout_key, graphdef=graphdef, packed=packed, remat=remat, mesh=None)
+            return jax.lax.psum(here, "data")
+
+        whole, rows = PartitionSpec(), PartitionSpec("data")
+        split = jax.shard_map(
+            local, mesh=mesh, in_specs=(whole, whole, rows, whole), out_specs=(whole, whole), check_vma=False
+        )
+        return split(lora, frozen, batch, dropout_key)
     model = nnx.merge(graphdef, lora, frozen)
     # An unpacked row is one document padded on the right: causality alone keeps it from the padding.
     segment_ids = batch["segment_ids"] if packed else None
     hidden, _ = model(
         batch["input_ids"], batch["positions"], segment_ids=segment_ids, dropout_key=dropout_key, remat=remat
     )
-    return next_token_loss(hidden, model.head, batch["labels"], mesh=mesh)
+    return next_token_loss(hidden, model.head, batch["labels"])
 
 
 def _compiler_options() -> dict[str, str | bool | int | float] | None:
@@ -74,7 +95,7 @@ def make_train_step(
         optimizer: an optax transformation of the adapters.
         packed: rows hold several documents, told apart by `segment_ids`.
         remat: recompute each layer in the backward pass.
-        dropout: draw dropout masks, keyed by (seed, step, micro-batch): a resumed run draws the same ones.
+        dropout: draw dropout masks, keyed by (seed, step, micro-batch, device): a resumed run draws the same ones.
         seed: of the dropout.
         mesh: with axis `data`, over which B is split.
 

@@ -1,0 +1,65 @@
+"""Which kernel and tile sizes are chosen, for every chip and shape: nothing that a real model has is refused."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qlora_jax.gpus import CHIPS
+from qlora_jax.kernels.mosaic import dequantize, launch, mma, operands, reference, streaming, tcgen05, wgmma
+from qlora_jax.quantization import abstract_quantized, quantize
+
+# (N, K) of linears: SmolLM2, TinyLlama, LLaMA 7B 13B 33B 65B, Llama 3 8B and 70B; and of models for tests.
+SHAPES = [
+    (576, 576), (192, 576), (1536, 576), (576, 1536), (256, 2048), (4096, 4096), (11008, 4096), (4096, 11008),
+    (5120, 13824), (17920, 6656), (6656, 17920), (22016, 8192), (1024, 4096), (28672, 8192), (1024, 8192), (64, 64),
+    (32, 128), (100, 192), (132, 320),
+]  # fmt: skip
+ROWS = [1, 17, 100, 129, 16384]
+
+
+# One of each architecture and size of shared memory.
+@pytest.mark.parametrize("chip", ["a100", "a6000", "h100", "b200"])
+def test_every_shape_has_a_kernel(chip):
+    """Tracing runs every check on shapes that the kernels make."""
+    chip = CHIPS[chip]
+    for shape in SHAPES:
+        w = abstract_quantized(shape)
+        for rows in ROWS:
+            for transposed in (False, True):
+                n_in, n_out = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+
+                def product(x, w, transposed=transposed):
+                    return launch.matmul(x, launch.operands(w), transposed=transposed, chip=chip)
+
+                y = jax.eval_shape(product, jax.ShapeDtypeStruct((rows, n_in), jnp.bfloat16), w)
+                assert y.shape == (rows, n_out)
+        decoded = jax.eval_shape(lambda w: launch.dequantize(launch.operands(w), jnp.bfloat16), w)
+        assert decoded.shape == shape
+
+
+def test_the_kernel_follows_the_chip():
+    for name, module in (("a100", mma), ("rtx5090", mma), ("h100", wgmma), ("h200", wgmma), ("b200", tcgen05)):
+        for transposed in (False, True):
+            assert launch.choose_kernel(CHIPS[name], 512, (4096, 4096), transposed)[0] is module
+            assert launch.choose_kernel(CHIPS[name], 32, (4096, 4096), transposed)[0] is mma
+
+
+def test_two_tiles_share_an_sm():
+    """The portable kernel's tiles leave room for a second CTA in shared memory (a CTA's limit is near the SM's)."""
+    for chip in CHIPS.values():
+        config = launch.mma_config(chip, 4096, odd=False)
+        x, codes, w = config.block_m * config.block_k * 2, config.block_n * config.block_k // 2, 2 * config.block_n * 64
+        assert 2 * (config.stages * (x + codes) + w + 1024) <= chip.shared_memory_bytes
+
+
+def _weights(n, k):
+    return operands.Operands.of(jax.tree.map(jnp.asarray, quantize(jax.random.normal(jax.random.key(0), (n, k)))))
+
+
+def test_streaming_and_decoding_have_no_races():
+    # Whole tiles: what is moved back inside at an edge is written twice, to the same bits, which counts as a race.
+    races = {"seam": reference, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    x = jnp.ones((3, 1088), jnp.bfloat16)
+    assert streaming.matmul(x, _weights(32, 1088), **races).shape == (3, 32)
+    assert dequantize.dequantize(_weights(128, 512), jnp.bfloat16, **races).shape == (128, 512)
