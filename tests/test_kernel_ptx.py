@@ -3,13 +3,13 @@
 What each output must be is computed in numpy, in the kernels' own order of summation (`ptx_kernels`).
 """
 
-import dataclasses
-
 import gpu_child
 import numpy as np
 import pytest
 from ptx_kernels import DTYPES, Case, Problem, config_of, differences, execute, expected, owned
 
+from qlora_jax.gpus import CHIPS
+from qlora_jax.kernels.mosaic import launch as launching
 from qlora_jax.kernels.mosaic.operands import Operands
 from qlora_jax.quantization import QuantizedTensor, dequantize
 
@@ -21,8 +21,9 @@ TILED = [
     ("a6000", "mma", ()),
     ("h100", "mma", ()),
     ("h100", "wgmma", ()),
+    ("b200", "tcgen05", ()),
 ]
-CHIPS = ("a6000", "h100")
+NAMES = ("a6000", "h100", "b200")
 
 
 def tiled_cases(chip, kernel, narrow):
@@ -47,7 +48,7 @@ def tiled_cases(chip, kernel, narrow):
 
 
 def other_tiles():
-    """What `launch` chooses for fewer rows, and other numbers of warps and stages."""
+    """What `launch` chooses for fewer rows or for larger outputs, and other numbers of warps and stages."""
     yield Case("a6000", "mma", 32, 136, 192, dtype="float16")
     yield Case("a6000", "mma", 32, 136, 256, True)
     yield Case(
@@ -55,19 +56,28 @@ def other_tiles():
     )
     yield Case("a6000", "mma", 45, 136, 128, quant_type="fp4", config=(("block_m", 32), ("m_warps", 1)))
     yield Case("a6000", "mma", 64, 128, 320, config=(("block_m", 64), ("stages", 4), ("m_warps", 4)))
+    largest = (("block_m", 256), ("block_n", 256), ("decoders", 2))
+    yield Case("b200", "tcgen05", 264, 264, 320, layers=3, config=largest)
+    yield Case("b200", "tcgen05", 256, 264, 256, True, dtype="float16", config=largest)
 
 
 def streamed_cases(chip):
+    """All kinds on one chip: the code is the same for all."""
     yield Case(chip, "streaming", 1, 40, 1088, layers=3)
     yield Case(chip, "streaming", 5, 24, 2112, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
+    if chip != NAMES[0]:
+        return
     yield Case(chip, "streaming", 16, 33, 576, dtype="float16", block_size=32)
     yield Case(chip, "streaming", 9, 16, 256, quant_type="fp4", block_size=256)
     yield Case(chip, "streaming", 8, 16, 64, double_quant=False)
 
 
 def decoded_cases(chip):
+    """All kinds on one chip: the others differ in how codes are copied."""
     yield Case(chip, "dequantize", 0, 136, 192, layers=3)  # tiles of 128 x 64, one group of columns
     yield Case(chip, "dequantize", 0, 72, 640, dtype="float16", block_size=32)  # 64 x 128, groups of columns overlap
+    if chip != NAMES[0]:
+        return
     yield Case(chip, "dequantize", 0, 64, 256, quant_type="fp4", block_size=256)
     yield Case(chip, "dequantize", 0, 128, 64, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
     yield Case(chip, "dequantize", 0, 200, 320, double_quant=False)
@@ -76,7 +86,7 @@ def decoded_cases(chip):
 SMALL = [
     *(case for kernel in TILED for case in tiled_cases(*kernel)),
     *other_tiles(),
-    *(case for chip in CHIPS for make in (streamed_cases, decoded_cases) for case in make(chip)),
+    *(case for chip in NAMES for make in (streamed_cases, decoded_cases) for case in make(chip)),
 ]
 
 # Weights of SmolLM2-135M, [N, K].
@@ -85,20 +95,18 @@ ROWS = [64, 128, 200, 256]
 
 
 def large_cases(everything):
-    """Of each kernel: every shape with a number of rows that goes round, or with every number."""
-    for chip, kernel, narrow in TILED:
+    """For each chip every shape, with the kernel that `launch` chooses for a number of rows: one in turn, or others."""
+    for chip in NAMES:
         for i, (n, k) in enumerate(LINEAR):
             for transposed in (False, True):
-                config = narrow if transposed and k % 128 else ()
                 for j, m in enumerate(ROWS):
-                    case = Case(chip, kernel, m, n, k, transposed, config=config)
                     if ((i + transposed) % len(ROWS) == j) != everything:
-                        # `launch` adds rows up to a tile.
-                        yield dataclasses.replace(case, m=max(m, config_of(case).block_m))
-    for chip in CHIPS:
-        for n, k in LINEAR[2:] if not everything else LINEAR[:2]:
-            yield Case(chip, "dequantize", 0, n, k)
-            yield Case(chip, "streaming", 16, n, k)
+                        module, config = launching.choose_kernel(CHIPS[chip], m, (n, k), transposed)
+                        # It adds rows up to a tile.
+                        yield Case(chip, module.__name__.split(".")[-1], max(m, config.block_m), n, k, transposed)
+        n, k = LINEAR[3 if everything else 2]
+        yield Case(chip, "dequantize", 0, n, k)
+        yield Case(chip, "streaming", 1 if everything else 16, n, k)
 
 
 def check(launch, problem, ctas=None, **options):
@@ -118,6 +126,13 @@ def check(launch, problem, ctas=None, **options):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case, launch):
     check(launch, Problem(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_other_schedules(case, launch):
+    """The last warps first, each by itself."""
+    check(launch, Problem(case), warps_per_bundle=1, reverse=True)
 
 
 def corners(grid):
