@@ -124,10 +124,10 @@ def run(
         for index in np.ndindex(*grid[::-1]) if ctas is None else [dim3(c)[::-1] for c in ctas]:
             cta = CTA(kernel, memory, grid, block, index[::-1], params, symbols, shared_end, local, tensor_maps, opts)
             cta.run()
-            for _, _, store in cta.bulk:
-                store()  # un-waited bulk stores still complete
             if cta.async_q or cta.wgmma_busy:
                 raise RaceError(f"CTA {index[::-1]} exited with TMA loads, tcgen05 or wgmma in flight")
+            if cta.bulk:
+                raise RaceError(f"CTA {index[::-1]} exited with bulk stores that may still read its shared memory")
             tcgen05.check_finished(cta)
             steps += cta.steps
             lanes += cta.lanes

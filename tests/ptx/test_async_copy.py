@@ -76,6 +76,12 @@ cp.async.bulk.wait_group.read 0; E:"""
     np.testing.assert_array_equal(g.view(np.uint32).reshape(128, 4), np.repeat(np.arange(128), 4).reshape(128, 4))
     with pytest.raises(RaceError, match=r"fence.proxy.async"):
         hopper(body.replace("FENCE", ""), [tm], dummy)
+    with pytest.raises(RaceError, match="exited with bulk stores"):
+        hopper(
+            body.replace("FENCE", "fence.proxy.async.shared::cta;").replace("wait_group.read 0;", "wait_group.read 1;"),
+            [tm],
+            dummy,
+        )
 
 
 @pytest.mark.parametrize("waits", ["ab", "a", "b"])
