@@ -1,5 +1,6 @@
 """From a weight and any number of rows to a kernel, its tile sizes, and the padding that makes small shapes fit."""
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,31 @@ from qlora_jax.quantization import QuantizedTensor
 DTYPES = (jnp.bfloat16, jnp.float16)
 # Rows of W that every tile fits into.
 _ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The fused kernel of one product.
+
+    Attributes:
+        kernel: "streaming", "mma": its module here.
+        block_m: rows of x that decoding a tile of W serves.
+        block_n: columns of the output of one CTA.
+        config: tile sizes; None for "streaming", which has no others than its own.
+    """
+
+    kernel: str
+    block_m: int
+    block_n: int
+    config: mma.Config | None
+
+
+def plan(chip: Chip, m: int, shape: tuple[int, int], *, transposed: bool) -> Plan:
+    """Which kernel multiplies m >= 1 rows with a weight of this shape (N, K) on `chip`, and its tile sizes."""
+    if not transposed and m <= streaming.MAX_ROWS:
+        return Plan("streaming", -(-m // 8) * 8, streaming.BLOCK_N, None)
+    config = mma_config(chip, m, shape, transposed)
+    return Plan("mma", config.block_m, config.block_n, config)
 
 
 def why_not(w: Weight, dtype: Any) -> str | None:
@@ -64,9 +90,9 @@ def matmul(
     """
     m = x.shape[0]
     n, _ = w.shape
-    if not transposed and m <= streaming.MAX_ROWS:
+    config = plan(chip, m, w.shape, transposed=transposed).config
+    if config is None:
         return streaming.matmul(x, w, seam=seam, interpret=interpret)[:, : w.n_rows]
-    config = mma_config(chip, m, w.shape, transposed)
     # Where there is TMA, rows come by eights.
     x = _with_rows(x, max(config.block_m, -(-m // 8) * 8))
     if transposed:
