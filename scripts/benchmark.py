@@ -82,7 +82,7 @@ class KernelsFlags:
     rows: str = flag("1,4,16,64,256,1024,4096,16384", "M, rows of the activations, by commas.")
     implementations: str = flag("fused,dequantize,xla,bf16", "What is timed, by commas; bf16: an unquantised product.")
     direction: Literal["forward", "backward", "both"] = flag("both", "x W^T, dy W, or both.")
-    output_dir: str = flag("kernels-benchmark", "Where kernels.json and, of timings, kernels.png go.")
+    output_dir: str = flag("output/kernels", "Where kernels.json and, of timings, kernels.png go.")
     tuning: bool = flag(True, "Keep the timings where --kernel auto looks for them (QLORA_JAX_TUNING).")
 
 

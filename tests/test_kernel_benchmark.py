@@ -48,9 +48,7 @@ def test_the_static_table(chip):
         assert (row.arch, row.chip, row.spilled, row.serialized) == (CHIPS[chip].arch, chip, 0, False)
         assert 0 < row.registers <= 255 and row.shared_bytes <= CHIPS[chip].shared_memory_bytes
         assert row.bytes_per_weight <= 0.54
-        # mma.sync is not what data-center Blackwell multiplies with: ptxas moves its accumulators about.
-        if (row.kernel, row.arch) != ("mma", "sm_100a"):
-            assert 3 < row.alu_per_weight <= min(4.1, roofline.ALU_PER_WEIGHT[row.kernel])
+        assert 3 < row.alu_per_weight <= min(4.1, roofline.ALU_PER_WEIGHT[row.kernel])
 
 
 @gpu_child.needs_plugin

@@ -115,11 +115,15 @@ def mma_config(chip: Chip, m: int, shape: tuple[int, int], transposed: bool) -> 
     """
     # Two CTAs of block_m = 128 need 2 x 58 KiB: A100 and newer data-center chips have it.
     largest = 128 if chip.shared_memory_bytes >= 160 * 1024 else 64
+    block_k = 64
+    # There ptxas moves accumulators from register to register in every step; longer steps have half as many.
+    if chip.compute_capability == "10.0" and (transposed or shape[1] % 128 == 0):
+        largest, block_k = 64, 128
     # Not 16: before Hopper, a tile's eights of rows are copied by four warps.
     block_m = next(size for size in (32, 64, 128) if size >= min(m, largest))
     if transposed and shape[1] % 128:
         return mma.Config(block_m=block_m, block_n=64, block_k=128)
-    return mma.Config(block_m=block_m)
+    return mma.Config(block_m=block_m, block_k=block_k)
 
 
 def _with_rows(x: jax.Array, rows: int) -> jax.Array:
