@@ -85,6 +85,13 @@ def test_metrics_have_every_step_with_every_number(finished, place):
         assert values == sorted(values)
 
 
+def test_the_kernel_that_was_chosen_is_printed_once(finished):
+    said = re.findall(r"^kernel: \w+ \(auto: .+\) for .+ at M=\d+$", finished[1], re.MULTILINE)
+    assert said == [line for line in finished[1].splitlines() if line.startswith("kernel: ")] != []
+    on_cpu = "kernel: xla (auto: this runs on cpu) for 7 of 7 linears, forward and backward, at M="
+    assert said[0].startswith(on_cpu) or "runs on cpu" not in said[0]
+
+
 def evaluation_tokens(place):
     config = TrainConfig(**MAIN, dataset=str(place / "chats.jsonl"))
     return sum(batch.n_tokens for batch in load_datasets(config, load_tokenizer(place / "model")).evaluation)

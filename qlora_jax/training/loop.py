@@ -166,6 +166,17 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
     return Model(graphdef, jax.device_put(lora, replicated), jax.device_put(frozen, replicated), base, adapters)
 
 
+def kernel_choices(config: TrainConfig, model: Model, datasets: Datasets) -> list[str]:
+    """Say which implementation of the 4-bit products runs for the longest training batch, and why."""
+    rows, length = max(datasets.train.shapes())
+    weights = {
+        ".".join(name for name in path if name not in ("layers", "weight")): value
+        for path, value in models.flatten(model.frozen).items()
+    }
+    tokens = rows // config.gradient_accumulation_steps * length
+    return kernels.describe(weights, tokens, compute_dtype(config), implementation=config.kernel)
+
+
 class Trainer:
     """One run: owns the state, the data position, the log and the directory."""
 
@@ -484,6 +495,8 @@ def finetune(config: TrainConfig) -> Result:
     mesh = make_mesh()
     model = load_model(config, path, mesh)
     print(f"base model: {model.base.description}")
+    for line in kernel_choices(config, model, datasets):
+        print(line)
     trainer = Trainer(config, model, datasets, tokenizer, mesh)
     # Closed however the run ends: TensorBoard and W&B hold lines back.
     with contextlib.closing(trainer.log):
