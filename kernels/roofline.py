@@ -30,7 +30,7 @@ from qlora_jax.kernels import tuning
 from qlora_jax.kernels.mosaic import launch
 
 # ALU instructions for each weight in the loop that decodes, the most of all architectures (a test counts them again).
-ALU_PER_WEIGHT = MappingProxyType({"streaming": 3.65, "mma": 3.9, "wgmma": 4.1, "tcgen05": 4.1, "dequantize": 3.75})
+ALU_PER_WEIGHT = MappingProxyType({"streaming": 3.65, "mma": 3.9, "wgmma": 3.9, "tcgen05": 3.5, "dequantize": 3.75})
 
 # Assumptions, not measurements.
 MEMORY_FRACTION = 0.85

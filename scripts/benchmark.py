@@ -27,7 +27,7 @@ class StepFlags:
     )
     dtype: Literal["float32", "bfloat16", "all"] = flag("all", "Compute dtype.")
     quant_type: Literal["nf4", "fp4", "int8", "none"] = flag("nf4", "Storage of the linear weights.")
-    kernel: str = flag("auto", "Implementation of the 4-bit ops.")
+    kernel: Literal["auto", "xla", "fused", "dequantize"] = flag("auto", "Implementation of the 4-bit ops.")
     lora_r: int = flag(16, "Rank of the adapters, on all linears.")
     gradient_checkpointing: bool = flag(False, "Recompute each layer in the backward pass.")
     steps: int = flag(10, "Timed steps.")

@@ -381,7 +381,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(finished, place, capsy
         ({"block_size": 128}, ["block_size 128 does not divide the 64 inputs of model.layers.0."]),
         ({"max_step": 3}, ["unknown flag --max_step. Did you mean --max_steps?"]),
         ({"lora_modules": "q_proj,wrong"}, ["wrong"]),
-        ({"kernel": "wrong"}, ["Unknown kernel 'wrong'; choose one of auto, xla"]),
+        ({"kernel": "wrong"}, ["--kernel: invalid choice: 'wrong' (choose from 'auto', 'xla'"]),
         ({"adapter": "{}/nowhere"}, ["{}/nowhere does not exist"]),
         ({"adapter": "{}/model"}, ["{}/model is no PEFT adapter"]),
         ({"prompts": "{}/nowhere.txt"}, ["--prompts {}/nowhere.txt cannot be read"]),

@@ -17,8 +17,9 @@ from qlora_jax.quantization import QuantizedTensor
 DTYPES = (jnp.bfloat16, jnp.float16)
 # Rows of W that every tile fits into.
 _ROWS = 128
-# Up to here the portable kernel's small tiles waste less than wgmma's and tcgen05's, which begin at 128 rows.
-_PORTABLE_ROWS = 64
+# The fast path of an architecture and up to how many rows the portable kernel's small tiles are predicted to take less
+# time than those of 128 rows (by `roofline.predict` with either).
+_FAST_PATHS = {"sm_90a": ("wgmma", 64), "sm_100a": ("tcgen05", 32)}
 
 
 KERNELS: dict[str, ModuleType] = {"streaming": streaming, "mma": mma, "wgmma": wgmma, "tcgen05": tcgen05}
@@ -50,12 +51,14 @@ def plan(chip: Chip, m: int, shape: tuple[int, int], *, transposed: bool) -> Pla
     if not transposed and m <= streaming.MAX_ROWS:
         return Plan("streaming", -(-m // 8) * 8, streaming.BLOCK_N)
     odd = transposed and shape[1] % 128 != 0  # the output is not whole tiles of 128 columns
-    name = "mma"
-    config: Any = mma_config(chip, m, shape, transposed, odd)
-    if m > _PORTABLE_ROWS and chip.arch == "sm_90a":
-        name, config = "wgmma", _wgmma_config(m, odd)
-    elif m > _PORTABLE_ROWS and chip.arch == "sm_100a":
-        name, config = "tcgen05", _tcgen05_config(chip, m, shape[transposed], odd)
+    name, portable_rows = _FAST_PATHS.get(chip.arch, ("mma", 0))
+    config: Any
+    if m <= portable_rows or name == "mma":
+        name, config = "mma", mma_config(chip, m, shape, transposed, odd)
+    elif name == "wgmma":
+        config = _wgmma_config(m, odd)
+    else:
+        config = _tcgen05_config(chip, m, shape[transposed], odd)
     return Plan(name, config.block_m, config.block_n, config)
 
 

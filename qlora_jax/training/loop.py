@@ -143,7 +143,6 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
     """Load and quantise the base model and set up its adapters: fresh ones, or those of --adapter."""
-    kernels.check_implementation(config.kernel)
     dtype = compute_dtype(config)
     base = load_base(path, quantization=quantization(config), dtype=dtype)
     tensors, rank, alpha = None, config.lora_r, config.lora_alpha
@@ -486,6 +485,7 @@ def finetune(config: TrainConfig) -> Result:
     Raises:
         UserError: bad input, told in one sentence; NonFiniteLoss if training diverged.
     """
+    kernels.check_implementation(config.kernel)
     prompts = read_prompts(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = ensure_pad(load_tokenizer(path))
