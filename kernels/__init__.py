@@ -12,6 +12,7 @@ Implementations:
 """
 
 import functools
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ from qlora_jax.kernels.weights import StackedWeight, Weight
 from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.quantization import dequantize as _dequantize
 
-__all__ = ["IMPLEMENTATIONS", "StackedWeight", "check_implementation", "dequantize", "matmul"]
+__all__ = ["IMPLEMENTATIONS", "StackedWeight", "check_implementation", "dequantize", "describe", "matmul"]
 
 # Name -> module with matmul(x, w) and matmul_transposed(dy, w).
 IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "fused": fused, "dequantize": dequantized}
@@ -35,6 +36,43 @@ def check_implementation(name: str) -> None:
     if name != "auto" and name not in IMPLEMENTATIONS:
         raise UserError(f"Unknown kernel {name!r}; choose one of {', '.join(['auto', *IMPLEMENTATIONS])}.")
     selection.check(name)
+
+
+def describe(weights: Mapping[str, Any], m: int, dtype: Any, *, implementation: str = "auto") -> list[str]:
+    """Say which implementation multiplies by each weight, forward and backward, and why: a few lines for people.
+
+    Args:
+        weights: name -> quantised weight (N, K) or a stack of them, abstract or not; other values are left out.
+        m: rows of the activations.
+        dtype: of the activations.
+        implementation: as for `matmul`.
+
+    Raises:
+        UserError: an implementation that is unknown or cannot run here, or a file of timings that cannot be used.
+    """
+    check_implementation(implementation)
+    choices: dict[tuple[str, str], dict[str, list[str]]] = {}
+    total = 0
+    for name, w in weights.items():
+        if not isinstance(w, QuantizedTensor):
+            continue
+        total += 1
+        for direction, width in (("forward", w.shape[1]), ("backward", w.shape[0])):
+            x = jax.ShapeDtypeStruct((m, width), dtype)
+            choice = selection.explain(implementation, x, w, transposed=direction == "backward")
+            shape = f"{name} {w.shape[0]}x{w.shape[1]}"
+            choices.setdefault(choice, {}).setdefault(shape, []).append(direction)
+    lines = []
+    for (chosen, why), shapes in choices.items():
+        where = f"{total} of {total} linears, forward and backward,"
+        if len(choices) > 1:
+            where = "; ".join(
+                f"{shape} {' and '.join(directions)}" if len(directions) < 2 else shape
+                for shape, directions in shapes.items()
+            )
+        auto = f"auto: {why}" if implementation == "auto" else why
+        lines.append(f"kernel: {chosen} ({auto}) for {where} at M={m}")
+    return lines
 
 
 def matmul(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Array:

@@ -1,8 +1,155 @@
-"""A model of the time a product takes, and the choice it leads to."""
+"""A model of the time a product takes on a GPU, and the choice it leads to: fused, or decode the weight and multiply.
+
+Every figure here follows from data sheets (`qlora_jax.gpus.chips`), from instructions counted in the machine code
+(`ALU_PER_WEIGHT`; BENCHMARKS.md has the counts) and from the assumptions below. **Nothing is measured**: where
+`scripts/benchmark.py kernels` has timed a GPU, its file (`qlora_jax.kernels.tuning`) is asked first.
+
+The fused kernel, with CTAs of block_m rows and block_n columns on S multiprocessors:
+
+    waves    = ceil(ceil(M / block_m) * ceil(N_out / block_n) / S)         tiles of the busiest multiprocessor
+    tensor   = waves * 2 * block_m * block_n * K_in / (bf16_flops / S * fraction of the kernel)
+    alu      = waves * block_n * K_in * ALU_PER_WEIGHT / (int32_ops / S * ALU_FRACTION)
+    memory   = (codes + scales + x + y) / (memory_bandwidth * MEMORY_FRACTION)
+    seconds  = LAUNCH + max(memory, max(tensor, alu) + (1 - OVERLAP) * min(tensor, alu))
+
+Decode, then multiply, two kernels one after the other:
+
+    decode   = LAUNCH + max((codes + scales + 2 N K) / bandwidth, N K * ALU_PER_WEIGHT / int32_ops)
+    multiply = LAUNCH + max(2 M N K / (bf16_flops * GEMM_FRACTION), (2 N K + x + y) / bandwidth)
+
+Memory traffic counts every byte once: what several CTAs read is left to the caches, whose bandwidth no sheet gives, and
+the decoded weight is taken to go through device memory even where the level-two cache could hold it.
+"""
+
+import dataclasses
+import math
+from types import MappingProxyType
 
 from qlora_jax.gpus import Chip
+from qlora_jax.kernels import tuning
+from qlora_jax.kernels.mosaic import launch
+
+# ALU instructions for each weight in the loop that decodes, the most of all architectures (a test counts them again).
+ALU_PER_WEIGHT = MappingProxyType({"streaming": 3.65, "mma": 3.9, "wgmma": 3.9, "tcgen05": 3.5, "dequantize": 3.75})
+
+# Assumptions, not measurements.
+MEMORY_FRACTION = 0.85
+"""Of the sheet's bandwidth, that a kernel reading or writing long rows reaches."""
+ALU_FRACTION = 0.8
+"""Of the integer instructions a second. All ALU instructions are taken to go to the integer pipe, floats too."""
+GEMM_FRACTION = 0.75
+"""Of the sheet's tensor throughput, that XLA's product reaches: sheets count with a clock that no power limit holds."""
+TENSOR_FRACTION = MappingProxyType({"streaming": 0.7, "mma": 0.7, "wgmma": 0.65, "tcgen05": 0.65})
+"""Of the same, that the fused kernels reach while they do not decode."""
+MMA_SYNC_SHARE = MappingProxyType({"9.0": 0.6, "10.0": 0.25})
+"""Of the sheet's tensor throughput, that mma.sync can reach at all where the sheet is about another instruction."""
+OVERLAP = MappingProxyType({"streaming": 0.75, "mma": 0.75, "wgmma": 0.9, "tcgen05": 0.9})
+"""Share of the shorter of decoding and multiplying that hides behind the longer one: by CTAs that share a
+multiprocessor (mma), or by warps that do nothing else."""
+LAUNCH = 3e-6
+"""Seconds from one kernel to the next within a program."""
+MARGIN = 1.1
+"""What decoding the whole weight must be predicted to win by, for it takes 2 N K bytes of memory that fusion does not:
+the model is not exact, the memory is certain."""
+
+SHAPES = MappingProxyType(
+    {
+        "7b": {"q k v o": (4096, 4096), "gate up": (11008, 4096), "down": (4096, 11008)},
+        "13b": {"q k v o": (5120, 5120), "gate up": (13824, 5120), "down": (5120, 13824)},
+        "8b": {"q o": (4096, 4096), "k v": (1024, 4096), "gate up": (14336, 4096), "down": (4096, 14336)},
+        "70b": {"q o": (8192, 8192), "k v": (1024, 8192), "gate up": (28672, 8192), "down": (8192, 28672)},
+    }
+)
+"""(N, K) of the linears of LLaMA-7B, LLaMA-13B, Llama-3.1-8B and Llama-2/3-70B."""
+LARGEST_M = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds of one product.
+
+    Attributes:
+        fused: of the fused kernel.
+        dequantize: of decoding the weight and multiplying.
+        kernel: which kernel fuses, see `launch.Plan`.
+        bound: what the fused kernel takes most time for: "tensor", "alu" or "memory".
+    """
+
+    fused: float
+    dequantize: float
+    kernel: str
+    bound: str
+
+
+def packed_bytes(n: int, k: int, block_size: int = 64) -> float:
+    """Bytes of the codes and the doubly quantised scales of an (N, K) weight, which a product reads once."""
+    blocks = n * k / block_size
+    return n * k / 2 + blocks + 4 * math.ceil(blocks / 256)
+
+
+def predict(chip: Chip, m: int, n: int, k: int, *, transposed: bool = False) -> Prediction:
+    """Seconds of both implementations by the model above, for M rows and an (N, K) NF4 weight in bfloat16.
+
+    Args:
+        chip: the GPU.
+        m: rows of x, at least 1.
+        n: rows of the weight.
+        k: columns of the weight.
+        transposed: x @ W instead of x @ W^T.
+    """
+    n_out, k_in = (k, n) if transposed else (n, k)
+    bandwidth = chip.memory_bandwidth * MEMORY_FRACTION
+    int32_ops = chip.int32_ops * ALU_FRACTION
+    packed, decoded, activations = packed_bytes(n, k), 2.0 * n * k, 2.0 * m * (n + k)
+
+    plan = launch.plan(chip, m, (n, k), transposed=transposed)
+    fraction = TENSOR_FRACTION[plan.kernel]
+    if plan.kernel in ("streaming", "mma"):
+        fraction *= MMA_SYNC_SHARE.get(chip.compute_capability, 1.0)
+    waves = math.ceil(math.ceil(m / plan.block_m) * math.ceil(n_out / plan.block_n) / chip.n_sms)
+    weights = waves * plan.block_n * k_in * chip.n_sms
+    times = {
+        "tensor": 2.0 * plan.block_m * weights / (chip.bf16_flops * fraction),
+        "alu": weights * ALU_PER_WEIGHT[plan.kernel] / int32_ops,
+        "memory": (packed + activations) / bandwidth,
+    }
+    shorter, longer = sorted((times["tensor"], times["alu"]))
+    fused = LAUNCH + max(times["memory"], longer + (1 - OVERLAP[plan.kernel]) * shorter)
+
+    decode = max((packed + decoded) / bandwidth, n * k * ALU_PER_WEIGHT["dequantize"] / int32_ops)
+    multiply = max(2.0 * m * n * k / (chip.bf16_flops * GEMM_FRACTION), (decoded + activations) / bandwidth)
+    return Prediction(fused, 2 * LAUNCH + decode + multiply, plan.kernel, max(times, key=lambda name: times[name]))
 
 
 def choose(chip: Chip, m: int, n: int, k: int, *, transposed: bool) -> str:
-    """Return "fused" or "dequantize"."""
-    return "fused"
+    """Return "fused" or "dequantize": the faster by timings of this GPU, or by the model with a `MARGIN`.
+
+    Raises:
+        UserError: the file of timings cannot be used; names it.
+    """
+    return explain(chip, m, n, k, transposed=transposed)[0]
+
+
+def explain(chip: Chip, m: int, n: int, k: int, *, transposed: bool) -> tuple[str, str]:
+    """What `choose` returns, and what it rests on, as a few words for people."""
+    if timed := tuning.nearest(chip.title, m, n, k, transposed=transposed):
+        return ("dequantize" if timed["dequantize"] < timed["fused"] else "fused"), f"timings in {tuning.path()}"
+    return _by_model(chip, m, n, k, transposed), "roofline model"
+
+
+def _by_model(chip: Chip, m: int, n: int, k: int, transposed: bool) -> str:
+    seconds = predict(chip, m, n, k, transposed=transposed)
+    return "dequantize" if seconds.dequantize * MARGIN < seconds.fused else "fused"
+
+
+def crossover(chip: Chip, n: int, k: int, *, transposed: bool = False, largest: int = LARGEST_M) -> int | None:
+    """Smallest M from which on the model chooses "dequantize", up to `largest`; None if it is fused there.
+
+    In steps of 16 rows: tiles round M up anyway.
+    """
+    found = None
+    for m in range(largest - largest % 16, 0, -16):
+        if _by_model(chip, m, n, k, transposed) == "fused":
+            break
+        found = m
+    return found

@@ -1,5 +1,6 @@
 """Which implementation runs: asked for by name, or chosen for the GPU that the program is compiled for."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,11 +27,17 @@ def target_device() -> Any:
 
 def target_chip() -> Chip | None:
     """The GPU a program traced now is compiled for, or one like it; None if the kernels do not run there."""
-    device = target_device()
+    return chip_for(target_device())
+
+
+def chip_for(device: Any) -> Chip | None:
+    """The data sheet of a GPU, or of one like it under this one's title; None if the kernels do not run on a device."""
     capability = getattr(device, "compute_capability", None)
     if capability is None:
         return None
-    return chip_of(device) or (CHIPS[_LIKE[capability]] if capability in _LIKE else None)
+    if chip := chip_of(device):
+        return chip
+    return dataclasses.replace(CHIPS[_LIKE[capability]], title=device.device_kind) if capability in _LIKE else None
 
 
 def check(implementation: str) -> None:
@@ -46,25 +53,39 @@ def check(implementation: str) -> None:
         )
 
 
-def resolve(implementation: str, x: jax.Array, w: Weight, *, transposed: bool) -> str:
+def resolve(implementation: str, x: Any, w: Weight, *, transposed: bool) -> str:
     """The implementation that computes one product: "xla", "fused" or "dequantize".
 
     "auto" falls back to "xla" where the kernels cannot run. An implementation asked for by name fails there, but
     float32 activations are always multiplied by XLA: the kernels' tensor cores have no such precision.
 
+    Args:
+        implementation: "auto" or a name.
+        x: an array, abstract or not, [..., K] (or [..., N] if transposed).
+        w: the weight, one or a stack.
+        transposed: multiply by W instead of W^T.
+
     Raises:
         UserError: as `check`, or a weight that the kernels cannot take; says why.
     """
+    return explain(implementation, x, w, transposed=transposed)[0]
+
+
+def explain(implementation: str, x: Any, w: Weight, *, transposed: bool) -> tuple[str, str]:
+    """What `resolve` returns, and why, as a few words for people."""
     if implementation == "xla":
-        return "xla"
+        return "xla", "asked for"
     check(implementation)
     chip = target_chip()
     why_not = launch.why_not(w, x.dtype)
     if chip is None or why_not is not None:
         if implementation != "auto" and x.dtype in launch.DTYPES:
             raise UserError(f"Kernel {implementation!r} cannot multiply here: {why_not}. Choose auto or xla.")
-        return "xla"
+        if chip is not None and why_not is not None:
+            return "xla", why_not
+        device = target_device()
+        return "xla", f"this runs on {getattr(device, 'device_kind', device.platform)}"
     if implementation != "auto":
-        return implementation
+        return implementation, "asked for"
     n, k = w.shape
-    return roofline.choose(chip, x.size // x.shape[-1], n, k, transposed=transposed)
+    return roofline.explain(chip, x.size // x.shape[-1], n, k, transposed=transposed)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlora_jax.errors import UserError
+from qlora_jax.gpus import ahead_of_time
 
 
 def flag(default: Any, help: str, *, group: str = "flags") -> Any:
@@ -123,6 +124,7 @@ def parse_flags[T](
 
 def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
     """Run a script's main: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
+    ahead_of_time.keep_off_cuda_without_a_gpu()
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

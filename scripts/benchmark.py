@@ -1,14 +1,21 @@
-"""Benchmarks: `step` times the training step on this machine."""
+"""Benchmarks: `step` times the training step on this machine, `kernels` the 4-bit products on its GPU.
+
+Without a GPU, `kernels` counts what the compiler makes of them.
+"""
 
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from qlora_jax.cli import flag, parse_flags, run
 from qlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_jax.gpus import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +27,7 @@ class StepFlags:
     )
     dtype: Literal["float32", "bfloat16", "all"] = flag("all", "Compute dtype.")
     quant_type: Literal["nf4", "fp4", "int8", "none"] = flag("nf4", "Storage of the linear weights.")
-    kernel: str = flag("auto", "Implementation of the 4-bit ops.")
+    kernel: Literal["auto", "xla", "fused", "dequantize"] = flag("auto", "Implementation of the 4-bit ops.")
     lora_r: int = flag(16, "Rank of the adapters, on all linears.")
     gradient_checkpointing: bool = flag(False, "Recompute each layer in the backward pass.")
     steps: int = flag(10, "Timed steps.")
@@ -65,13 +72,124 @@ def step(argv: Sequence[str]) -> int:
     return 0
 
 
-BENCHMARKS = {"step": step}
+@dataclasses.dataclass(frozen=True)
+class KernelsFlags:
+    """Flags of `benchmark.py kernels`."""
+
+    static: bool = flag(False, "Count instructions even where there is a GPU to time.")
+    chips: str = flag("all", "Static: GPUs to compile for, by commas; all: one of each architecture.")
+    models: str = flag("7b,13b,8b,70b", "Models whose linear layers are timed, by commas.")
+    rows: str = flag("1,4,16,64,256,1024,4096,16384", "M, rows of the activations, by commas.")
+    implementations: str = flag("fused,dequantize,xla,bf16", "What is timed, by commas; bf16: an unquantised product.")
+    direction: Literal["forward", "backward", "both"] = flag("both", "x W^T, dy W, or both.")
+    output_dir: str = flag("output/kernels", "Where kernels.json and, of timings, kernels.png go.")
+    tuning: bool = flag(True, "Keep the timings where --kernel auto looks for them (QLORA_JAX_TUNING).")
+
+
+def kernels(argv: Sequence[str]) -> int:
+    """Time the 4-bit products, or count their instructions."""
+    flags, _ = parse_flags(
+        KernelsFlags,
+        argv,
+        prog="benchmark.py kernels",
+        description="Time the 4-bit products on this machine's GPU; without one, count their instructions.",
+    )
+    import jax
+
+    from qlora_jax.kernels import selection
+
+    device = jax.devices()[0]
+    chip = selection.chip_for(device)
+    output = Path(flags.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if chip is None or flags.static:
+        return _static(flags, output)
+    return _timed(flags, chip, output)
+
+
+def _listed(text: str, allowed: Sequence[str], name: str) -> list[str]:
+    chosen = [item.strip() for item in text.split(",") if item.strip()]
+    for item in chosen:
+        if item not in allowed:
+            raise UserError(f"--{name} has {item!r}; choose from {', '.join(allowed)}.")
+    return chosen
+
+
+def _static(flags: KernelsFlags, output: Path) -> int:
+    from qlora_jax.gpus import CHIPS
+    from qlora_jax.kernels import static
+    from qlora_jax.training.benchmark import STATIC_COLUMNS, crossover_table, markdown, static_cells
+
+    chips = static.ARCHITECTURES if flags.chips == "all" else _listed(flags.chips, tuple(CHIPS), "chips")
+    print(
+        "Static: counted in the machine code of kernels compiled for a GPU that need not be here. Nothing is timed.\n"
+    )
+    rows = []
+    header = list(markdown(STATIC_COLUMNS, []))
+    print(*header, sep="\n")
+    for of_chip in static.tables(chips):
+        rows += of_chip
+        print(*list(markdown(STATIC_COLUMNS, map(static_cells, of_chip)))[len(header) :], sep="\n", flush=True)
+    print("\nPredicted, not measured: M from which on the roofline model decodes first, forward / backward.\n")
+    print(*crossover_table(), sep="\n")
+    content = {"kind": "static", "kernels": [dataclasses.asdict(row) for row in rows]}
+    (output / "kernels.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    print(f"\n{output / 'kernels.json'}")
+    return 0
+
+
+def _timed(flags: KernelsFlags, chip: "Chip", output: Path) -> int:
+    import jax
+
+    from qlora_jax.kernels import roofline, timing, tuning
+    from qlora_jax.training.benchmark import plot_kernels
+
+    models = _listed(flags.models, tuple(roofline.SHAPES), "models")
+    implementations = _listed(flags.implementations, timing.IMPLEMENTATIONS, "implementations")
+    try:
+        rows = [int(m) for m in flags.rows.split(",")]
+    except ValueError:
+        rows = [0]
+    if min(rows) < 1:
+        raise UserError(f"--rows {flags.rows} are not numbers of rows from 1 on, separated by commas.")
+    directions = {"forward": [False], "backward": [True], "both": [False, True]}[flags.direction]
+    print(f"{chip.title}, jax {jax.__version__}")
+    print(f"{'layer':14} {'N':>6} {'K':>6} {'':6} {'M':>6}  {'kernel':11} {'us':>10} {'roofline':>9}")
+    measured = []
+    for one in timing.measure(
+        chip, timing.layers(models), rows=rows, directions=directions, implementations=implementations
+    ):
+        measured.append(one)
+        time = f"{1e6 * one.seconds:10.1f} {one.percent:6.1f} % of {one.bound}"
+        print(
+            f"{one.layer:14} {one.n:6} {one.k:6} {'x W' if one.transposed else 'x W^T':6} {one.m:6}  "
+            f"{one.implementation:11} {time if np.isfinite(one.seconds) else 'not enough memory'}",
+            flush=True,
+        )
+    measured = [one for one in measured if np.isfinite(one.seconds)]
+    if not measured:
+        raise UserError("Nothing could be timed: the GPU's memory is too small for every product asked for.")
+    content = {
+        "kind": "timed",
+        "gpu": chip.title,
+        "jax": jax.__version__,
+        "measurements": [{**dataclasses.asdict(one), "percent": one.percent} for one in measured],
+    }
+    (output / "kernels.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    plot_kernels(measured, chip.title, output / "kernels.png")
+    print(f"{output / 'kernels.json'} {output / 'kernels.png'}")
+    if flags.tuning:
+        print(f"{tuning.save(chip.title, timing.tuned(measured))}: --kernel auto follows these timings from now on")
+    return 0
+
+
+BENCHMARKS = {"step": step, "kernels": kernels}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark named first."""
     if not argv or argv[0] not in BENCHMARKS:
-        raise UserError(f"benchmark.py needs one of: {', '.join(BENCHMARKS)}; for its flags, benchmark.py step --help.")
+        raise UserError(f"benchmark.py needs one of: {', '.join(BENCHMARKS)}; for the flags of one, --help behind it.")
     return BENCHMARKS[argv[0]](argv[1:])
 
 

@@ -76,11 +76,12 @@ def config_of(case: Case) -> Any:
     if not hasattr(module, "Config"):
         return None
     if not case.config:
-        chosen, config = launch.choose_kernel(CHIPS[case.chip], case.m, (case.n, case.k), case.transposed)
-        if chosen is module:
-            return config
+        chip, shape = CHIPS[case.chip], (case.n, case.k)
+        plan = launch.plan(chip, case.m, shape, transposed=case.transposed)
+        if plan.kernel == case.kernel:
+            return plan.config
         if case.kernel == "mma":
-            return launch.mma_config(CHIPS[case.chip], case.m, case.transposed and case.k % 128 != 0)
+            return launch.mma_config(chip, case.m, shape, case.transposed, case.transposed and case.k % 128 != 0)
     return module.Config(**dict(case.config))
 
 

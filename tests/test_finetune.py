@@ -85,6 +85,13 @@ def test_metrics_have_every_step_with_every_number(finished, place):
         assert values == sorted(values)
 
 
+def test_the_kernel_that_was_chosen_is_printed_once(finished):
+    said = re.findall(r"^kernel: \w+ \(auto: .+\) for .+ at M=\d+$", finished[1], re.MULTILINE)
+    assert said == [line for line in finished[1].splitlines() if line.startswith("kernel: ")] != []
+    on_cpu = "kernel: xla (auto: this runs on cpu) for 7 of 7 linears, forward and backward, at M="
+    assert said[0].startswith(on_cpu) or "runs on cpu" not in said[0]
+
+
 def evaluation_tokens(place):
     config = TrainConfig(**MAIN, dataset=str(place / "chats.jsonl"))
     return sum(batch.n_tokens for batch in load_datasets(config, load_tokenizer(place / "model")).evaluation)
@@ -374,7 +381,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(finished, place, capsy
         ({"block_size": 128}, ["block_size 128 does not divide the 64 inputs of model.layers.0."]),
         ({"max_step": 3}, ["unknown flag --max_step. Did you mean --max_steps?"]),
         ({"lora_modules": "q_proj,wrong"}, ["wrong"]),
-        ({"kernel": "wrong"}, ["Unknown kernel 'wrong'; choose one of auto, xla"]),
+        ({"kernel": "wrong"}, ["--kernel: invalid choice: 'wrong' (choose from 'auto', 'xla'"]),
         ({"adapter": "{}/nowhere"}, ["{}/nowhere does not exist"]),
         ({"adapter": "{}/model"}, ["{}/model is no PEFT adapter"]),
         ({"prompts": "{}/nowhere.txt"}, ["--prompts {}/nowhere.txt cannot be read"]),

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.gpus import CHIPS
-from qlora_jax.kernels.mosaic import dequantize, launch, mma, operands, reference, streaming, tcgen05, wgmma
+from qlora_jax.kernels.mosaic import dequantize, launch, operands, reference, streaming
 from qlora_jax.quantization import abstract_quantized, quantize
 
 # (N, K) of linears: SmolLM2, TinyLlama, LLaMA 7B 13B 33B 65B, Llama 3 8B and 70B; and of models for tests.
@@ -39,17 +39,21 @@ def test_every_shape_has_a_kernel(chip):
 
 
 def test_the_kernel_follows_the_chip():
-    for name, module in (("a100", mma), ("rtx5090", mma), ("h100", wgmma), ("h200", wgmma), ("b200", tcgen05)):
+    chips = {"a100": "mma", "rtx5090": "mma", "h100": "wgmma", "h200": "wgmma", "b200": "tcgen05"}
+    for name, kernel in chips.items():
         for transposed in (False, True):
-            assert launch.choose_kernel(CHIPS[name], 512, (4096, 4096), transposed)[0] is module
-            assert launch.choose_kernel(CHIPS[name], 32, (4096, 4096), transposed)[0] is mma
+            assert launch.plan(CHIPS[name], 512, (4096, 4096), transposed=transposed).kernel == kernel
+            assert launch.plan(CHIPS[name], 32, (4096, 4096), transposed=transposed).kernel == "mma"
+        assert launch.plan(CHIPS[name], 16, (4096, 4096), transposed=False).kernel == "streaming"
 
 
 def test_two_tiles_share_an_sm():
     """The portable kernel's tiles leave room for a second CTA in shared memory (a CTA's limit is near the SM's)."""
     for chip in CHIPS.values():
-        config = launch.mma_config(chip, 4096, odd=False)
-        x, codes, w = config.block_m * config.block_k * 2, config.block_n * config.block_k // 2, 2 * config.block_n * 64
+        config = launch.mma_config(chip, 4096, (4096, 4096), transposed=False, odd=False)
+        x, codes, w = (
+            block * config.block_k for block in (2 * config.block_m, config.block_n // 2, 2 * config.block_n)
+        )
         assert 2 * (config.stages * (x + codes) + w + 1024) <= chip.shared_memory_bytes
 
 

@@ -56,6 +56,8 @@ def other_tiles():
     )
     yield Case("a6000", "mma", 45, 136, 128, quant_type="fp4", config=(("block_m", 32), ("m_warps", 1)))
     yield Case("a6000", "mma", 64, 128, 320, config=(("block_m", 64), ("stages", 4), ("m_warps", 4)))
+    yield Case("b200", "mma", 72, 136, 256, layers=3)
+    yield Case("b200", "mma", 72, 200, 256, True)
     largest = (("block_m", 256), ("block_n", 256), ("decoders", 2))
     yield Case("b200", "tcgen05", 264, 264, 320, layers=3, config=largest)
     yield Case("b200", "tcgen05", 256, 264, 256, True, dtype="float16", config=largest)
@@ -91,7 +93,7 @@ SMALL = [
 
 # Weights of SmolLM2-135M, [N, K].
 LINEAR = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
-ROWS = [64, 128, 200, 256]
+ROWS = [32, 64, 200, 256]
 
 
 def large_cases(everything):
@@ -101,9 +103,9 @@ def large_cases(everything):
             for transposed in (False, True):
                 for j, m in enumerate(ROWS):
                     if ((i + transposed) % len(ROWS) == j) != everything:
-                        module, config = launching.choose_kernel(CHIPS[chip], m, (n, k), transposed)
+                        plan = launching.plan(CHIPS[chip], m, (n, k), transposed=transposed)
                         # It adds rows up to a tile.
-                        yield Case(chip, module.__name__.split(".")[-1], max(m, config.block_m), n, k, transposed)
+                        yield Case(chip, plan.kernel, max(m, plan.block_m), n, k, transposed)
         n, k = LINEAR[3 if everything else 2]
         yield Case(chip, "dequantize", 0, n, k)
         yield Case(chip, "streaming", 1 if everything else 16, n, k)

@@ -16,6 +16,11 @@ from qlora_jax.kernels.mosaic.operands import Operands
 _STEPS = 4
 
 
+def tile_of(k: int) -> tuple[int, int]:
+    """Rows and columns that a CTA decodes in one step, of a weight with K columns."""
+    return (64, 128) if k % 128 == 0 else (128, 64)
+
+
 def dequantize(w: Operands, dtype: Any, *, seam: ModuleType = machine, interpret: Any = None) -> jax.Array:
     """Return the weight as an array [N, K] of bfloat16 or float16, each element rounded once.
 
@@ -27,8 +32,7 @@ def dequantize(w: Operands, dtype: Any, *, seam: ModuleType = machine, interpret
     """
     n, k = w.shape
     dtype = jnp.dtype(dtype)
-    rows, columns = (64, 128) if k % 128 == 0 else (128, 64)
-    tile = (rows, columns)
+    rows, columns = tile = tile_of(k)
     decoding = w.decoding(dtype)
     column_tiles = k // columns
     steps = min(_STEPS, column_tiles)

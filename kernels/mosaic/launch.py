@@ -1,5 +1,6 @@
 """From a weight and any number of rows to a kernel, its tile sizes, and the padding that makes small shapes fit."""
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,49 @@ from qlora_jax.quantization import QuantizedTensor
 DTYPES = (jnp.bfloat16, jnp.float16)
 # Rows of W that every tile fits into.
 _ROWS = 128
-# Up to here the portable kernel's small tiles waste less than wgmma's and tcgen05's, which begin at 128 rows.
-_PORTABLE_ROWS = 64
+# The fast path of an architecture and up to how many rows the portable kernel's small tiles are predicted to take less
+# time than those of 128 rows (by `roofline.predict` with either).
+_FAST_PATHS = {"sm_90a": ("wgmma", 64), "sm_100a": ("tcgen05", 32)}
+
+
+KERNELS: dict[str, ModuleType] = {"streaming": streaming, "mma": mma, "wgmma": wgmma, "tcgen05": tcgen05}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The fused kernel of one product.
+
+    Attributes:
+        kernel: a name of `KERNELS`.
+        block_m: rows of x that decoding a tile of W serves.
+        block_n: columns of the output of one CTA.
+        config: the kernel's tile sizes; None for "streaming", which has no others than its own.
+    """
+
+    kernel: str
+    block_m: int
+    block_n: int
+    config: Any = None
+
+
+def plan(chip: Chip, m: int, shape: tuple[int, int], *, transposed: bool) -> Plan:
+    """Which kernel multiplies m >= 1 rows with a weight of this shape (N, K) on `chip`, and its tile sizes.
+
+    The tensor cores of data-center chips since Hopper need many rows to be worth their set-up; the portable kernel
+    takes the others, and all other chips.
+    """
+    if not transposed and m <= streaming.MAX_ROWS:
+        return Plan("streaming", -(-m // 8) * 8, streaming.BLOCK_N)
+    odd = transposed and shape[1] % 128 != 0  # the output is not whole tiles of 128 columns
+    name, portable_rows = _FAST_PATHS.get(chip.arch, ("mma", 0))
+    config: Any
+    if m <= portable_rows or name == "mma":
+        name, config = "mma", mma_config(chip, m, shape, transposed, odd)
+    elif name == "wgmma":
+        config = _wgmma_config(m, odd)
+    else:
+        config = _tcgen05_config(chip, m, shape[transposed], odd)
+    return Plan(name, config.block_m, config.block_n, config)
 
 
 def why_not(w: Weight, dtype: Any) -> str | None:
@@ -65,9 +107,10 @@ def matmul(
     """
     m = x.shape[0]
     n, _ = w.shape
-    if not transposed and m <= streaming.MAX_ROWS:
+    planned = plan(chip, m, w.shape, transposed=transposed)
+    if planned.kernel == "streaming":
         return streaming.matmul(x, w, seam=seam, interpret=interpret)[:, : w.n_rows]
-    module, config = choose_kernel(chip, m, w.shape, transposed)
+    module, config = KERNELS[planned.kernel], planned.config
     # Where there is TMA, rows come by eights.
     x = _with_rows(x, max(config.block_m, -(-m // 8) * 8))
     if transposed:
@@ -82,30 +125,7 @@ def dequantize(w: Operands, dtype: Any, *, seam: ModuleType = machine, interpret
     return decoding.dequantize(w, dtype, seam=seam, interpret=interpret)[: w.n_rows]
 
 
-def choose_kernel(chip: Chip, m: int, shape: tuple[int, int], transposed: bool) -> tuple[ModuleType, Any]:
-    """The module and the Config that multiply m rows by a weight of `shape` (N, K) on a chip.
-
-    The tensor cores of data-center chips since Hopper need many rows to be worth their set-up; the portable kernel
-    takes the others, and all other chips.
-    """
-    odd = transposed and shape[1] % 128 != 0  # the output is not whole tiles of 128 columns
-    if chip.arch == "sm_90a" and m > _PORTABLE_ROWS:
-        block_m = 256 if m > 128 and not odd else 128
-        if odd:
-            return wgmma, wgmma.Config(block_m=block_m, block_n=64, block_k=128, stages=2)
-        return wgmma, wgmma.Config(block_m=block_m)
-    if chip.arch == "sm_100a" and m > _PORTABLE_ROWS:
-        if odd:
-            return tcgen05, tcgen05.Config(block_m=128, block_n=64, block_k=128, stages=2, decoders=1)
-        # Small outputs: tiles of which two fit an SM, and enough of them for all SMs.
-        columns = shape[transposed]
-        if m <= 128 or columns < 256 or -(-m // 256) * -(-columns // 256) < chip.n_sms:
-            return tcgen05, tcgen05.Config(block_m=128, block_n=128, decoders=1)
-        return tcgen05, tcgen05.Config()
-    return mma, mma_config(chip, m, odd)
-
-
-def mma_config(chip: Chip, m: int, odd: bool) -> mma.Config:
+def mma_config(chip: Chip, m: int, shape: tuple[int, int], transposed: bool, odd: bool) -> mma.Config:
     """Tile sizes of the portable kernel; `odd`: the output is not whole tiles of 128 columns.
 
     Two CTAs should share an SM, so that one decodes while the other multiplies; what limits them is shared memory.
@@ -113,11 +133,30 @@ def mma_config(chip: Chip, m: int, odd: bool) -> mma.Config:
     """
     # Two CTAs of block_m = 128 need 2 x 58 KiB: A100 and newer data-center chips have it.
     largest = 128 if chip.shared_memory_bytes >= 160 * 1024 else 64
-    # Where there is no TMA, a warpgroup cannot copy less than 32 rows of 64.
+    block_k = 64
+    # There ptxas moves accumulators from register to register in every step; longer steps have half as many.
+    if chip.compute_capability == "10.0" and (transposed or shape[1] % 128 == 0):
+        largest, block_k = 64, 128
+    # Not 16: before Hopper, a tile's eights of rows are copied by four warps.
     block_m = next(size for size in (32, 64, 128) if size >= min(m, largest))
     if odd:
         return mma.Config(block_m=block_m, block_n=64, block_k=128)
-    return mma.Config(block_m=block_m)
+    return mma.Config(block_m=block_m, block_k=block_k)
+
+
+def _wgmma_config(m: int, odd: bool) -> wgmma.Config:
+    if odd:
+        return wgmma.Config(block_m=128, block_n=64, block_k=128, stages=2)
+    return wgmma.Config(block_m=256 if m > 128 else 128)
+
+
+def _tcgen05_config(chip: Chip, m: int, columns: int, odd: bool) -> tcgen05.Config:
+    if odd:
+        return tcgen05.Config(block_m=128, block_n=64, block_k=128, stages=2, decoders=1)
+    # Small outputs: tiles of which two fit an SM, and so enough of them for all SMs.
+    if m <= 128 or columns < 256 or -(-m // 256) * -(-columns // 256) < chip.n_sms:
+        return tcgen05.Config(block_m=128, block_n=128, decoders=1)
+    return tcgen05.Config()
 
 
 def _with_rows(x: jax.Array, rows: int) -> jax.Array:

@@ -17,7 +17,8 @@ from qlora_jax.kernels.mosaic import machine
 from qlora_jax.kernels.mosaic.operands import Operands
 
 MAX_ROWS = 16
-_ROWS, _COLUMNS = 16, 1024
+# Rows of W of one CTA, and columns of one step.
+BLOCK_N, BLOCK_K = 16, 1024
 
 
 def matmul(x: jax.Array, w: Operands, *, seam: ModuleType = machine, interpret: Any = None) -> jax.Array:
@@ -32,24 +33,24 @@ def matmul(x: jax.Array, w: Operands, *, seam: ModuleType = machine, interpret: 
     m, k = x.shape
     n, _ = w.shape
     m_tiles = -(-m // 8)
-    steps = -(-k // _COLUMNS)
+    steps = -(-k // BLOCK_K)
     decoding = w.decoding(x.dtype)
 
     def kernel(x_ref: Any, codes: Any, *refs: Any) -> None:
         *scale_refs, layer_ref, out, partial, scale_scratch = refs
         layer = layer_ref[0]
-        row = lax.min(lax.axis_index("n") * _ROWS, n - _ROWS)
-        scales = seam.Scales.of(decoding, (_ROWS, _COLUMNS), layer, scale_refs, scale_scratch, fragments=True)
+        row = lax.min(lax.axis_index("n") * BLOCK_N, n - BLOCK_N)
+        scales = seam.Scales.of(decoding, (BLOCK_N, BLOCK_K), layer, scale_refs, scale_scratch, fragments=True)
         layer_codes = codes.at[layer]
 
         def read(step: Any) -> Any:
-            column = step * _COLUMNS
+            column = step * BLOCK_K
             return seam.stream_codes(decoding, layer_codes, row, column), scales.fetch(row, column)
 
         def body(step: Any, carry: Any) -> Any:
             acc, (words, scale) = carry
             upcoming = read(lax.min(step + 1, steps - 1))
-            acc = seam.stream_multiply(decoding, acc, words, scales.finish(scale), x_ref, step * _COLUMNS)
+            acc = seam.stream_multiply(decoding, acc, words, scales.finish(scale), x_ref, step * BLOCK_K)
             return acc, upcoming
 
         first = read(jnp.int32(0))
@@ -60,10 +61,10 @@ def matmul(x: jax.Array, w: Operands, *, seam: ModuleType = machine, interpret: 
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
-        grid=(-(-n // _ROWS),),
+        grid=(-(-n // BLOCK_N),),
         grid_names=("n",),
         scratch_types=[
-            plgpu.SMEM((4, _ROWS, 8 * m_tiles), jnp.float32),
+            plgpu.SMEM((4, BLOCK_N, 8 * m_tiles), jnp.float32),
             plgpu.SMEM((256,), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

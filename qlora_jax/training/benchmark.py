@@ -1,8 +1,9 @@
-"""Timing of the training step on random data: what `scripts/benchmark.py step` prints."""
+"""What `scripts/benchmark.py` prints: the training step timed on random data, and tables of the 4-bit products."""
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,10 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax import models
+from qlora_jax.gpus import CHIPS
+from qlora_jax.kernels import roofline
+from qlora_jax.kernels.static import Row
+from qlora_jax.kernels.timing import IMPLEMENTATIONS, Measurement
 from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
@@ -136,3 +141,77 @@ def time_step(
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
     return StepTiming(tuple(seconds[1 + warmup :]), seconds[0], workload.batch * workload.sequence)
+
+
+STATIC_COLUMNS = (
+    "arch",
+    "kernel",
+    "computes",
+    "ALU/weight",
+    "registers",
+    "spilled",
+    "shared",
+    "serialized",
+    "B/weight",
+)
+CROSSOVER_CHIPS = ("a6000", "rtx4090", "a100", "h100", "b200")
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """Lines of a table that both people and Markdown can read."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def static_cells(row: Row) -> tuple[str, ...]:
+    """A kernel's row under `STATIC_COLUMNS`; shared memory in KiB."""
+    return (
+        row.arch,
+        row.kernel,
+        row.operation,
+        f"{row.alu_per_weight:.2f}",
+        str(row.registers),
+        str(row.spilled),
+        f"{row.shared_bytes / 1024:.0f} KiB",
+        "yes" if row.serialized else "no",
+        f"{row.bytes_per_weight:.3f}",
+    )
+
+
+def crossover_table(model_names: Sequence[str] = ("7b", "70b")) -> Iterator[str]:
+    """M from which on the roofline model decodes first, forward / backward, for each chip; a dash if it never does."""
+
+    def cell(name: str, n: int, k: int) -> str:
+        both = (roofline.crossover(CHIPS[name], n, k, transposed=transposed) for transposed in (False, True))
+        return " / ".join("-" if m is None else str(m) for m in both)
+
+    shapes = [(f"{model} {layer}", *shape) for model in model_names for layer, shape in roofline.SHAPES[model].items()]
+    rows = [(layer, f"{n} x {k}", *(cell(name, n, k) for name in CROSSOVER_CHIPS)) for layer, n, k in shapes]
+    yield from markdown(("layer", "N x K", *CROSSOVER_CHIPS), rows)
+
+
+def plot_kernels(measurements: Sequence[Measurement], title: str, path: Path) -> None:
+    """Draw the share of the roofline over M, a panel for each shape and direction, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[Measurement]] = {}
+    for one in measurements:
+        direction = "x W" if one.transposed else "x W^T"
+        panels.setdefault(f"{one.layer}: {one.n} x {one.k}, {direction}", []).append(one)
+    columns = min(4, len(panels))
+    n_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * n_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    grid = figure.subplots(n_rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for axes, (name, ones) in zip(grid, panels.items(), strict=False):
+        for implementation in IMPLEMENTATIONS:
+            points = sorted((one.m, one.percent) for one in ones if one.implementation == implementation)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=implementation)
+        axes.set_title(name, fontsize=8)
+        axes.set(xscale="log", ylim=(0, 100), xlabel="M", ylabel="% of the roofline")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130, format="png")

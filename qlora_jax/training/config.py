@@ -29,8 +29,11 @@ class TrainConfig:
         "Compute in bfloat16 (True) or float32 (False); by default bfloat16 on a GPU, float32 on a CPU.",
         group="model",
     )
-    kernel: str = flag(
-        "auto", "Implementation of the 4-bit ops; auto takes the best one for the device.", group="model"
+    kernel: Literal["auto", "xla", "fused", "dequantize"] = flag(
+        "auto",
+        "How 4-bit weights are multiplied: xla decodes them with XLA (anywhere); fused decodes inside the product and "
+        "dequantize with a kernel before it (CUDA GPUs); auto takes what should be fastest on the device.",
+        group="model",
     )
 
     lora_r: int = flag(64, "Rank of the adapters.", group="adapters")

@@ -143,7 +143,6 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
     """Load and quantise the base model and set up its adapters: fresh ones, or those of --adapter."""
-    kernels.check_implementation(config.kernel)
     dtype = compute_dtype(config)
     base = load_base(path, quantization=quantization(config), dtype=dtype)
     tensors, rank, alpha = None, config.lora_r, config.lora_alpha
@@ -164,6 +163,17 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
     replicated = NamedSharding(mesh, PartitionSpec())
     frozen = models.fill_base(abstract_frozen, base.tensors)
     return Model(graphdef, jax.device_put(lora, replicated), jax.device_put(frozen, replicated), base, adapters)
+
+
+def kernel_choices(config: TrainConfig, model: Model, datasets: Datasets) -> list[str]:
+    """Say which implementation of the 4-bit products runs for the longest training batch, and why."""
+    rows, length = max(datasets.train.shapes())
+    weights = {
+        ".".join(name for name in path if name not in ("layers", "weight")): value
+        for path, value in models.flatten(model.frozen).items()
+    }
+    tokens = rows // config.gradient_accumulation_steps * length
+    return kernels.describe(weights, tokens, compute_dtype(config), implementation=config.kernel)
 
 
 class Trainer:
@@ -475,6 +485,7 @@ def finetune(config: TrainConfig) -> Result:
     Raises:
         UserError: bad input, told in one sentence; NonFiniteLoss if training diverged.
     """
+    kernels.check_implementation(config.kernel)
     prompts = read_prompts(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = ensure_pad(load_tokenizer(path))
@@ -484,6 +495,8 @@ def finetune(config: TrainConfig) -> Result:
     mesh = make_mesh()
     model = load_model(config, path, mesh)
     print(f"base model: {model.base.description}")
+    for line in kernel_choices(config, model, datasets):
+        print(line)
     trainer = Trainer(config, model, datasets, tokenizer, mesh)
     # Closed however the run ends: TensorBoard and W&B hold lines back.
     with contextlib.closing(trainer.log):

@@ -1,0 +1,142 @@
+"""Timings of the kernels on a real GPU: the file that `scripts/benchmark.py kernels` writes and the choice reads."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.errors import UserError
+
+VARIABLE = "QLORA_JAX_TUNING"
+_FORMAT = "qlora-jax kernel timings 1"
+# Farther from every timed shape than this, in factors of two of M, N and K together, the model knows more.
+_REACH = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The time that one implementation took for one product on a GPU.
+
+    Attributes:
+        m: rows of x.
+        n, k: shape of the weight.
+        transposed: whether x was multiplied by W instead of W^T.
+        implementation: "fused" or "dequantize".
+        seconds: median of repeated calls.
+    """
+
+    m: int
+    n: int
+    k: int
+    transposed: bool
+    implementation: str
+    seconds: float
+
+
+def path() -> Path:
+    """Where the timings are: what QLORA_JAX_TUNING names, else kernels.json in the user's cache directory."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax" / "kernels.json"
+
+
+def timings(title: str) -> tuple[Timing, ...]:
+    """The timings of the GPU that the driver calls `title`; empty without a file. Read again only when it changed.
+
+    Raises:
+        UserError: the file is not one of these, or it was named by QLORA_JAX_TUNING and is not there; names it.
+    """
+    file = path()
+    try:
+        stat = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if os.environ.get(VARIABLE):
+            raise UserError(f"{VARIABLE} names {file}, which does not exist: unset it or correct it.") from None
+        return ()
+    except OSError as error:
+        raise _unusable(file, str(error)) from error
+    return _read(file, stat.st_mtime_ns, stat.st_size).get(title, ())
+
+
+def nearest(title: str, m: int, n: int, k: int, *, transposed: bool) -> dict[str, float] | None:
+    """Seconds of both implementations at the timed shape nearest to this one, or None if none is near.
+
+    Near is measured in logarithms: the factors between the two M, the two N and the two K, multiplied, are at most 16.
+
+    Raises:
+        UserError: as `timings`.
+    """
+    shapes: dict[tuple[int, int, int], dict[str, float]] = {}
+    for timing in timings(title):
+        if timing.transposed == transposed:
+            shapes.setdefault((timing.m, timing.n, timing.k), {})[timing.implementation] = timing.seconds
+    both = {shape: seconds for shape, seconds in shapes.items() if len(seconds) == 2}
+
+    def distance(shape: tuple[int, int, int]) -> float:
+        return sum(abs(math.log2(ours / theirs)) for ours, theirs in zip((m, n, k), shape, strict=True))
+
+    best = min(both, key=distance, default=None)
+    return None if best is None or distance(best) > _REACH else both[best]
+
+
+def save(title: str, measured: Iterable[Timing]) -> Path:
+    """Write the timings of a GPU into the file, in place of its earlier ones of the same products; return the file.
+
+    Raises:
+        UserError: what is there is not such a file, or it cannot be written.
+    """
+    file = path()
+    chips: dict[str, tuple[Timing, ...]] = {}
+    if file.exists():
+        stat = file.stat()
+        chips = dict(_read(file, stat.st_mtime_ns, stat.st_size))
+    kept = {dataclasses.replace(timing, seconds=0.0): timing for timing in chips.get(title, ())}
+    kept |= {dataclasses.replace(timing, seconds=0.0): timing for timing in measured}
+    chips[title] = tuple(kept.values())
+    content = {
+        "format": _FORMAT,
+        "chips": {name: [dataclasses.asdict(timing) for timing in each] for name, each in chips.items()},
+    }
+    temporary = file.with_name(f".{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(f"The timings {file} cannot be written: {error.strerror}; set {VARIABLE}.") from error
+    return file
+
+
+@functools.lru_cache(maxsize=4)
+def _read(file: Path, modified: int, size: int) -> dict[str, tuple[Timing, ...]]:
+    """Timings by the GPU's title; `modified` and `size` make a changed file another entry of the cache."""
+    del modified, size
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unusable(file, str(error)) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise _unusable(file, f'its "format" is not {_FORMAT!r}')
+    try:
+        return {title: tuple(map(_timing, entries)) for title, entries in content["chips"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _unusable(file, f"an entry is not a timing ({error!r})") from error
+
+
+def _timing(entry: dict[str, Any]) -> Timing:
+    timing = Timing(**entry)
+    sizes, known = (timing.m, timing.n, timing.k), timing.implementation in ("fused", "dequantize")
+    if not (known and all(isinstance(size, int) and size > 0 for size in sizes) and 0 < timing.seconds < math.inf):
+        raise ValueError(f"{entry}")
+    return timing
+
+
+def _unusable(file: Path, why: str) -> UserError:
+    return UserError(
+        f"The kernel timings {file} cannot be used: {why}. Delete the file, or write it again with "
+        "scripts/benchmark.py kernels."
+    )

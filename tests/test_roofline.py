@@ -1,0 +1,197 @@
+"""The model that chooses between fusing and decoding first, and the file of timings that overrules it."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import kernels
+from qlora_jax.errors import UserError
+from qlora_jax.gpus import CHIPS
+from qlora_jax.kernels import roofline, selection, tuning
+from qlora_jax.kernels.mosaic import launch
+from qlora_jax.kernels.tuning import Timing
+from qlora_jax.quantization import quantize
+
+TABLED = ("a6000", "rtx4090", "a100", "h100", "b200")
+
+
+@pytest.fixture(autouse=True)
+def timings_file(monkeypatch, tmp_path):
+    """No timings of the person who runs the tests; where they would be."""
+    monkeypatch.delenv(tuning.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "qlora-jax" / "kernels.json"
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_rows_and_larger_weights_take_longer(name, transposed):
+    rows = (1, 8, 16, 17, 33, 64, 65, 128, 300, 1024, 5000, 16384)
+    for shapes in roofline.SHAPES.values():
+        for n, k in shapes.values():
+            found = [roofline.predict(CHIPS[name], m, n, k, transposed=transposed) for m in rows]
+            for fewer, more in itertools.pairwise(found):
+                assert 0 < fewer.fused <= more.fused
+                assert 0 < fewer.dequantize <= more.dequantize
+            larger = roofline.predict(CHIPS[name], 512, 2 * n, k, transposed=transposed)
+            assert larger.fused >= roofline.predict(CHIPS[name], 512, n, k, transposed=transposed).fused
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_no_prediction_beats_the_data_sheet(name):
+    chip = CHIPS[name]
+    for m, n, k in ((1, 4096, 4096), (100, 8192, 28672), (16384, 11008, 4096)):
+        found = roofline.predict(chip, m, n, k)
+        flops = 2 * m * n * k / chip.bf16_flops
+        assert found.fused > max(flops, (n * k / 2 + 2 * m * (n + k)) / chip.memory_bandwidth)
+        assert found.dequantize > flops + 2 * n * k / chip.memory_bandwidth
+
+
+def test_reading_is_what_decoding_a_token_takes_on_cards_with_slow_memory():
+    n, k = 4096, 4096
+    for name in ("a6000", "rtx4090"):
+        found = roofline.predict(CHIPS[name], 1, n, k)
+        assert (found.kernel, found.bound) == ("streaming", "memory")
+        wanted = roofline.packed_bytes(n, k) / (CHIPS[name].memory_bandwidth * roofline.MEMORY_FRACTION)
+        np.testing.assert_allclose(found.fused - roofline.LAUNCH, wanted, rtol=0.01)
+    # 4 bits a code, 8 a scale, 32 for 256 scales: the issue's 0.54 bytes at most.
+    assert roofline.packed_bytes(n, k) / (n * k) == 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_one_row_is_fused_and_the_choice_turns_once_at_most(name):
+    chip = CHIPS[name]
+    for n, k in roofline.SHAPES["70b"].values():
+        for transposed in (False, True):
+            crossing = roofline.crossover(chip, n, k, transposed=transposed)
+            if not transposed:
+                assert roofline.choose(chip, 1, n, k, transposed=False) == "fused"
+            if crossing is not None:
+                for m in (crossing, crossing + 16, 2 * crossing, roofline.LARGEST_M):
+                    assert roofline.choose(chip, min(m, 16384), n, k, transposed=transposed) == "dequantize"
+                if crossing > 16:
+                    assert roofline.choose(chip, crossing - 16, n, k, transposed=transposed) == "fused"
+
+
+def test_decoding_first_pays_earlier_the_faster_the_tensor_cores():
+    crossings = [roofline.crossover(CHIPS[name], 8192, 28672) or math.inf for name in ("rtx4090", "a6000", "h100")]
+    assert crossings == sorted(crossings, reverse=True)
+    assert math.isfinite(crossings[-1])
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_the_plan_is_what_the_model_knows(name):
+    for m in (1, 16, 17, 64, 4096):
+        for transposed in (False, True):
+            plan = launch.plan(CHIPS[name], m, (4096, 4096), transposed=transposed)
+            known = (roofline.ALU_PER_WEIGHT, roofline.TENSOR_FRACTION, roofline.OVERLAP)
+            assert all(plan.kernel in table for table in known)
+
+
+def timing(implementation, seconds, m=512, n=4096, k=4096, transposed=False):
+    return Timing(m, n, k, transposed, implementation, seconds)
+
+
+def test_timings_overrule_the_model_near_what_was_timed(timings_file):
+    chip = CHIPS["h100"]
+    product = {"m": 4000, "n": 4096, "k": 11008}
+    assert roofline.choose(chip, **product, transposed=False) == "dequantize"
+    assert tuning.save(chip.title, [timing("fused", 1e-4, m=4096), timing("dequantize", 2e-4, m=4096)]) == timings_file
+    assert roofline.explain(chip, **product, transposed=False) == ("fused", f"timings in {timings_file}")
+    # Not for the other direction, another chip, or far from there.
+    assert roofline.explain(chip, **product, transposed=True)[1] == "roofline model"
+    assert roofline.explain(CHIPS["h200"], **product, transposed=False)[1] == "roofline model"
+    assert roofline.explain(chip, 64, 4096, 4096, transposed=False)[1] == "roofline model"
+    # Written again: the later timing counts, the others stay, and the cache notices.
+    tuning.save(chip.title, [timing("fused", 3e-4, m=4096)])
+    assert roofline.choose(chip, **product, transposed=False) == "dequantize"
+    tuning.save(CHIPS["h200"].title, [timing("fused", 1e-4)])
+    assert set(tuning.timings(chip.title)) == {timing("fused", 3e-4, m=4096), timing("dequantize", 2e-4, m=4096)}
+    # One implementation alone decides nothing; equal times are fused.
+    assert tuning.nearest(CHIPS["h200"].title, 512, 4096, 4096, transposed=False) is None
+    tuning.save(CHIPS["h200"].title, [timing("dequantize", 1e-4)])
+    assert roofline.choose(CHIPS["h200"], 512, 4096, 4096, transposed=False) == "fused"
+
+
+def test_the_nearest_timed_shape_counts():
+    title = CHIPS["a6000"].title
+    tuning.save(title, [timing(i, s, m=m) for m, s in ((64, 1.0), (1024, 2.0)) for i in ("fused", "dequantize")])
+    for m, seconds in ((16, 1.0), (255, 1.0), (257, 2.0), (10000, 2.0)):
+        assert tuning.nearest(title, m, 4096, 4096, transposed=False) == {"fused": seconds, "dequantize": seconds}
+    assert tuning.nearest(title, 3, 4096, 4096, transposed=False) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "cannot be used: Expecting property name"),
+        ("[]", '"format" is not'),
+        ('{"format": "other"}', '"format" is not'),
+        (json.dumps({"format": "qlora-jax kernel timings 1"}), "an entry is not a timing"),
+        (json.dumps({"format": "qlora-jax kernel timings 1", "chips": {"x": [{"m": 1}]}}), "an entry is not a timing"),
+        (
+            json.dumps(
+                {
+                    "format": "qlora-jax kernel timings 1",
+                    "chips": {"x": [dataclasses.asdict(timing("fused", 1.0)) | {"seconds": -1}]},
+                }
+            ),
+            "an entry is not a timing",
+        ),
+    ],
+)
+def test_a_file_that_is_not_timings_is_told_by_name(content, why, timings_file):
+    timings_file.parent.mkdir()
+    timings_file.write_text(content)
+    for attempt in (
+        lambda: roofline.choose(CHIPS["h100"], 512, 4096, 4096, transposed=False),
+        lambda: tuning.save("x", [timing("fused", 1.0)]),
+    ):
+        with pytest.raises(UserError, match=f"{timings_file}.*{why}"):
+            attempt()
+
+
+def test_a_file_named_by_hand_must_exist(monkeypatch, tmp_path):
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "mine.json"))
+    with pytest.raises(UserError, match=r"QLORA_JAX_TUNING names .*mine\.json, which does not exist"):
+        tuning.timings("x")
+    tuning.save("x", [timing("fused", 1.0)])
+    assert tuning.timings("x") == (timing("fused", 1.0),)
+
+
+def test_saying_what_was_chosen(monkeypatch):
+    def weight(n, k):
+        return jax.tree.map(jnp.asarray, quantize(np.zeros((n, k), np.float32)))
+
+    weights = {"q_proj": weight(128, 128), "down_proj": weight(128, 256), "norm": jnp.zeros(4)}
+    if jax.default_backend() == "cpu":
+        (line,) = kernels.describe(weights, 512, jnp.bfloat16)
+        assert line == "kernel: xla (auto: this runs on cpu) for 2 of 2 linears, forward and backward, at M=512"
+    monkeypatch.setattr(selection, "target_chip", lambda: CHIPS["h100"])
+    (line,) = kernels.describe(weights, 64, jnp.bfloat16)
+    assert line == "kernel: fused (auto: roofline model) for 2 of 2 linears, forward and backward, at M=64"
+    (line,) = kernels.describe(weights, 64, jnp.float32)
+    assert "xla (auto: the activations are float32" in line
+    assert kernels.describe({}, 64, jnp.float32) == []
+    monkeypatch.setattr(roofline, "explain", lambda chip, m, n, k, transposed: ("fd"[transposed and k > 128], "why"))
+    assert kernels.describe(weights, 64, jnp.bfloat16) == [
+        "kernel: f (auto: why) for q_proj 128x128; down_proj 128x256 forward at M=64",
+        "kernel: d (auto: why) for down_proj 128x256 backward at M=64",
+    ]
+
+
+def test_a_gpu_that_is_not_in_the_table_is_like_another_under_its_own_name(monkeypatch):
+    monkeypatch.setattr(selection, "chip_of", lambda device: None)
+
+    class Device:
+        device_kind = "NVIDIA H100 PCIe"
+        compute_capability = "9.0"
+
+    chip = selection.chip_for(Device())
+    assert chip == dataclasses.replace(CHIPS["h100"], title="NVIDIA H100 PCIe")
