@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from ptx.tensor_map import swizzle
 
-from qlora_jax.kernels.mosaic import machine, tiles
+from qlora_jax.kernels.mosaic import emit, tiles
 
 THREADS = np.arange(128)
 
 
 @pytest.fixture
 def arithmetic(monkeypatch):
-    """`machine`'s index arithmetic on numbers, for all threads at once, instead of on what is being compiled."""
+    """`emit`'s index arithmetic on numbers, for all threads at once, instead of on what is being compiled."""
     operations = {
         "addi": np.add,
         "muli": np.multiply,
@@ -24,12 +24,12 @@ def arithmetic(monkeypatch):
         "divui": np.floor_divide,
         "remui": np.remainder,
     }
-    monkeypatch.setattr(machine, "arith", types.SimpleNamespace(**operations))
-    monkeypatch.setattr(machine, "_const", int)
-    monkeypatch.setattr(machine, "_thread", lambda: THREADS)
+    monkeypatch.setattr(emit, "arith", types.SimpleNamespace(**operations))
+    monkeypatch.setattr(emit, "const", int)
+    monkeypatch.setattr(emit, "thread_index", lambda: THREADS)
     # Without the run-time type checks of the tests.
-    names = ("_swizzled", "_runs_of_thread", "_runs_of_fragments")
-    return types.SimpleNamespace(**{name[1:]: inspect.unwrap(getattr(machine, name)) for name in names})
+    names = ("swizzled", "runs_of_thread", "runs_of_fragments")
+    return types.SimpleNamespace(**{name: inspect.unwrap(getattr(emit, name)) for name in names})
 
 
 @pytest.mark.parametrize("row_bytes", [32, 64, 128])
