@@ -4,14 +4,16 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import importlib.util
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import UserError
-from qlora_jax.gpus import ahead_of_time
 
 
 def flag(default: Any, help: str, *, group: str = "flags") -> Any:
@@ -122,9 +124,20 @@ def parse_flags[T](
     return schema(**vars(found)), frozenset(vars(found))
 
 
+def _keep_off_cuda_without_a_gpu() -> None:
+    # JAX's CUDA plugin, which `[plan]` and `[test]` install to compile for GPUs that are elsewhere, otherwise prints a
+    # traceback about libraries that this machine need not have, and is then lost. Scripts load JAX after this.
+    # /dev/dxg: Windows' subsystem for Linux.
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    if sys.platform == "linux" and not has_gpu and importlib.util.find_spec("jax_plugins") is not None:
+        plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+        if any(importlib.util.find_spec(plugin) is not None for plugin in plugins):
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
     """Run a script's main: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
-    ahead_of_time.keep_off_cuda_without_a_gpu()
+    _keep_off_cuda_without_a_gpu()
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

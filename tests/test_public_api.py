@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
     ("defaults", "errors"),
-    ("gpus", "quantization"),
-    ("cli", "kernels"),
+    ("cli", "gpus", "quantization"),
+    ("kernels",),
     ("layers", "rotary"),
     ("models",),
     ("checkpoints",),

@@ -17,9 +17,7 @@ What comes back cannot run here, but it is the program that would: `memory_analy
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,18 +39,6 @@ def _plugin_installed() -> bool:
         return any(importlib.util.find_spec(name) for name in _PLUGINS)
     except ModuleNotFoundError:  # not even the package the plugins share
         return False
-
-
-def keep_off_cuda_without_a_gpu() -> None:
-    """Let JAX run on the CPU where its CUDA plugin is installed but no GPU is, unless the user chose a platform.
-
-    Otherwise the first use of JAX prints a traceback about libraries that this machine need not have, and drops the
-    plugin with its compiler.
-    """
-    # /dev/dxg: Windows' subsystem for Linux.
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-    if sys.platform == "linux" and not has_gpu and _plugin_installed() and jax.config.jax_platforms is None:
-        jax.config.update("jax_platforms", "cpu")
 
 
 @functools.cache
