@@ -49,7 +49,7 @@ def matmul(
 
     Args:
         x: bfloat16 or float16 [M, K], M >= block_m; if transposed [M, N'], as `operands.pad_contraction` makes it.
-        w: the weight, N >= block_n (block_k if transposed).
+        w: the weight, N a multiple of 8 and N >= block_n (block_k if transposed).
         config: tile sizes; K a multiple of block_k, or of block_n if transposed.
         transposed: multiply by W instead of W^T.
         seam: `machine`, or `reference` in interpret mode.
