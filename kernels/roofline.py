@@ -29,7 +29,8 @@ from qlora_jax.gpus import Chip
 from qlora_jax.kernels import tuning
 from qlora_jax.kernels.mosaic import launch
 
-# ALU instructions for each weight in the loop that decodes, the most of all architectures (a test counts them again).
+# ALU instructions for each weight in the loop that decodes, the most of all architectures but sm_120a, where integers
+# are not what limits (a test counts them again).
 ALU_PER_WEIGHT = MappingProxyType({"streaming": 3.65, "mma": 3.9, "wgmma": 3.9, "tcgen05": 3.5, "dequantize": 3.75})
 
 # Assumptions, not measurements.

@@ -39,16 +39,18 @@ def test_one_chip_of_each_architecture_is_compiled_for():
 
 
 @gpu_child.needs_plugin
-@pytest.mark.parametrize("chip", ["a6000", "h100", "b200"])
+@pytest.mark.parametrize("chip", static.ARCHITECTURES)
 def test_the_static_table(chip):
-    """The issue's limits on the main loops, and the model's figures, against the machine code."""
+    """Every kernel compiles for every architecture; limits on the loops, and the model's figures, by the machine code."""
     (rows,) = static.tables([chip])
     assert [(row.m, row.transposed) for row in rows] == [variant or (0, False) for variant in static.VARIANTS]
     for row in rows:
         assert (row.arch, row.chip, row.spilled, row.serialized) == (CHIPS[chip].arch, chip, 0, False)
         assert 0 < row.registers <= 255 and row.shared_bytes <= CHIPS[chip].shared_memory_bytes
         assert row.bytes_per_weight <= 0.54
-        assert 3 < row.alu_per_weight <= min(4.1, roofline.ALU_PER_WEIGHT[row.kernel])
+        # There ptxas moves mma's accumulators from register to register (BENCHMARKS.md).
+        most = 4.6 if row.arch == "sm_120a" else min(4.1, roofline.ALU_PER_WEIGHT[row.kernel])
+        assert 3 < row.alu_per_weight <= most
 
 
 @gpu_child.needs_plugin
