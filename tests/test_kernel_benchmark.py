@@ -41,7 +41,7 @@ def test_one_chip_of_each_architecture_is_compiled_for():
 @gpu_child.needs_plugin
 @pytest.mark.parametrize("chip", static.ARCHITECTURES)
 def test_the_static_table(chip):
-    """Every kernel compiles for every architecture; limits on the loops, and the model's figures, by the machine code."""
+    """Every kernel compiles for every architecture; limits on its loop, and the model's figures, by machine code."""
     (rows,) = static.tables([chip])
     assert [(row.m, row.transposed) for row in rows] == [variant or (0, False) for variant in static.VARIANTS]
     for row in rows:
