@@ -166,13 +166,13 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
 
 
 def kernel_choices(config: TrainConfig, model: Model, datasets: Datasets) -> list[str]:
-    """Say which implementation of the 4-bit products runs for the longest training batch, and why."""
+    """Say which implementation of the 4-bit products runs on a device's rows of the longest training batch, and why."""
     rows, length = max(datasets.train.shapes())
     weights = {
         ".".join(name for name in path if name not in ("layers", "weight")): value
         for path, value in models.flatten(model.frozen).items()
     }
-    tokens = rows // config.gradient_accumulation_steps * length
+    tokens = rows // config.gradient_accumulation_steps * length // jax.device_count()
     return kernels.describe(weights, tokens, compute_dtype(config), implementation=config.kernel)
 
 
