@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from ptx import MosaicLaunch, mosaic_args
 
+from qlora_jax.kernels.mosaic import tiles
 from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, TABLES, dynamic_map
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -290,4 +291,6 @@ def owned(case: Case, cta: tuple[int, ...]) -> tuple[slice, slice]:
         return block(cta[1], rows, case.n), block(cta[0], min(4 * columns, case.k), case.k)
     config = config_of(case)
     m, n = output_shape(case)
-    return block(cta[0], config.block_m, m), block(cta[1], config.block_n, n)
+    band = importlib.import_module(f"qlora_jax.kernels.mosaic.{case.kernel}")._BAND
+    row, column = tiles.place(cta[0], -(-m // config.block_m), -(-n // config.block_n), band=band)
+    return block(int(row), config.block_m, m), block(int(column), config.block_n, n)

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.gpus import CHIPS
-from qlora_jax.kernels.mosaic import dequantize, launch, operands, reference, streaming
+from qlora_jax.kernels.mosaic import dequantize, launch, operands, reference, streaming, tiles
 from qlora_jax.quantization import abstract_quantized, quantize
 
 # (N, K) of linears: SmolLM2, TinyLlama, LLaMA 7B 13B 33B 65B, Llama 3 8B and 70B; and of models for tests.
@@ -45,6 +45,15 @@ def test_the_kernel_follows_the_chip():
             assert launch.plan(CHIPS[name], 512, (4096, 4096), transposed=transposed).kernel == kernel
             assert launch.plan(CHIPS[name], 32, (4096, 4096), transposed=transposed).kernel == "mma"
         assert launch.plan(CHIPS[name], 16, (4096, 4096), transposed=False).kernel == "streaming"
+
+
+@pytest.mark.parametrize(("rows", "columns", "band"), [(1, 5, 8), (8, 3, 4), (11, 7, 4), (9, 1, 8)])
+def test_every_tile_is_placed_once_and_in_blocks(rows, columns, band):
+    placed = [tuple(map(int, tiles.place(cta, rows, columns, band=band))) for cta in range(rows * columns)]
+    assert sorted(placed) == [(row, column) for row in range(rows) for column in range(columns)]
+    # While one band is gone through, no row outside of it is begun.
+    for cta, (row, _) in enumerate(placed):
+        assert row // band == cta // (band * columns)
 
 
 def test_two_tiles_share_an_sm():

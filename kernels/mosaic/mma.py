@@ -13,6 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qlora_jax.kernels.mosaic import machine, tiles
 from qlora_jax.kernels.mosaic.operands import Operands
 
+# See `tiles.place`.
+_BAND = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -60,6 +63,7 @@ def matmul(
     n, k = w.shape
     n_out = k if transposed else n
     steps = -(-(n if transposed else k) // block_k)
+    row_tiles, column_tiles = -(-m // block_m), -(-n_out // block_n)
     # The tile of W, in its own orientation: [N, K].
     tile = (block_k, block_n) if transposed else (block_n, block_k)
     decoding = w.decoding(x.dtype)
@@ -67,8 +71,9 @@ def matmul(
     def kernel(x_ref: Any, codes: Any, *refs: Any) -> None:
         *scale_refs, layer_ref, out, w_tile, scale_scratch = refs
         layer = layer_ref[0]
-        m0 = lax.min(lax.axis_index("m") * block_m, m - block_m)
-        n0 = lax.min(lax.axis_index("n") * block_n, n_out - block_n)
+        row, column = tiles.place(lax.axis_index("tile"), row_tiles, column_tiles, band=_BAND)
+        m0 = lax.min(row * block_m, m - block_m)
+        n0 = lax.min(column * block_n, n_out - block_n)
 
         def corner(step: Any) -> tuple[Any, Any]:
             """Row and column of W where the tile of a step begins."""
@@ -117,8 +122,8 @@ def matmul(
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n_out), x.dtype),
-        grid=(-(-n_out // block_n), -(-m // block_m)),
-        grid_names=("n", "m"),
+        grid=(row_tiles * column_tiles,),
+        grid_names=("tile",),
         scratch_types=[
             plgpu.SMEM(tile, x.dtype, transforms=tiles.tile_transforms(x.dtype)),
             plgpu.SMEM((256,), jnp.float32),

@@ -30,6 +30,9 @@ DECODED = 2
 # Columns of the output that leave through shared memory at a time.
 OUT_COLUMNS = 64
 
+# See `tiles.place`.
+_BAND = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -111,6 +114,7 @@ def matmul(
     n_out = k if transposed else n
     steps = -(-(n if transposed else k) // block_k)
     stages = min(config.stages, steps)
+    row_tiles, column_tiles = -(-m // block_m), -(-n_out // block_n)
     # The tile of W, in its own orientation, [N, K], and the part of it that one warpgroup decodes.
     tile = (block_k, block_n) if transposed else (block_n, block_k)
     share = (tile[0] // decoders, tile[1])
@@ -135,8 +139,9 @@ def matmul(
     ) -> None:
         *scale_refs, layer_ref, out = refs
         layer = layer_ref[0]
-        m0 = lax.min(lax.axis_index("m") * block_m, m - block_m)
-        n0 = lax.min(lax.axis_index("n") * block_n, n_out - block_n)
+        row, column = tiles.place(lax.axis_index("tile"), row_tiles, column_tiles, band=_BAND)
+        m0 = lax.min(row * block_m, m - block_m)
+        n0 = lax.min(column * block_n, n_out - block_n)
         warpgroup = lax.axis_index("warpgroup")
 
         def corner(step: Any) -> tuple[Any, Any]:
@@ -241,8 +246,8 @@ def matmul(
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n_out), x.dtype),
-        grid=(-(-n_out // block_n), -(-m // block_m)),
-        grid_names=("n", "m"),
+        grid=(row_tiles * column_tiles,),
+        grid_names=("tile",),
         num_threads=decoders + 1,
         thread_name="warpgroup",
         scratch_types={

@@ -56,3 +56,22 @@ def swizzle_of(row_bytes: int) -> tuple[Any, ...]:
 def tile_transforms(dtype: Any) -> tuple[Any, ...]:
     """Pallas transforms of a 16-bit tile: subtiles of 8 rows x 64 elements (128 bytes), swizzled."""
     return (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+
+
+def place(cta: Any, rows: int, columns: int, *, band: int) -> tuple[Any, Any]:
+    """Row and column, in tiles, of the output tile that a CTA computes, CTAs being numbered in the order they start.
+
+    They go through bands of `band` rows column by column, so that those which run at a time form a block of the output:
+    they share rows of x and columns of W in the level-two cache, where a whole row or column of tiles would read one of
+    the two from memory again and again.
+
+    Args:
+        cta: 0 .. rows * columns - 1.
+        rows: tiles along M.
+        columns: tiles along the other dimension of the output.
+        band: about the square root of the CTAs that run at a time, times the ratio of a tile's codes to its rows of x.
+    """
+    first = cta // (band * columns) * band
+    height = jnp.minimum(band, rows - first)
+    within = cta - first * columns
+    return first + within % height, within // height

@@ -27,6 +27,9 @@ COMPUTE_WARPGROUPS = 2
 # Registers a thread: 128 x (40 + 2 x 232) of the 65,536 of a multiprocessor.
 _MEMORY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
+# See `tiles.place`.
+_BAND = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -99,6 +102,7 @@ def matmul(
     if x.shape[1] != steps * block_k:
         raise ValueError(f"x {x.shape} needs {steps * block_k} columns for W {w.shape} and {config}")
     rows = block_m // COMPUTE_WARPGROUPS
+    row_tiles, column_tiles = -(-m // block_m), -(-n_out // block_n)
     # The tile of W, in its own orientation: [N, K].
     tile = (block_k, block_n) if transposed else (block_n, block_k)
     decoding = w.decoding(x.dtype)
@@ -107,8 +111,9 @@ def matmul(
         *scale_refs, layer_ref, out, x_tiles, code_tiles, w_tiles, scale_scratch, barriers = refs
         x_full, x_free, codes_full, codes_free, w_full, w_free = barriers
         layer = layer_ref[0]
-        m0 = lax.min(lax.axis_index("m") * block_m, m - block_m)
-        n0 = lax.min(lax.axis_index("n") * block_n, n_out - block_n)
+        row, column = tiles.place(lax.axis_index("tile"), row_tiles, column_tiles, band=_BAND)
+        m0 = lax.min(row * block_m, m - block_m)
+        n0 = lax.min(column * block_n, n_out - block_n)
         warpgroup = lax.axis_index("warpgroup")
 
         def corner(step: Any) -> tuple[Any, Any]:
@@ -207,8 +212,8 @@ def matmul(
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n_out), x.dtype),
-        grid=(-(-n_out // block_n), -(-m // block_m)),
-        grid_names=("n", "m"),
+        grid=(row_tiles * column_tiles,),
+        grid_names=("tile",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
