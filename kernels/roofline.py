@@ -42,7 +42,7 @@ GEMM_FRACTION = 0.75
 """Of the sheet's tensor throughput, that XLA's product reaches: sheets count with a clock that no power limit holds."""
 TENSOR_FRACTION = MappingProxyType({"streaming": 0.7, "mma": 0.7, "wgmma": 0.65, "tcgen05": 0.65})
 """Of the same, that the fused kernels reach while they do not decode."""
-MMA_SYNC_SHARE = MappingProxyType({"9.0": 0.6, "10.0": 0.25})
+MMA_SYNC_SHARE = MappingProxyType({"9.0": 0.6})
 """Of the sheet's tensor throughput, that mma.sync can reach at all where the sheet is about another instruction."""
 OVERLAP = MappingProxyType({"streaming": 0.75, "mma": 0.75, "wgmma": 0.9, "tcgen05": 0.9})
 """Share of the shorter of decoding and multiplying that hides behind the longer one: by CTAs that share a

@@ -18,10 +18,8 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 # Rows of W that every tile fits into.
 _ROWS = 128
 # The fast path of an architecture and up to how many rows the portable kernel's small tiles are predicted to take less
-# time than those of 128 rows (by `roofline.predict` with either).
-_FAST_PATHS = {"sm_90a": ("wgmma", 64), "sm_100a": ("tcgen05", 32)}
-
-
+# time than those of 128 rows (by `roofline.predict` with either): on a B200 never.
+_FAST_PATHS = {"sm_90a": ("wgmma", 64), "sm_100a": ("tcgen05", 0)}
 KERNELS: dict[str, ModuleType] = {"streaming": streaming, "mma": mma, "wgmma": wgmma, "tcgen05": tcgen05}
 
 
@@ -45,8 +43,7 @@ class Plan:
 def plan(chip: Chip, m: int, shape: tuple[int, int], *, transposed: bool) -> Plan:
     """Which kernel multiplies m >= 1 rows with a weight of this shape (N, K) on `chip`, and its tile sizes.
 
-    The tensor cores of data-center chips since Hopper need many rows to be worth their set-up; the portable kernel
-    takes the others, and all other chips.
+    The portable kernel is for chips without wgmma and tcgen05, and for few rows on a Hopper.
     """
     if not transposed and m <= streaming.MAX_ROWS:
         return Plan("streaming", -(-m // 8) * 8, streaming.BLOCK_N)
@@ -54,7 +51,7 @@ def plan(chip: Chip, m: int, shape: tuple[int, int], *, transposed: bool) -> Pla
     name, portable_rows = _FAST_PATHS.get(chip.arch, ("mma", 0))
     config: Any
     if m <= portable_rows or name == "mma":
-        name, config = "mma", mma_config(chip, m, shape, transposed, odd)
+        name, config = "mma", mma_config(chip, m, odd)
     elif name == "wgmma":
         config = _wgmma_config(m, odd)
     else:
@@ -125,7 +122,7 @@ def dequantize(w: Operands, dtype: Any, *, seam: ModuleType = machine, interpret
     return decoding.dequantize(w, dtype, seam=seam, interpret=interpret)[: w.n_rows]
 
 
-def mma_config(chip: Chip, m: int, shape: tuple[int, int], transposed: bool, odd: bool) -> mma.Config:
+def mma_config(chip: Chip, m: int, odd: bool) -> mma.Config:
     """Tile sizes of the portable kernel; `odd`: the output is not whole tiles of 128 columns.
 
     Two CTAs should share an SM, so that one decodes while the other multiplies; what limits them is shared memory.
@@ -133,15 +130,11 @@ def mma_config(chip: Chip, m: int, shape: tuple[int, int], transposed: bool, odd
     """
     # Two CTAs of block_m = 128 need 2 x 58 KiB: A100 and newer data-center chips have it.
     largest = 128 if chip.shared_memory_bytes >= 160 * 1024 else 64
-    block_k = 64
-    # There ptxas moves accumulators from register to register in every step; longer steps have half as many.
-    if chip.compute_capability == "10.0" and (transposed or shape[1] % 128 == 0):
-        largest, block_k = 64, 128
     # Not 16: before Hopper, a tile's eights of rows are copied by four warps.
     block_m = next(size for size in (32, 64, 128) if size >= min(m, largest))
     if odd:
         return mma.Config(block_m=block_m, block_n=64, block_k=128)
-    return mma.Config(block_m=block_m, block_k=block_k)
+    return mma.Config(block_m=block_m)
 
 
 def _wgmma_config(m: int, odd: bool) -> wgmma.Config:
@@ -153,10 +146,15 @@ def _wgmma_config(m: int, odd: bool) -> wgmma.Config:
 def _tcgen05_config(chip: Chip, m: int, columns: int, odd: bool) -> tcgen05.Config:
     if odd:
         return tcgen05.Config(block_m=128, block_n=64, block_k=128, stages=2, decoders=1)
-    # Small outputs: tiles of which two fit an SM, and so enough of them for all SMs.
-    if m <= 128 or columns < 256 or -(-m // 256) * -(-columns // 256) < chip.n_sms:
-        return tcgen05.Config(block_m=128, block_n=128, decoders=1)
-    return tcgen05.Config()
+    small, large = tcgen05.Config(block_m=128, block_n=128, decoders=1), tcgen05.Config()
+    if m <= small.block_m or columns < large.block_n:
+        return small
+
+    def waves(config: tcgen05.Config) -> int:
+        return -(-(-(-m // config.block_m) * -(-columns // config.block_n)) // chip.n_sms)
+
+    # A large tile is four small ones, but twice their decoding, which is what takes the time.
+    return large if 2 * waves(large) <= waves(small) else small
 
 
 def _with_rows(x: jax.Array, rows: int) -> jax.Array:
