@@ -79,8 +79,9 @@ def test_product_and_gradient(implementation, dtype, kind, double_quant, product
     np.testing.assert_allclose(np.asarray(dx, np.float64), np.float64(dy) @ decoded, **tolerance(dtype, n))
 
 
-def test_one_of_a_stack(implementation):
-    weights = [jax.tree.map(jnp.asarray, quantize(array(136, 192, seed=i))) for i in range(3)]
+@pytest.mark.parametrize("rows", [136, 131])  # whole eights lie in the stack as the kernels want them, others do not
+def test_one_of_a_stack(implementation, rows):
+    weights = [jax.tree.map(jnp.asarray, quantize(array(rows, 192, seed=i))) for i in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     x = array(40, 192, dtype=jnp.bfloat16)
 

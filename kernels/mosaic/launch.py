@@ -74,10 +74,10 @@ def why_not(w: Weight, dtype: Any) -> str | None:
 
 def operands(w: Weight) -> Operands:
     """View a 4-bit weight for the kernels; small ones are padded with zero rows of codes."""
-    if isinstance(w, StackedWeight) and w.shape[0] >= _ROWS:
-        return Operands.of(w.stack, w.layer).with_rows(_ROWS)
     if isinstance(w, StackedWeight):
-        w = w.take()
+        if w.shape[0] >= _ROWS and w.shape[0] % 8 == 0:
+            return Operands.of(w.stack, w.layer)
+        w = w.take()  # one layer is padded, not all of them
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"not a quantised weight: {type(w).__name__}")
     return Operands.of(w).with_rows(_ROWS)
