@@ -82,7 +82,7 @@ def config_of(case: Case) -> Any:
         if plan.kernel == case.kernel:
             return plan.config
         if case.kernel == "mma":
-            return launch.mma_config(chip, case.m, shape, case.transposed, case.transposed and case.k % 128 != 0)
+            return launch.mma_config(chip, case.m, case.transposed and case.k % 128 != 0)
     return module.Config(**dict(case.config))
 
 
