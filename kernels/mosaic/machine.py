@@ -220,10 +220,19 @@ class Scales:
         """Take a kernel's scale operands (`Operands.scales`); the next barrier publishes the table in `scratch`."""
         if not decoding.double_quant:
             (absmax,) = refs
-            return cls(decoding, tile, absmax.at[layer], None, None, None, fragments)
+            return cls(decoding, tile, cls._of_layer(absmax, layer), None, None, None, fragments)
         absmax, nested, offset, dynamic_map = refs
+        cls._publish(dynamic_map, scratch)
+        absmax, nested = cls._of_layer(absmax, layer), cls._of_layer(nested, layer)
+        return cls(decoding, tile, absmax, nested, scratch, offset[layer], fragments)
+
+    @staticmethod
+    def _of_layer(ref: Any, layer: Any) -> Any:
+        return ref.at[layer]
+
+    @staticmethod
+    def _publish(dynamic_map: Any, scratch: Any) -> None:
         scratch[...] = plgpu.load(dynamic_map, layout=plgpu.Layout.WG_STRIDED((256,), vec_size=2))
-        return cls(decoding, tile, absmax.at[layer], nested.at[layer], scratch, offset[layer], fragments)
 
     def fetch(self, row: Any, column: Any) -> tuple[jax.Array, ...]:
         """Start reading the scales of the tile at (row, column)."""

@@ -1,6 +1,5 @@
 """The steps of `machine` in jax.numpy, for Pallas' interpret mode: it executes neither inline code nor `mma.sync`."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,39 +7,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlora_jax.kernels.mosaic import tiles
+from qlora_jax.kernels.mosaic import machine, tiles
 from qlora_jax.quantization.blockwise import lookup
 
 
-@dataclasses.dataclass(frozen=True)
-class Scales:
+class Scales(machine.Scales):
     """`machine.Scales` for interpret mode; scales are float32 [rows, columns / 64, scales per run] of a tile."""
 
-    decoding: tiles.Decoding
-    tile: tuple[int, int]
-    absmax: Any
-    nested: Any
-    dynamic_map: Any
-    offset: Any
-    fragments: bool = False
+    @staticmethod
+    def _of_layer(ref: Any, layer: Any) -> Any:
+        return ref[layer]
 
-    @classmethod
-    def of(
-        cls,
-        decoding: tiles.Decoding,
-        tile: tuple[int, int],
-        layer: Any,
-        refs: list[Any],
-        scratch: Any,
-        *,
-        fragments: bool = False,
-    ) -> "Scales":
-        """See `machine.Scales.of`."""
-        if not decoding.double_quant:
-            return cls(decoding, tile, refs[0][layer], None, None, None, fragments)
-        absmax, nested, offset, dynamic_map = refs
+    @staticmethod
+    def _publish(dynamic_map: Any, scratch: Any) -> None:
         scratch[...] = dynamic_map[...]
-        return cls(decoding, tile, absmax[layer], nested[layer], scratch, offset[layer], fragments)
 
     def fetch(self, row: Any, column: Any) -> tuple[jax.Array, ...]:
         """See `machine.Scales.fetch`."""
