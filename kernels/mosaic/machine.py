@@ -64,8 +64,7 @@ def fetch_scales(
         return out
 
     def read(ref: ir.Value, index: ir.Value, dtype: ir.Type) -> ir.Value:
-        pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
-        return llvm.load(dtype, mgpu.utils.getelementptr(pointer, [index], dtype))
+        return llvm.load(dtype, mgpu.utils.getelementptr(emit.global_pointer(ref), [index], dtype))
 
     f32, u8 = ir.F32Type.get, functools.partial(ir.IntegerType.get_signless, 8)
 

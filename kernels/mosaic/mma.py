@@ -1,6 +1,8 @@
 """The portable kernel: `mma.sync` on decoded tiles, for every GPU from sm_80 on."""
 
 import dataclasses
+import functools
+import math
 from types import ModuleType
 from typing import Any
 
@@ -61,26 +63,16 @@ def matmul(
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     m = x.shape[0]
     n, k = w.shape
-    n_out = k if transposed else n
-    steps = -(-(n if transposed else k) // block_k)
-    row_tiles, column_tiles = -(-m // block_m), -(-n_out // block_n)
-    # The tile of W, in its own orientation: [N, K].
-    tile = (block_k, block_n) if transposed else (block_n, block_k)
+    tiling = tiles.Tiling(m, n, k, transposed, block_m, block_n, block_k, _BAND)
+    n_out, steps, tile = tiling.n_out, tiling.steps, tiling.tile
     decoding = w.decoding(x.dtype)
 
     def kernel(x_ref: Any, codes: Any, *refs: Any) -> None:
         *scale_refs, layer_ref, out, w_tile, scale_scratch = refs
         layer = layer_ref[0]
-        row, column = tiles.place(lax.axis_index("tile"), row_tiles, column_tiles, band=_BAND)
-        m0 = lax.min(row * block_m, m - block_m)
-        n0 = lax.min(column * block_n, n_out - block_n)
+        m0, n0 = tiling.origin(lax.axis_index("tile"))
 
-        def corner(step: Any) -> tuple[Any, Any]:
-            """Row and column of W where the tile of a step begins."""
-            if transposed:
-                return lax.min(step * block_k, n - block_k), n0
-            return n0, step * block_k
-
+        corner = functools.partial(tiling.corner, n0=n0)
         scales = seam.Scales.of(decoding, tile, layer, scale_refs, scale_scratch)
 
         def body(indices: Any, x_tile: Any, codes_tile: Any, carry: Any) -> Any:
@@ -122,7 +114,7 @@ def matmul(
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n_out), x.dtype),
-        grid=(row_tiles * column_tiles,),
+        grid=(math.prod(tiling.grid),),
         grid_names=("tile",),
         scratch_types=[
             plgpu.SMEM(tile, x.dtype, transforms=tiles.tile_transforms(x.dtype)),

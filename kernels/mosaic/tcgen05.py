@@ -10,6 +10,7 @@ The same decoded tile is multiplied with block_m / 128 tiles of x, so decoding c
 """
 
 import dataclasses
+import functools
 import math
 from types import ModuleType
 from typing import Any
@@ -111,12 +112,10 @@ def matmul(
         raise ValueError(f"{m} rows of x and {n} of the weight are less than a tile of {config}")
     if k % (block_n if transposed else block_k):
         raise ValueError(f"{k} columns of the weight are not whole tiles of {config}")
-    n_out = k if transposed else n
-    steps = -(-(n if transposed else k) // block_k)
+    tiling = tiles.Tiling(m, n, k, transposed, block_m, block_n, block_k, _BAND)
+    n_out, steps, tile = tiling.n_out, tiling.steps, tiling.tile
     stages = min(config.stages, steps)
-    row_tiles, column_tiles = -(-m // block_m), -(-n_out // block_n)
-    # The tile of W, in its own orientation, [N, K], and the part of it that one warpgroup decodes.
-    tile = (block_k, block_n) if transposed else (block_n, block_k)
+    # The part of a tile of W that one warpgroup decodes.
     share = (tile[0] // decoders, tile[1])
     decoding = w.decoding(x.dtype)
     m_tiles = block_m // MMA_ROWS
@@ -139,16 +138,10 @@ def matmul(
     ) -> None:
         *scale_refs, layer_ref, out = refs
         layer = layer_ref[0]
-        row, column = tiles.place(lax.axis_index("tile"), row_tiles, column_tiles, band=_BAND)
-        m0 = lax.min(row * block_m, m - block_m)
-        n0 = lax.min(column * block_n, n_out - block_n)
+        m0, n0 = tiling.origin(lax.axis_index("tile"))
         warpgroup = lax.axis_index("warpgroup")
 
-        def corner(step: Any) -> tuple[Any, Any]:
-            """Row and column of W where the tile of a step begins."""
-            if transposed:
-                return lax.min(step * block_k, n - block_k), n0
-            return n0, step * block_k
+        corner = functools.partial(tiling.corner, n0=n0)
 
         def following(slot: Any) -> Any:
             """The slot of the next step: remainders by 3 can be a fifth of the decoders' instructions."""
@@ -246,7 +239,7 @@ def matmul(
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n_out), x.dtype),
-        grid=(row_tiles * column_tiles,),
+        grid=(math.prod(tiling.grid),),
         grid_names=("tile",),
         num_threads=decoders + 1,
         thread_name="warpgroup",

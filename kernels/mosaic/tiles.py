@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP = 128
@@ -75,3 +76,66 @@ def place(cta: Any, rows: int, columns: int, *, band: int) -> tuple[Any, Any]:
     height = jnp.minimum(band, rows - first)
     within = cta - first * columns
     return first + within % height, within // height
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a product is cut into tiles: x [M, K] @ W^T -> [M, N] or, transposed, x [M, N] @ W -> [M, K].
+
+    Tiles that would reach over an edge are moved back inside.
+
+    Attributes:
+        m: rows of x.
+        n, k: of the weight [N, K].
+        transposed: the product is with W instead of W^T.
+        block_m: rows of x of one CTA.
+        block_n: columns of the output of one CTA.
+        block_k: contracted elements of one step.
+        band: see `place`.
+    """
+
+    m: int
+    n: int
+    k: int
+    transposed: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    band: int
+
+    @property
+    def n_out(self) -> int:
+        """Columns of the output."""
+        return self.k if self.transposed else self.n
+
+    @property
+    def contracted(self) -> int:
+        """Elements that are summed over."""
+        return self.n if self.transposed else self.k
+
+    @property
+    def steps(self) -> int:
+        """Steps of block_k along the contraction."""
+        return -(-self.contracted // self.block_k)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of the output, along its rows and its columns."""
+        return -(-self.m // self.block_m), -(-self.n_out // self.block_n)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Shape of a step's tile of W, in its own orientation: rows of N, columns of K."""
+        return (self.block_k, self.block_n) if self.transposed else (self.block_n, self.block_k)
+
+    def origin(self, cta: Any) -> tuple[Any, Any]:
+        """First row and first column of the output tile of a CTA."""
+        row, column = place(cta, *self.grid, band=self.band)
+        m0 = lax.min(row * self.block_m, self.m - self.block_m)
+        return m0, lax.min(column * self.block_n, self.n_out - self.block_n)
+
+    def corner(self, step: Any, n0: Any) -> tuple[Any, Any]:
+        """Row and column of W where the tile of a step begins, of a CTA whose output begins at column n0."""
+        if self.transposed:
+            return lax.min(step * self.block_k, self.n - self.block_k), n0
+        return n0, step * self.block_k

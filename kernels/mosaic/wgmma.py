@@ -11,6 +11,8 @@ issuing its product, and only the product before that one is waited for.
 """
 
 import dataclasses
+import functools
+import math
 from types import ModuleType
 from typing import Any
 
@@ -93,34 +95,25 @@ def matmul(
     ahead = decoded // 2
     m = x.shape[0]
     n, k = w.shape
-    n_out, contracted = (k, n) if transposed else (n, k)
+    tiling = tiles.Tiling(m, n, k, transposed, block_m, block_n, block_k, _BAND)
+    n_out, contracted, steps, tile = tiling.n_out, tiling.contracted, tiling.steps, tiling.tile
     if m % 8 or n % 8 or m < block_m or n_out < block_n or contracted < block_k:
         raise ValueError(f"x {x.shape} and W {w.shape} need multiples of 8 rows and at least {config}")
     if k % (block_n if transposed else block_k):
         raise ValueError(f"K = {k} is no multiple of {'block_n' if transposed else 'block_k'}: {config}")
-    steps = -(-contracted // block_k)
     if x.shape[1] != steps * block_k:
         raise ValueError(f"x {x.shape} needs {steps * block_k} columns for W {w.shape} and {config}")
     rows = block_m // COMPUTE_WARPGROUPS
-    row_tiles, column_tiles = -(-m // block_m), -(-n_out // block_n)
-    # The tile of W, in its own orientation: [N, K].
-    tile = (block_k, block_n) if transposed else (block_n, block_k)
     decoding = w.decoding(x.dtype)
 
     def kernel(x_ref: Any, codes: Any, *refs: Any) -> None:
         *scale_refs, layer_ref, out, x_tiles, code_tiles, w_tiles, scale_scratch, barriers = refs
         x_full, x_free, codes_full, codes_free, w_full, w_free = barriers
         layer = layer_ref[0]
-        row, column = tiles.place(lax.axis_index("tile"), row_tiles, column_tiles, band=_BAND)
-        m0 = lax.min(row * block_m, m - block_m)
-        n0 = lax.min(column * block_n, n_out - block_n)
+        m0, n0 = tiling.origin(lax.axis_index("tile"))
         warpgroup = lax.axis_index("warpgroup")
 
-        def corner(step: Any) -> tuple[Any, Any]:
-            """Row and column of W where the tile of a step begins."""
-            if transposed:
-                return lax.min(step * block_k, n - block_k), n0
-            return n0, step * block_k
+        corner = functools.partial(tiling.corner, n0=n0)
 
         def move() -> None:
             plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
@@ -212,7 +205,7 @@ def matmul(
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n_out), x.dtype),
-        grid=(row_tiles * column_tiles,),
+        grid=(math.prod(tiling.grid),),
         grid_names=("tile",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
