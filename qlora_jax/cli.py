@@ -124,9 +124,12 @@ def parse_flags[T](
     return schema(**vars(found)), frozenset(vars(found))
 
 
-def _keep_off_cuda_without_a_gpu() -> None:
-    # JAX's CUDA plugin, which `[plan]` and `[test]` install to compile for GPUs that are elsewhere, otherwise prints a
-    # traceback about libraries that this machine need not have, and is then lost. Scripts load JAX after this.
+def keep_off_cuda_without_a_gpu() -> None:
+    """Let JAX, if it is not loaded yet, run on the CPU where its CUDA plugin is installed but no GPU is.
+
+    `[plan]` and `[test]` install the plugin to compile for GPUs that are elsewhere. It otherwise prints a traceback
+    about libraries that this machine need not have, and is then lost. Child processes inherit the setting.
+    """
     # /dev/dxg: Windows' subsystem for Linux.
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
     if sys.platform == "linux" and not has_gpu and importlib.util.find_spec("jax_plugins") is not None:
@@ -137,7 +140,7 @@ def _keep_off_cuda_without_a_gpu() -> None:
 
 def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
     """Run a script's main: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
-    _keep_off_cuda_without_a_gpu()
+    keep_off_cuda_without_a_gpu()
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

@@ -1,19 +1,18 @@
 """Run-time shape checks for every test: the package is imported through jaxtyping with beartype."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
 
-# The CUDA plugin, which the tests compile with, otherwise complains in every process of the libraries and devices that
-# a machine without a GPU has not; children inherit it. /dev/dxg: Windows' subsystem for Linux.
-if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 # Must come before the first import of the package.
 _hook = install_import_hook("qlora_jax", "beartype.beartype")
+
+from qlora_jax.cli import keep_off_cuda_without_a_gpu  # noqa: E402
+
+# Before any test loads JAX.
+keep_off_cuda_without_a_gpu()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
