@@ -89,7 +89,7 @@ def training_step(chip_name: str, model: str, kernel: str, rows: int, seq: int, 
     mesh = gpus.mesh(chip, n_devices)
     names = ("input_ids", "labels", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct((1, rows * n_devices, seq), jnp.int32) for name in names}
-    step = make_train_step(graphdef, optimizer, remat=True, mesh=mesh)
+    step = make_train_step(graphdef, optimizer, remat="full", mesh=mesh)
     arguments = (_placed(state, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"))
     return _weights_in(gpus.compile_for(chip, step, *arguments, n_devices=n_devices), frozen)
 

@@ -190,7 +190,7 @@ class Trainer:
             model.graphdef,
             optimizer,
             packed=config.packing,
-            remat=config.gradient_checkpointing,
+            remat=config.remat_policy,
             dropout=config.lora_dropout > 0,
             seed=config.seed,
             mesh=mesh,

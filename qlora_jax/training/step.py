@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.remat import Remat
 from qlora_jax.training.losses import next_token_loss
 
 
@@ -40,7 +41,7 @@ def _loss_sum(
     *,
     graphdef: nnx.GraphDef,
     packed: bool,
-    remat: bool,
+    remat: Remat,
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """(summed loss, trained tokens) of a batch, split over the axis `data` of the mesh.
@@ -83,7 +84,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     packed: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
     dropout: bool = False,
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
@@ -94,7 +95,7 @@ def make_train_step(
         graphdef: of the model, from `split_model`.
         optimizer: an optax transformation of the adapters.
         packed: rows hold several documents, told apart by `segment_ids`.
-        remat: recompute each layer in the backward pass.
+        remat: what of a layer is kept for the backward pass, see `qlora_jax.remat`.
         dropout: draw dropout masks, keyed by (seed, step, micro-batch, device): a resumed run draws the same ones.
         seed: of the dropout.
         mesh: with axis `data`, over which B is split.
@@ -147,6 +148,6 @@ def make_eval_step(
     """A jitted `step(lora, frozen, batch)` -> (summed loss, trained tokens) of a batch of int32 [B, S] arrays."""
 
     def step(lora: nnx.State, frozen: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return _loss_sum(lora, frozen, batch, None, graphdef=graphdef, packed=packed, remat=False, mesh=mesh)
+        return _loss_sum(lora, frozen, batch, None, graphdef=graphdef, packed=packed, remat="none", mesh=mesh)
 
     return jax.jit(step, compiler_options=_compiler_options())
