@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.attention import attend, attend_xla
 from qlora_jax.errors import UserError
-from qlora_jax.layers import LoRAParam, Precision, QLoRALinear, RMSNorm, frozen_array
-from qlora_jax.models.base import TensorSpec, flatten, layer_of, split_stacks
+from qlora_jax.layers import Precision, QLoRALinear, RMSNorm, frozen_array
+from qlora_jax.models.base import TensorSpec, flatten, layer_of, split_model, split_stacks
 from qlora_jax.remat import LAYER_INPUT, Remat, rematerialised
 from qlora_jax.rotary import RotaryConfig, apply_rotary, rotary_tables
 from qlora_jax.tiling import by_tiles, tile_size
@@ -267,7 +267,7 @@ class Block(nnx.Module):
             q, k, v = self.project(h, rotary, keys)
             return self.finish(h, self.self_attn.attend(q, k, v, mask), keys)
 
-        graphdef, lora, frozen = nnx.split(self, LoRAParam, ...)
+        graphdef, lora, frozen = split_model(self)
 
         def block(lora: nnx.State, frozen: Any, tile: Array) -> tuple[Block, DropoutKeys]:
             state, keys = frozen
@@ -277,7 +277,8 @@ class Block(nnx.Module):
 
         def project(tile: Array, lora: nnx.State, frozen: Any, cos: Array, sin: Array, h: Array) -> tuple[Array, ...]:
             one, keys = block(lora, frozen, tile)
-            return tuple(x[0] for x in one.project(h[None], (cos[None], sin[None]), keys))
+            q, k, v = one.project(h[None], (cos[None], sin[None]), keys)
+            return q[0], k[0], v[0]
 
         def finish(tile: Array, lora: nnx.State, frozen: Any, h: Array, attended: Array) -> tuple[Array, ...]:
             one, keys = block(lora, frozen, tile)
