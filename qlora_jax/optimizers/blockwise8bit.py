@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped
 
 from qlora_jax.quantization.codebooks import dynamic_map
 
@@ -59,24 +59,35 @@ def _thresholds(signed: bool) -> np.ndarray:
 
 
 def quantize_moment(values: Float[Array, "*shape"], *, signed: bool) -> Blockwise8bit:
-    """Store float32 values in 8 bits.
+    """Store finite float32 values in 8 bits.
 
-    With `signed` the map has both signs; without, values must not be negative. A block of zeros has scale zero; a value
-    that is not finite spoils its block, and shows after `dequantize_moment`.
+    With `signed` the map has both signs; without, values must not be negative. A block of zeros has scale zero.
     """
-    flat = values.reshape(-1)
-    blocks = jnp.pad(flat, (0, -flat.size % BLOCK_SIZE)).reshape(-1, BLOCK_SIZE)
+    blocks = _to_blocks(values)
     absmax = jnp.abs(blocks).max(axis=1)
     scaled = blocks * (1 / jnp.maximum(absmax, _TINY))[:, None]
-    codes = jnp.searchsorted(_thresholds(signed), scaled, method="scan_unrolled").astype(jnp.uint8)
-    return Blockwise8bit(codes.reshape(-1)[: flat.size].reshape(values.shape), absmax)
+    # A binary search with codes of 8 bits: jnp.searchsorted's leaves several arrays of 32 bits in memory.
+    thresholds = jnp.asarray(_thresholds(signed))
+    codes = jnp.zeros(scaled.shape, jnp.uint8)
+    for bit in (128, 64, 32, 16, 8, 4, 2, 1):
+        threshold = thresholds.at[codes + np.uint8(bit - 1)].get(mode="promise_in_bounds")
+        codes += jnp.where(scaled > threshold, np.uint8(bit), np.uint8(0))
+    return Blockwise8bit(_from_blocks(codes, values.shape), absmax)
 
 
 def dequantize_moment(moment: Blockwise8bit, *, signed: bool) -> Float[Array, "*shape"]:
     """Return the float32 values that `quantize_moment` stored."""
-    codes: UInt8[Array, "*shape"] = moment.codes
-    scales = jnp.repeat(moment.absmax, BLOCK_SIZE, total_repeat_length=moment.absmax.size * BLOCK_SIZE)
-    return jnp.asarray(dynamic_map(signed))[codes] * scales[: codes.size].reshape(codes.shape)
+    values = jnp.asarray(dynamic_map(signed))[_to_blocks(moment.codes)] * moment.absmax[:, None]
+    return _from_blocks(values, moment.codes.shape)
+
+
+def _to_blocks(array: Shaped[Array, "*shape"]) -> Shaped[Array, "blocks 256"]:
+    """Cut the flattened array into blocks, the last filled up with zeros."""
+    return jnp.pad(array.reshape(-1), (0, -array.size % BLOCK_SIZE)).reshape(-1, BLOCK_SIZE)
+
+
+def _from_blocks(blocks: Shaped[Array, "blocks 256"], shape: tuple[int, ...]) -> Shaped[Array, "*shape"]:
+    return blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def _zero_moment(parameter: Any) -> Any:
@@ -103,7 +114,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     """Adam's rescaling (`optax.scale_by_adam`) with both moments kept in 8 bits.
 
     As bitsandbytes' block-wise kernels: the step is taken with the new moments before they are stored, and `eps` is
-    added to the bias-corrected root. Matrices of fewer than 4096 entries keep float32 moments.
+    added to the bias-corrected root. Matrices of fewer than 4096 entries keep float32 moments. Where a gradient is not
+    finite the update is not either (the CUDA kernel leaves such entries out).
     """
 
     def init(params: Any) -> ScaleByAdam8bitState:

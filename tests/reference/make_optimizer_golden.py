@@ -77,7 +77,8 @@ def record(
         ),
         "sgd": lambda p, decay: torch.optim.SGD([p], lr=1.0, weight_decay=decay),
     }
-    arrays = {}
+    maps = {"signed": True, "unsigned": False}
+    arrays = {f"map/{key}": bitsandbytes.functional.create_dynamic_map(signed).numpy() for key, signed in maps.items()}
     for name in optimizers:
         for shape in shapes:
             for decay in WEIGHT_DECAYS:
