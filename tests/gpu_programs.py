@@ -14,6 +14,7 @@ from qlora_jax import gpus, models
 from qlora_jax.generation import Sampling, _decode
 from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.models.base import flatten
+from qlora_jax.optimizers.transformations import transformation
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
@@ -110,3 +111,17 @@ def decoding(chip_name: str, model: str, kernel: str, rows: int, seq: int) -> di
 def compiled(chip_name: str, programs: list[list[Any]]) -> list[dict[str, Any]]:
     """Results of several programs for one chip: a process compiles kernels for one architecture only."""
     return [globals()[name](chip_name, *arguments) for name, *arguments in programs]
+
+
+def optimizer_update(chip_name: str, name: str, *shape: int) -> dict[str, Any]:
+    """Compile an optimizer's update of a stack of matrices; return its bytes of temporaries and of state."""
+    chip = gpus.chip_named(chip_name)
+    tx = transformation(name, 1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+    stack = jax.ShapeDtypeStruct(shape, jnp.float32)
+    state = jax.eval_shape(jax.vmap(tx.init), stack)
+    arguments = [_placed(tree, gpus.mesh(chip)) for tree in (stack, state, stack)]
+    compiled = gpus.compile_for(chip, jax.vmap(tx.update), *arguments)
+    return {
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+    }

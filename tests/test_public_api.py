@@ -27,6 +27,7 @@ FLOORS = (
     ("checkpoints",),
     ("data",),
     ("generation",),
+    ("optimizers",),
     ("training",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
