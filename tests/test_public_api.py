@@ -24,8 +24,9 @@ FLOORS = (
     ("layers", "rotary"),
     ("models",),
     ("checkpoints",),
-    ("data", "optimizers"),
+    ("data",),
     ("generation",),
+    ("optimizers",),
     ("training",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -26,8 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 # A chunk's size: large enough for a PCIe link's full rate, small beside any GPU.
 CHUNK_BYTES = 16 * 2**20
-# A state has at least about this many chunks, so that those in flight are under 5 % of it.
-_CHUNKS = 64
+# A state has at least about this many chunks, so that those in flight, and the temporaries of an update (those of the
+# 8-bit optimizers come to two chunks), are under 5 % of it.
+_CHUNKS = 128
 # Chunks on the device at a time while host chunks are updated: one arriving, one in work, one leaving.
 _IN_FLIGHT = 3
 
@@ -107,7 +108,7 @@ class PagedOptimizer:
         dtype: of the working copy that the model reads. If not float32, float32 masters are part of the state.
         placement: `device`; `host`: every chunk, always; `auto`: chunks stay on the device while there is room.
         limit: bytes of device memory; None for no limit (then `auto` is `device`).
-        chunk_bytes: no chunk is larger, unless one layer is. Nor is it larger than a 64th of the state, so that what
+        chunk_bytes: no chunk is larger, unless one layer is. Nor is it larger than a 128th of the state, so that what
             passes through the device in an update is below 5 % of it.
     """
 
