@@ -280,7 +280,7 @@ class PagedOptimizer:
         if self.dtype == jnp.float32:
             return lora
         return jax.tree.unflatten(
-            self._structure, [np.concatenate([one.master for one in of_leaf]) for of_leaf in self._by_leaf(state)]
+            self._structure, [_concatenated(*(one.master for one in of_leaf)) for of_leaf in self._by_leaf(state)]
         )
 
     def gather(self, state: Sequence[ChunkState]) -> list[Any]:
@@ -288,10 +288,7 @@ class PagedOptimizer:
 
         It depends neither on where chunks lie nor on how large they are.
         """
-        return [
-            jax.tree.map(lambda *parts: np.concatenate(parts), *(one.optimizer for one in of_leaf))
-            for of_leaf in self._by_leaf(state)
-        ]
+        return [jax.tree.map(_concatenated, *(one.optimizer for one in of_leaf)) for of_leaf in self._by_leaf(state)]
 
     def abstract(self) -> tuple[Any, list[Any]]:
         """Shapes and dtypes of what `masters` and `gather` return."""
@@ -362,6 +359,12 @@ class PagedOptimizer:
         )
         leaf = jax.lax.dynamic_update_slice_in_dim(leaf, new.astype(leaf.dtype), start, 0)
         return leaf, ChunkState(None if state.master is None else new, optimizer)
+
+
+def _concatenated(*parts: Array) -> np.ndarray:
+    # What NumPy copies stays with the array it was asked of; asked of the state it would be a second one on the host.
+    copies = (jax.device_put(part, part.sharding.with_memory_kind("device"), may_alias=False) for part in parts)
+    return np.concatenate([np.asarray(copy) for copy in copies])
 
 
 def _nbytes(tree: Any) -> int:
