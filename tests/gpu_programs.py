@@ -14,11 +14,11 @@ from qlora_jax import gpus, models
 from qlora_jax.generation import Sampling, _decode
 from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.models.base import flatten
-from qlora_jax.optimizers.transformations import transformation
+from qlora_jax.optimizers import PagedOptimizer, transformation
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
-from qlora_jax.training.step import TrainState, make_train_step
+from qlora_jax.training.step import make_gradient_step
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
 MODELS = {
@@ -41,6 +41,7 @@ MODELS = {
         "num_attention_heads": 32,
     },
 }
+MODELS["wide"] = MODELS["llama-7b"] | {"vocab_size": 1000, "num_hidden_layers": 2}
 # What makes an array in optimised HLO without writing it anywhere.
 _NAMES = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
 
@@ -82,17 +83,36 @@ def _weights_in(compiled: jax.stages.Compiled, frozen: nnx.State) -> dict[str, A
 
 
 def training_step(chip_name: str, model: str, kernel: str, rows: int, seq: int, n_devices: int = 1) -> dict[str, Any]:
-    """Compile the whole training step, on `rows` rows a GPU; return `_weights_in`."""
+    """Compile the gradients of a training step, on `rows` rows a GPU; return `_weights_in`."""
+    compiled, frozen = _gradients(chip_name, model, kernel, (1, rows * n_devices, seq), n_devices)
+    return _weights_in(compiled, frozen)
+
+
+def _gradients(
+    chip_name: str, model: str, kernel: str, shape: tuple[int, int, int], n_devices: int = 1
+) -> tuple[jax.stages.Compiled, nnx.State]:
+    """The gradient program of a step on a batch [A, B, S], and the frozen state it takes."""
     chip = gpus.chip_named(chip_name)
     graphdef, lora, frozen = _abstract(model, kernel)
-    optimizer = make_optimizer(TrainConfig(), 1000)
-    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), lora)
     mesh = gpus.mesh(chip, n_devices)
+    working = make_optimizer(TrainConfig(), 1000, lora, dtype=jnp.bfloat16).abstract_lora()
     names = ("input_ids", "labels", "positions", "segment_ids")
-    batch = {name: jax.ShapeDtypeStruct((1, rows * n_devices, seq), jnp.int32) for name in names}
-    step = make_train_step(graphdef, optimizer, remat="full", mesh=mesh)
-    arguments = (_placed(state, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"))
-    return _weights_in(gpus.compile_for(chip, step, *arguments, n_devices=n_devices), frozen)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    step = make_gradient_step(graphdef, remat="full", max_grad_norm=0.3, mesh=mesh)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = (
+        _placed(working, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"), _placed(count, mesh)
+    )  # fmt: skip
+    return gpus.compile_for(chip, step, *arguments, n_devices=n_devices), frozen
+
+
+def gradient_bytes(chip_name: str, model: str, micro_batches: list[int]) -> dict[str, Any]:
+    """Temporaries of gradient programs with so many micro-batches of one row of 128 tokens, and what they return."""
+    programs = [_gradients(chip_name, model, "xla", (count, 1, 128))[0].memory_analysis() for count in micro_batches]
+    return {
+        "temporary_bytes": [memory.temp_size_in_bytes for memory in programs],
+        "output_bytes": [memory.output_size_in_bytes for memory in programs],
+    }
 
 
 def decoding(chip_name: str, model: str, kernel: str, rows: int, seq: int) -> dict[str, Any]:
@@ -125,3 +145,24 @@ def optimizer_update(chip_name: str, name: str, *shape: int) -> dict[str, Any]:
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
     }
+
+
+def paged_update(chip_name: str, name: str) -> dict[str, Any]:
+    """Compile what the paged optimizer runs for a 7B model's adapters with bfloat16 working copies."""
+    chip = gpus.chip_named(chip_name)
+    _, lora, _ = _abstract("llama-7b", "xla")
+    rule = transformation(name, 1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+    optimizer = PagedOptimizer(rule, lora, dtype=jnp.bfloat16)
+    programs = {}
+    for chunk in optimizer.chunks:
+        leaf, *others = optimizer.abstract_update(chunk)
+        if (leaf.shape, chunk.layers) not in programs:
+            arguments = _placed((leaf, *others), gpus.mesh(chip))
+            memory = gpus.compile_for(chip, optimizer.update_program, *arguments, layers=chunk.layers).memory_analysis()
+            programs[leaf.shape, chunk.layers] = {
+                "chunk_bytes": chunk.nbytes,
+                "leaf_bytes": leaf.size * leaf.dtype.itemsize,
+                "alias_bytes": memory.alias_size_in_bytes,
+                "temporary_bytes": memory.temp_size_in_bytes,
+            }
+    return {"state_bytes": optimizer.state_bytes, "programs": list(programs.values())}

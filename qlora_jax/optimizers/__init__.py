@@ -1,1 +1,16 @@
-"""Optimizers: what they do to one adapter matrix, and where their state lives."""
+"""Optimizers: what they do to one adapter matrix, and where its state lives, in chunks of layers."""
+
+from qlora_jax.optimizers.paged import CHUNK_BYTES, Chunk, PagedOptimizer, Traffic, device_limit
+from qlora_jax.optimizers.transformations import OPTIMIZERS, Optimizer, find_optimizer, transformation
+
+__all__ = [
+    "CHUNK_BYTES",
+    "OPTIMIZERS",
+    "Chunk",
+    "Optimizer",
+    "PagedOptimizer",
+    "Traffic",
+    "device_limit",
+    "find_optimizer",
+    "transformation",
+]

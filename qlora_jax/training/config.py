@@ -73,7 +73,20 @@ class TrainConfig:
     group_by_length: bool = flag(True, "Batch rows of similar length together (without --packing).", group="data")
 
     do_train: bool = flag(True, "Train; False evaluates and answers the prompts only.", group="training")
-    optim: str = flag("adamw_32bit", "Optimizer: adamw_32bit.", group="training")
+    optim: Literal[
+        "paged_adamw_32bit", "adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "paged_lion_8bit", "lion_8bit",
+        "adafactor", "sgd",
+    ] = flag(
+        "paged_adamw_32bit",
+        "Optimizer; a paged one keeps its state on the device while it fits and on the host otherwise.",
+        group="training",
+    )  # fmt: skip
+    optim_placement: Literal["device", "host", "auto"] | None = flag(
+        None,
+        "Where the optimizer's state lives: on the device, on the host, or on the host as far as the device is full; "
+        "by default auto for paged optimizers, device for others.",
+        group="training",
+    )
     per_device_train_batch_size: int = flag(1, "Sequences in a forward pass on each device.", group="training")
     gradient_accumulation_steps: int = flag(16, "Forward passes in an optimizer step.", group="training")
     max_steps: int = flag(10000, "Optimizer steps; ignored if num_train_epochs is given.", group="training")
@@ -87,8 +100,8 @@ class TrainConfig:
     warmup_ratio: float = flag(0.03, "Share of the steps over which the learning rate rises from 0.", group="training")
     warmup_steps: int | None = flag(None, "Warm-up in steps, instead of warmup_ratio.", group="training")
     weight_decay: float = flag(0.0, "Decoupled weight decay.", group="training")
-    adam_beta1: float = flag(0.9, "First-moment decay of AdamW.", group="training")
-    adam_beta2: float = flag(0.999, "Second-moment decay of AdamW.", group="training")
+    adam_beta1: float = flag(0.9, "First-moment decay of AdamW and Lion.", group="training")
+    adam_beta2: float = flag(0.999, "Second-moment decay of AdamW and Lion.", group="training")
     adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", group="training")
     max_grad_norm: float = flag(0.3, "Clip the gradient to this global norm (0: no clipping).", group="training")
     gradient_checkpointing: bool = flag(
@@ -131,10 +144,6 @@ class TrainConfig:
         """Reject values that no run could use; UserError names the flag."""
         if self.bits not in (4, 8, 16):
             raise UserError(f"--bits {self.bits}: choose 4, 8 or 16.")
-        if self.optim != "adamw_32bit":
-            raise UserError(
-                f"--optim {self.optim}: this release has adamw_32bit only; paged and 8-bit optimizers come later."
-            )
         if self.block_size < 32 or self.block_size > 4096 or self.block_size & (self.block_size - 1):
             raise UserError(f"--block_size {self.block_size}: choose a power of two from 32 to 4096.")
         positive = (
