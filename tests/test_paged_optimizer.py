@@ -1,7 +1,6 @@
 """The paged optimizer: where state lies changes no bit of training, and never more of it is on the device than said."""
 
 import dataclasses
-import math
 import typing
 
 import jax
@@ -255,7 +254,8 @@ def test_gradients_of_micro_batches_add_up_in_one_buffer():
     tree, other = result["output_bytes"]
     elements = 2 * 24 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert tree == other >= 4 * elements
-    assert math.isclose(one, four, abs_tol=tree / 100)
+    # What is scheduled beside what differs a little; a second tree would be one more.
+    assert abs(four - one) < tree / 2
 
 
 @needs_plugin
