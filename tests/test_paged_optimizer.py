@@ -149,6 +149,8 @@ def test_what_stays_on_the_device(placement, limit, needed, resident):
     assert len(optimizer.chunks) == 32
     assert {chunk.nbytes for chunk in optimizer.chunks} == {nbytes}
     assert optimizer.resident_chunks(needed * nbytes) == resident
+    # A program of unknown needs gets all that can be given.
+    assert optimizer.resident_chunks(math.inf) == (32 if placement == "device" or (limit is None and resident) else 0)
     # Less room is never more chunks.
     counts = [optimizer.resident_chunks(needed * nbytes // 2) for needed in range(250)]
     assert counts == sorted(counts, reverse=True)

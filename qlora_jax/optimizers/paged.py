@@ -145,16 +145,17 @@ class PagedOptimizer:
 
     @property
     def paging_bytes(self) -> int:
-        """Device bytes that passing chunks need during an update; none if all chunks are on the device."""
+        """Device bytes that passing chunks take during an update, where any pass."""
         return _IN_FLIGHT * max(chunk.nbytes for chunk in self.chunks)
 
-    def resident_chunks(self, needed_bytes: int) -> int:
+    def resident_chunks(self, needed_bytes: int | float) -> int:
         """How many chunks, from the first, may lie on the device beside a program that needs `needed_bytes` there.
 
-        All if the whole state fits; else as many as fit together with the buffers that the rest passes through.
-        `evict` makes room before the program runs. A chunk comes back in the update of the first step that has room for
-        it, which brings it to the device anyway. So paging in and out can never cost more bytes than leaving a chunk on
-        the host, however batches alternate.
+        `needed_bytes` may be infinite, for a program whose needs are not known. All if the whole state fits; else as
+        many as fit together with the buffers that the rest passes through. `evict` makes room before the program runs.
+        A chunk comes back in the update of the first step that has room for it, which brings it to the device anyway:
+        however batches alternate, training with eviction and return moves no more bytes than leaving the chunk on the
+        host would.
         """
         if self.placement == "host":
             return 0

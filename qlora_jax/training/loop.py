@@ -399,6 +399,7 @@ class Trainer:
         self._drain()
         if not self.datasets.evaluation or step in self.log.evaluated:
             return None
+        self._make_room()
         sharding = NamedSharding(self.mesh, PartitionSpec("data"))
         total, count = 0.0, 0
         for batch in self.datasets.evaluation:
@@ -414,6 +415,13 @@ class Trainer:
         # Evaluation is no training time.
         self._since = (self.watch.seconds, self.tokens)
         return loss
+
+    def _make_room(self) -> None:
+        """Give evaluation and generation all the memory that paging can: what they need is not known ahead."""
+        resident = self.optimizer.resident_chunks(math.inf)
+        opt_state, traffic = self.optimizer.evict(self.state.opt_state, resident)
+        self.state = dataclasses.replace(self.state, opt_state=opt_state)
+        self._traffic += traffic
 
     def save(self, step: int) -> Path:
         """Save a checkpoint: adapters, optimizer, data position, counters, and the adapter in PEFT's format."""
@@ -445,6 +453,7 @@ class Trainer:
         """The model's answers with the present adapters."""
         if not prompts:
             return []
+        self._make_room()
         tokenizer, config = self.tokenizer, self.config
         encoded = [
             data.encode_prompt(prompt, tokenizer=tokenizer, dataset_format=self.datasets.dataset_format).tolist()
