@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import os
 
 import pytest
 
-from qlora_jax.cli import parse_flags, run
+from qlora_jax.cli import let_jax_fill_the_gpu, parse_flags, run
+from qlora_jax.defaults import CONTEXT_BYTES
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import DEMO, UNAVAILABLE, TrainConfig
 
@@ -100,3 +102,25 @@ def test_a_full_disk_is_one_line(capsys):
         run(main)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: metrics.jsonl cannot be written: No space left on device; free space.\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "fraction"),
+    [("24564", 0.969), ("81559\n24564", 0.969), ("8192", 0.927), ("[N/A]", None), ("", None)],
+)
+def test_jax_takes_the_gpu_but_for_the_allowance(answer, fraction, tmp_path, monkeypatch):
+    """Of the smallest GPU: the planner counts on the rest being there."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # so that what it was comes back
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    let_jax_fill_the_gpu()
+    assert os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == (fraction and str(fraction))
+    if fraction:
+        left = (1 - fraction) * min(map(int, answer.split())) * 2**20
+        assert abs(left - CONTEXT_BYTES - 0.01 * min(map(int, answer.split())) * 2**20) < 2**26
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    let_jax_fill_the_gpu()
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
