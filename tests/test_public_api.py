@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
-    ("defaults", "errors"),
+    ("defaults", "errors", "formatting"),
     ("cli", "gpus", "quantization"),
     ("kernels",),
     ("layers", "rotary"),
     ("models",),
     ("checkpoints",),
     ("data",),
-    ("generation",),
+    ("generation", "memory"),
     ("training",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

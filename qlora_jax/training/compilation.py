@@ -1,0 +1,248 @@
+"""The programs of a training step compiled for a GPU that need not be there, in a process of its own.
+
+A compiler that aborts takes its process with it, and a process compiles Pallas kernels for one architecture only:
+`Compiler` keeps a child that compiles one request after another, `measure` is what the child does.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qlora_jax import gpus, models
+from qlora_jax.errors import UserError
+from qlora_jax.memory import Phase, Program, Work, base_bytes, count_products, tree_bytes, visible_fraction
+from qlora_jax.training import assembly, losses
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import TrainState
+
+_LINEARS = frozenset(("base_packed", "scales", "unquantised_linear"))
+
+
+class CompilationFailed(UserError):
+    """The compiler could not take a step, or ended its process over it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What compiling a training step for a GPU has shown.
+
+    Attributes:
+        phases: the programs of a step and what lies on the device while each runs.
+        host: class -> bytes of pinned host memory.
+        work: what a step must do at least.
+        flash: attention is cuDNN's, which keeps no scores.
+        cudnn: cuDNN is installed, without which it cannot be.
+    """
+
+    phases: tuple[Phase, ...]
+    host: Mapping[str, int]
+    work: Work
+    flash: bool
+    cudnn: bool
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Measurement":
+        """What `dataclasses.asdict` made of one."""
+        phases = tuple(map(Phase.from_json, value["phases"]))
+        return cls(phases, value["host"], Work(**value["work"]), value["flash"], value["cudnn"])
+
+
+def measure(config: TrainConfig, model_config: Mapping[str, Any], chip: gpus.Chip, length: int) -> Measurement:
+    """Compile the training step of the flags for one GPU, in this process.
+
+    Args:
+        config: the flags; the micro-batch, the accumulation and all that shapes the step.
+        model_config: contents of the model's config.json.
+        chip: the GPU.
+        length: tokens of a sequence.
+
+    Raises:
+        UserError: flags or a model that no run could use, or no compiler for GPUs, see `gpus.compile_for`.
+    """
+    dtype = assembly.compute_dtype(config, "gpu")
+    lora_config, _ = assembly.adapters(config, model_config)
+    graphdef, lora, frozen = assembly.declare_model(config, model_config, lora_config, dtype)
+    mesh = gpus.mesh(chip)
+    optimizer, step = assembly.make_step(config, graphdef, config.max_steps, mesh)
+    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), lora)
+    shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size, length)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in assembly.BATCH_ARRAYS}
+    arguments = (_placed(state, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"))
+    compiled = gpus.compile_for(chip, step, *arguments)
+
+    program = Program.of("training step", compiled, arguments)
+    resident = {
+        **base_bytes(frozen),
+        "adapters": tree_bytes(state.lora),
+        "optimizer_device": tree_bytes(state.opt_state),
+        "batch": tree_bytes((batch, state.step)),
+    }
+    return Measurement(
+        phases=(Phase(program, resident),),
+        host={"offloaded_activations": program.host_temporaries},
+        work=_work(config, model_config, shape, resident, program.host_temporaries),
+        flash="__cudnn$fmha" in (compiled.as_text() or ""),
+        cudnn=importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn") is not None,
+    )
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh, *spec: str | None) -> Any:
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _work(
+    config: TrainConfig,
+    model_config: Mapping[str, Any],
+    shape: tuple[int, int, int],
+    resident: Mapping[str, int],
+    offloaded: int,
+) -> Work:
+    """The least a step can do: its products counted in the XLA form, every byte it needs moved once a pass.
+
+    A token is taken to be trained on, an attention score to be computed if causality and the sliding window show it.
+    """
+    portable = dataclasses.replace(config, kernel="xla")
+    lora_config, _ = assembly.adapters(portable, model_config)
+    dtype = assembly.compute_dtype(config, "gpu")
+    graphdef, lora, frozen = assembly.declare_model(portable, model_config, lora_config, dtype)
+    optimizer, step = assembly.make_step(portable, graphdef, config.max_steps, None)
+    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), lora)
+    # Micro-batches are alike: one is traced.
+    accumulated, *one = shape
+    batch = {name: jax.ShapeDtypeStruct((1, *one), jnp.int32) for name in assembly.BATCH_ARRAYS}
+    rows = math.prod(one)
+    # The only loop without a stated number of iterations: chunks of trained tokens.
+    products = count_products(step.trace(state, frozen, batch).jaxpr, trips=rows / min(losses.CHUNK, rows))
+    visible = visible_fraction(shape[2], models.model_config(model_config).sliding_window)
+    flops = products.plain + visible * products.batched
+
+    weights = sum(count for name, count in resident.items() if name in _LINEARS)
+    passes = 3 if config.gradient_checkpointing else 2
+    head = resident.get("unquantised_head", resident["unquantised_embedding"])
+    once = accumulated * (passes * (weights + resident["adapters"]) + head)
+    return Work(
+        tokens=math.prod(shape),
+        flops=accumulated * flops,
+        device_bytes=once + 2 * resident["optimizer_device"] + resident["adapters"],
+        host_bytes=accumulated * offloaded,
+    )
+
+
+class Compiler:
+    """A child process that compiles training steps for one GPU; a context manager.
+
+    The child is started by the first request, and again after one it did not survive.
+    """
+
+    def __init__(self, chip: gpus.Chip):
+        self.chip = chip
+        self._child: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+    def __enter__(self) -> "Compiler":
+        """Nothing is started yet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        self._errors.close()
+
+    def __call__(self, config: TrainConfig, model_config: Mapping[str, Any], length: int) -> Measurement:
+        """What `measure` returns for this GPU.
+
+        Raises:
+            UserError: what it raises; CompilationFailed if the compiler refused the program or ended its process.
+        """
+        child = self._started()
+        request = {"config": dataclasses.asdict(config), "model": model_config, "gpu": self.chip.name, "length": length}
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(json.dumps(request) + "\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise CompilationFailed(
+                f"the compiler ended its process ({self._cause(child)}) over the step of {length} tokens for "
+                f"{self.chip.name}; try another --kernel, or report this."
+            )
+        value = json.loads(answer)
+        if "failed" in value:
+            raise CompilationFailed(
+                f"the step of {length} tokens does not compile for {self.chip.name}: {value['failed']}"
+            )
+        if "error" in value:
+            raise UserError(value["error"])
+        return Measurement.from_json(value)
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._child is None or self._child.poll() is not None:
+            # On the CPU, so that a GPU that is here is left alone. A cached executable has no memory analysis.
+            environment = {
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_ENABLE_COMPILATION_CACHE": "false",
+                "TF_CPP_MIN_LOG_LEVEL": "2",
+            }
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", __name__],  # -P: a checkout in the working directory is no package
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                env=environment,
+            )
+        return self._child
+
+    def _cause(self, child: subprocess.Popen[str]) -> str:
+        code = child.wait()
+        ended = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        # What LLVM and XLA say last is usually a stack; what they died of is marked.
+        told = [line for line in lines if "LLVM ERROR" in line or "Check fail" in line] or lines
+        return ": ".join([ended, *told[-1:]])[:400]
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        config = TrainConfig(**request["config"])
+        measured = measure(config, request["model"], gpus.chip_named(request["gpu"]), request["length"])
+    except UserError as error:
+        return {"error": str(error)}
+    except (RuntimeError, ValueError, OverflowError, NotImplementedError) as error:
+        return {"failed": (str(error).splitlines() or [""])[0][:400] or type(error).__name__}
+    return dataclasses.asdict(measured)
+
+
+def _serve() -> None:
+    """Answer requests, one JSON object a line, until standard input ends."""
+    # Whatever else is printed here must not come between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
