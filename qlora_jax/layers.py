@@ -31,7 +31,37 @@ class Frozen(nnx.Variable):
 
 
 class LoRAParam(nnx.Variable):
-    """A trainable adapter matrix, float32. The only variable type gradients and the optimizer see."""
+    """A trainable adapter matrix. The only variable type gradients and the optimizer see.
+
+    Declared float32, which is what is saved. While it trains its value may be a 16-bit working copy of that, or a
+    `GradientSlot` around either.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradientSlot:
+    """An adapter matrix with a place for its float32 gradient, whatever its own dtype.
+
+    JAX gives a gradient the dtype of what it is taken with respect to; with respect to a 16-bit working copy, every
+    sum over micro-batches would be rounded to 16 bits. Differentiate with respect to `slot` instead.
+
+    Attributes:
+        matrix: [*stack, rows, columns], any floating dtype.
+        slot: float32 of that shape; its gradient is the matrix's. Its values are never read.
+    """
+
+    matrix: Any
+    slot: Any
+
+
+@jax.custom_vjp
+def _read(matrix: Array, slot: Array) -> Array:
+    """`matrix` in float32; its cotangent goes to `slot`."""
+    return matrix.astype(slot.dtype)
+
+
+_read.defvjp(lambda matrix, slot: (_read(matrix, slot), None), lambda _, cotangent: (None, cotangent))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +147,16 @@ def _low_rank_backward(scaling: float, residuals: tuple[Array, ...], dy: Array) 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
+def _adapter(param: LoRAParam) -> Array:
+    value = param.get_value()
+    return _read(value.matrix, value.slot) if isinstance(value, GradientSlot) else value
+
+
 class QLoRALinear(nnx.Module):
     """y = x W^T + b + (alpha / R) dropout(x) A^T B^T, with W frozen and usually 4-bit (QLoRA equation 5).
 
     Shapes (with `stack` the leading layer axis, removed by `lax.scan` before the call): weight [*stack, out, in] as in
-    torch, lora_a [*stack, R, in], lora_b [*stack, out, R]. Adapters are float32 and are computed in x's dtype.
+    torch, lora_a [*stack, R, in], lora_b [*stack, out, R]. Adapters are computed in x's dtype.
     """
 
     def __init__(
@@ -174,7 +209,7 @@ class QLoRALinear(nnx.Module):
             if self.dropout > 0 and dropout_key is not None:
                 keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-            y = y + low_rank(self.scaling, x, self.lora_a.get_value(), self.lora_b.get_value())
+            y = y + low_rank(self.scaling, x, _adapter(self.lora_a), _adapter(self.lora_b))
         return checkpoint_name(y, SAVED)
 
 

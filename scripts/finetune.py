@@ -109,7 +109,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{config.model_name_or_path} on {planned.plan.chip.title}: {rows} x {planned.length:,} tokens at once")
         print(describe_run(planned))
         if advice is not None:
-            print(advice)
+            length = "sequence_length" if config.packing else "source_max_len plus --target_max_len"
+            print(advice.sentence({"seq": length}))
         return 0
     result = finetune(config)
     if result.interrupted:

@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         if longest is not None:
             print(planning.describe_longest(longest))
         if advice is not None:
-            print(advice)
+            print(advice.sentence({"per_device_train_batch_size": "batch"}))
         return 0
 
     def attempt(name: str) -> tuple[Any, Any, Any] | str:

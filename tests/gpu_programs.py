@@ -17,29 +17,9 @@ from qlora_jax.models.base import flatten
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
-from qlora_jax.training.step import TrainState, make_train_step
+from qlora_jax.training.step import make_gradient_step
 
-_LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
-MODELS = {
-    "smollm2": {
-        **_LLAMA,
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "llama-7b": {
-        **_LLAMA,
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-}
+MODELS = {"smollm2": models.PRESETS["smollm2-135m"], "llama-7b": models.PRESETS["llama-7b"]}
 # What makes an array in optimised HLO without writing it anywhere.
 _NAMES = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
 
@@ -81,17 +61,36 @@ def _weights_in(compiled: jax.stages.Compiled, frozen: nnx.State) -> dict[str, A
 
 
 def training_step(chip_name: str, model: str, kernel: str, rows: int, seq: int, n_devices: int = 1) -> dict[str, Any]:
-    """Compile the whole training step, on `rows` rows a GPU; return `_weights_in`."""
+    """Compile the gradients of a training step, on `rows` rows a GPU; return `_weights_in`."""
+    compiled, frozen = _gradients(chip_name, model, kernel, (1, rows * n_devices, seq), n_devices)
+    return _weights_in(compiled, frozen)
+
+
+def _gradients(
+    chip_name: str, model: str, kernel: str, shape: tuple[int, int, int], n_devices: int = 1
+) -> tuple[jax.stages.Compiled, nnx.State]:
+    """The gradient program of a step on a batch [A, B, S], and the frozen state it takes."""
     chip = gpus.chip_named(chip_name)
     graphdef, lora, frozen = _abstract(model, kernel)
-    optimizer = make_optimizer(TrainConfig(), 1000)
-    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), lora)
     mesh = gpus.mesh(chip, n_devices)
+    working = make_optimizer(TrainConfig(), 1000, lora, dtype=jnp.bfloat16).abstract_lora()
     names = ("input_ids", "labels", "positions", "segment_ids")
-    batch = {name: jax.ShapeDtypeStruct((1, rows * n_devices, seq), jnp.int32) for name in names}
-    step = make_train_step(graphdef, optimizer, remat=True, mesh=mesh)
-    arguments = (_placed(state, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"))
-    return _weights_in(gpus.compile_for(chip, step, *arguments, n_devices=n_devices), frozen)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    step = make_gradient_step(graphdef, remat=True, max_grad_norm=0.3, mesh=mesh)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = (
+        _placed(working, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"), _placed(count, mesh)
+    )  # fmt: skip
+    return gpus.compile_for(chip, step, *arguments, n_devices=n_devices), frozen
+
+
+def gradient_bytes(chip_name: str, model: str, micro_batches: list[int]) -> dict[str, Any]:
+    """Temporaries of gradient programs with so many micro-batches of one row of 128 tokens, and what they return."""
+    programs = [_gradients(chip_name, model, "xla", (count, 1, 128))[0].memory_analysis() for count in micro_batches]
+    return {
+        "temporary_bytes": [memory.temp_size_in_bytes for memory in programs],
+        "output_bytes": [memory.output_size_in_bytes for memory in programs],
+    }
 
 
 def decoding(chip_name: str, model: str, kernel: str, rows: int, seq: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def test_defaults_are_the_reference_programs():
         (["--max-steps=7"], "max_steps", 7),
         (["--bf16"], "bf16", True),
         (["--eval_dataset_size", "3"], "eval_dataset_size", 3),
+        (["--optim_placement", "host"], "optim_placement", "host"),
     ],
 )
 def test_values(argv, field, value):
@@ -61,7 +62,7 @@ def test_values(argv, field, value):
         (["--eval_dataset", "x", "--do_eval", "False"], "--eval_dataset is not read with --do_eval False"),
         (["--bits", "3"], "--bits 3: choose 4, 8 or 16."),
         (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
-        (["--optim", "paged_adamw_32bit"], "--optim paged_adamw_32bit: this release has adamw_32bit only"),
+        (["--optim", "adamw_torch"], "--optim"),
         (["--max_steps", "0"], "--max_steps 0: must be at least 1."),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: must be at least 0 and below 1."),
         (["--learning_rate", "nan"], "--learning_rate nan: must be positive."),

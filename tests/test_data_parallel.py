@@ -1,5 +1,6 @@
 """Training on two devices, here of a CPU, is training on one."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from gpu_child import call
 
 
-def losses_and_adapters(devices: int, dropout: float) -> list[Any]:
+def losses_and_adapters(devices: int, dropout: float, placement: str = "device") -> list[Any]:
     """Three steps over four rows; the losses and every adapter's elements."""
     import tiny
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -22,10 +23,11 @@ def losses_and_adapters(devices: int, dropout: float) -> list[Any]:
     assert jax.device_count() == 2
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     graphdef, lora, frozen = tiny.build(quantization=QuantizationConfig(), dropout=dropout)
-    optimizer = make_optimizer(TrainConfig(learning_rate=1e-2), 10)
-    step = make_train_step(graphdef, optimizer, dropout=dropout > 0, mesh=mesh)
+    optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, optim_placement=placement), 10, lora)
+    step = make_train_step(graphdef, optimizer, dropout=dropout > 0, max_grad_norm=0.3, mesh=mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    state = jax.device_put(TrainState.create(adapters_with_b(lora), optimizer), whole)
+    state = TrainState.create(jax.device_put(adapters_with_b(lora), whole), optimizer)
+    state = dataclasses.replace(state, step=jax.device_put(state.step, whole))
     frozen = jax.device_put(frozen, whole)
     labels = np.array(ids := random_ids(1, 4, 16))
     labels[:, 0, 5:] = -100  # devices train different numbers of tokens
@@ -48,6 +50,10 @@ def test_two_devices_train_as_one(run):
     np.testing.assert_allclose(losses, losses_of_one, rtol=1e-5)
     for ours, theirs in zip(adapters, adapters_of_one, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+def test_two_devices_page_their_state(run):
+    assert run(2, 0.0, "host") == run(2, 0.0)
 
 
 def test_dropout_on_two_devices(run):

@@ -20,9 +20,9 @@ def losses_on(device: jax.Device, dtype: str, remat: bool) -> list[float]:
     """Losses of four training steps of a tiny quantised model on one device."""
     with jax.default_device(device), jax.default_matmul_precision("float32"):
         graphdef, lora, frozen = tiny.build(quantization=QuantizationConfig(), dtype=dtype)
-        optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, warmup_ratio=0.0), 4)
+        optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, warmup_ratio=0.0), 4, lora, dtype=dtype)
         state = TrainState.create(adapters_with_b(lora), optimizer)
-        step = make_train_step(graphdef, optimizer, remat=remat)
+        step = make_train_step(graphdef, optimizer, remat=remat, max_grad_norm=0.3)
         batch = batch_of(random_ids(1, 2, 64))
         losses = []
         for _ in range(4):

@@ -24,7 +24,7 @@ FLOORS = (
     ("layers", "rotary"),
     ("models",),
     ("checkpoints",),
-    ("data",),
+    ("data", "optimizers"),
     ("generation", "memory"),
     ("training",),
 )

@@ -13,6 +13,7 @@ from flax import nnx
 from qlora_jax import models
 from qlora_jax.data import IGNORED
 from qlora_jax.layers import low_rank
+from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.losses import next_token_loss
@@ -101,14 +102,14 @@ def quantized():
 def test_training_changes_adapters_and_not_one_bit_of_the_base(quant_type):
     graphdef, lora, frozen = tiny.build(quantization=QuantizationConfig(quant_type), dropout=0.1)
     before = [np.array(leaf) for leaf in jax.tree.leaves(frozen)]
-    optimizer = make_optimizer(TrainConfig(learning_rate=1e-2), 8)
+    optimizer = make_optimizer(TrainConfig(learning_rate=1e-2), 8, lora)
     state = TrainState.create(lora, optimizer)
     # The optimizer holds two moments for every adapter leaf and nothing for the base.
     adapter_elements = sum(leaf.size for leaf in jax.tree.leaves(lora))
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    moments = [leaf for leaf in jax.tree.leaves(optimizer.gather(state.opt_state)) if leaf.ndim > 1]
     assert sum(leaf.size for leaf in moments) == 2 * adapter_elements
     assert {leaf.shape for leaf in moments} == {leaf.shape for leaf in jax.tree.leaves(lora)}
-    step = make_train_step(graphdef, optimizer, dropout=True)
+    step = make_train_step(graphdef, optimizer, dropout=True, max_grad_norm=0.3)
     batch = batch_of(random_ids(1, 2, 16))
     losses = []
     for _ in range(8):
@@ -139,7 +140,7 @@ def test_gradient_is_that_of_the_dequantised_model(quantized):
         return plain_loss(hidden, model.head, batch["labels"]) / 46
 
     want = jax.grad(loss)(lora, plain_graphdef, plain_frozen)
-    sgd = optax.sgd(1.0)
+    sgd = PagedOptimizer(optax.sgd(1.0), lora)
     state, _ = make_train_step(graphdef, sgd)(
         TrainState.create(jax.tree.map(jnp.copy, lora), sgd), frozen, jax.tree.map(lambda a: a[None], batch)
     )
@@ -155,7 +156,7 @@ def test_accumulation_equals_one_large_batch(quantized, remat):
     ids = random_ids(4, 16)
     labels = ids.copy()
     labels[0, :13] = IGNORED  # micro-batches with different numbers of trained tokens
-    sgd = optax.sgd(1.0)
+    sgd = PagedOptimizer(optax.sgd(1.0), lora)
     step = make_train_step(graphdef, sgd, remat=remat)
     whole = jax.tree.map(lambda a: a[None], batch_of(ids, labels))
     parts = jax.tree.map(lambda a: a.reshape(4, 1, 16), batch_of(ids, labels))
@@ -170,7 +171,7 @@ def test_evaluation_loss_is_the_training_loss_without_dropout(quantized):
     graphdef, lora, frozen = quantized
     batch = batch_of(random_ids(2, 16))
     total, count = make_eval_step(graphdef)(lora, frozen, batch)
-    sgd = optax.sgd(0.0)
+    sgd = PagedOptimizer(optax.sgd(0.0), lora)
     state = TrainState.create(jax.tree.map(jnp.copy, lora), sgd)
     _, metrics = make_train_step(graphdef, sgd)(state, frozen, jax.tree.map(lambda a: a[None], batch))
     np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
@@ -179,7 +180,7 @@ def test_evaluation_loss_is_the_training_loss_without_dropout(quantized):
 def test_dropout_follows_seed_and_step():
     graphdef, lora, frozen = tiny.build(dropout=0.5)
     lora = adapters_with_b(lora)
-    sgd = optax.sgd(0.0)
+    sgd = PagedOptimizer(optax.sgd(0.0), lora)
     batch = batch_of(random_ids(1, 2, 16))
     steps = {seed: make_train_step(graphdef, sgd, dropout=True, seed=seed) for seed in (0, 1)}
 
@@ -194,7 +195,7 @@ def test_dropout_follows_seed_and_step():
 
 def test_a_step_that_is_not_finite_keeps_the_last_good_state(quantized):
     graphdef, lora, frozen = quantized
-    optimizer = make_optimizer(TrainConfig(), 4)
+    optimizer = make_optimizer(TrainConfig(), 4, lora)
     step = make_train_step(graphdef, optimizer)
     poisoned = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), lora)
     state = TrainState.create(poisoned, optimizer)

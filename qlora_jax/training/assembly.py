@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from qlora_jax import models
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.layers import LoRAConfig, Precision
+from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
-from qlora_jax.training.step import make_train_step
+from qlora_jax.training.step import TrainStep, make_train_step
 
 BATCH_ARRAYS = ("input_ids", "labels", "positions", "segment_ids")
 """int32 arrays of a batch that steps read, under the names of `qlora_jax.data.Batch`."""
@@ -59,10 +59,27 @@ def declare_model(
 
 
 def make_step(
-    config: TrainConfig, graphdef: nnx.GraphDef, total_steps: int, mesh: jax.sharding.Mesh | None
-) -> tuple[optax.GradientTransformation, Any]:
-    """The optimizer and the jitted step of the flags."""
-    optimizer = make_optimizer(config, total_steps)
+    config: TrainConfig,
+    graphdef: nnx.GraphDef,
+    lora: nnx.State,
+    total_steps: int,
+    *,
+    limit: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    platform: str | None = None,
+) -> tuple[PagedOptimizer, TrainStep]:
+    """The optimizer and the step of the flags.
+
+    Args:
+        config: the flags.
+        graphdef: of the model.
+        lora: its adapters, or their shapes.
+        total_steps: of the run, for the learning rate's schedule.
+        limit: bytes of device memory, for an optimizer that pages; None for no limit.
+        mesh: of the devices that share the batch.
+        platform: as for `compute_dtype`.
+    """
+    optimizer = make_optimizer(config, total_steps, lora, dtype=compute_dtype(config, platform), limit=limit)
     step = make_train_step(
         graphdef,
         optimizer,
@@ -70,6 +87,7 @@ def make_step(
         remat=config.gradient_checkpointing,
         dropout=config.lora_dropout > 0,
         seed=config.seed,
+        max_grad_norm=config.max_grad_norm,
         mesh=mesh,
     )
     return optimizer, step

@@ -17,6 +17,7 @@ from qlora_jax.kernels import roofline
 from qlora_jax.kernels.static import Row
 from qlora_jax.kernels.timing import IMPLEMENTATIONS, Measurement
 from qlora_jax.layers import LoRAConfig, Precision
+from qlora_jax.optimizers import device_limit
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
@@ -123,9 +124,10 @@ def time_step(
     precision = Precision(quantization, dtype, lora_config, kernel)
     graphdef, lora, frozen = models.split_model(models.abstract_model(config, precision))
     frozen = random_base(frozen)
-    optimizer = make_optimizer(TrainConfig(), steps)
+    defaults = TrainConfig()
+    optimizer = make_optimizer(defaults, steps, lora, dtype=dtype, limit=device_limit(jax.devices()[0]))
     state = TrainState.create(models.init_lora(lora, jax.random.key(0)), optimizer)
-    train_step = make_train_step(graphdef, optimizer, remat=remat)
+    train_step = make_train_step(graphdef, optimizer, remat=remat, max_grad_norm=defaults.max_grad_norm)
     shape = (1, workload.batch, workload.sequence)
     ids = np.random.default_rng(1).integers(0, config["vocab_size"], shape, np.int32)
     batch = {
@@ -138,7 +140,7 @@ def time_step(
     for _ in range(1 + warmup + steps):
         start = time.perf_counter()
         state, metrics = train_step(state, frozen, batch)
-        jax.block_until_ready((state, metrics))
+        jax.block_until_ready((state, metrics["loss"]))
         seconds.append(time.perf_counter() - start)
     return StepTiming(tuple(seconds[1 + warmup :]), seconds[0], workload.batch * workload.sequence)
 

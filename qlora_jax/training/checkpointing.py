@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from qlora_jax.checkpoints.files import file_sizes
@@ -36,8 +36,8 @@ _WRITTEN = (
 )  # fmt: skip
 # Flags that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
 _FREE = frozenset(
-    ("do_eval", "do_sample", "eval_steps", "kernel", "logging_steps", "max_new_tokens", "output_dir",
-     "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "report_to", "run_name", "save_steps",
+    ("do_eval", "do_sample", "eval_steps", "kernel", "logging_steps", "max_new_tokens", "optim_placement",
+     "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "report_to", "run_name", "save_steps",
      "save_strategy", "save_total_limit", "temperature", "top_k", "top_p")
 )  # fmt: skip
 
@@ -169,7 +169,7 @@ class RunDirectory:
 
         Args:
             step: optimizer steps done.
-            state: adapters, optimizer state and step.
+            state: adapters, optimizer state and step, as `PagedOptimizer` gathers them: the same wherever they lived.
             position: JSON values that put the data iterator and the counters where they are now.
             write_adapter: writes the adapter in PEFT's format into a directory.
 
@@ -199,7 +199,7 @@ class RunDirectory:
             os.replace(temporary, final)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and position that `save` was given at that step, bit for bit.
+        """The state, in NumPy arrays, and position that `save` was given at that step, bit for bit.
 
         Args:
             step: one of `checkpoints()`.
@@ -217,7 +217,8 @@ class RunDirectory:
                     f"{path} cannot be restored: its file {name} is missing or does not have its {size} bytes; "
                     "delete it to resume from the one before."
                 )
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        # Whatever is trained on: the whole state need not fit on a device.
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         named = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
             for name, leaf in _by_name(abstract).items()
@@ -229,8 +230,7 @@ class RunDirectory:
             raise UserError(
                 f"{path} cannot be restored: {_reason(error)}; delete it to resume from the one before."
             ) from error
-        # Fresh buffers, because the state is donated to the first step; one at a time, because two states may not fit.
-        restored = [jnp.copy(values.pop(name)) for name in named]
+        restored = [np.asarray(values[name]) for name in named]
         return jax.tree.unflatten(jax.tree.structure(abstract), restored), position
 
 
@@ -243,13 +243,21 @@ def _differences(before: Any, now: Mapping[str, Any]) -> list[str]:
     changed = [
         f"--{name} was {flags.get(name)!r}, now {value!r}"
         for name, value in now["flags"].items()
-        if name not in _FREE and flags.get(name) != value and not _may_extend(name, flags)
+        if name not in _FREE
+        and flags.get(name) != value
+        and not _may_extend(name, flags)
+        and not (name == "optim" and _arithmetic(value) == _arithmetic(flags.get(name)))
     ]
     return changed + [
         f"{name} was {identity.get(name)!r}, now {value!r}"
         for name, value in now["identity"].items()
         if identity.get(name) != value
     ]
+
+
+def _arithmetic(optim: Any) -> str:
+    """What an optimizer computes; paging it only moves where its state lives."""
+    return str(optim).removeprefix("paged_")
 
 
 def _may_extend(name: str, flags: Mapping[str, Any]) -> bool:

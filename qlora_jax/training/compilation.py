@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -23,11 +23,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import gpus, models
 from qlora_jax.errors import UserError
-from qlora_jax.memory import Phase, Program, Work, base_bytes, count_products, tree_bytes, visible_fraction
+from qlora_jax.memory import Allowance, Phase, Program, Work, base_bytes, count_products, tree_bytes, visible_fraction
+from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.training import assembly, losses
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.step import TrainState
+from qlora_jax.training.step import program_bytes
 
+_PLATFORM = "gpu"
+# -P: a checkout in the working directory is not the installed package.
+_COMMAND = (sys.executable, "-P", "-m", __name__)
 _LINEARS = frozenset(("base_packed", "scales", "unquantised_linear"))
 
 
@@ -72,31 +76,61 @@ def measure(config: TrainConfig, model_config: Mapping[str, Any], chip: gpus.Chi
     Raises:
         UserError: flags or a model that no run could use, or no compiler for GPUs, see `gpus.compile_for`.
     """
-    dtype = assembly.compute_dtype(config, "gpu")
     lora_config, _ = assembly.adapters(config, model_config)
+    dtype = assembly.compute_dtype(config, _PLATFORM)
     graphdef, lora, frozen = assembly.declare_model(config, model_config, lora_config, dtype)
     mesh = gpus.mesh(chip)
-    optimizer, step = assembly.make_step(config, graphdef, config.max_steps, mesh)
-    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), lora)
+    limit = chip.memory_bytes - Allowance.of(chip).total
+    optimizer, step = assembly.make_step(
+        config, graphdef, lora, config.max_steps, limit=limit, mesh=mesh, platform=_PLATFORM
+    )
     shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size, length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in assembly.BATCH_ARRAYS}
-    arguments = (_placed(state, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"))
-    compiled = gpus.compile_for(chip, step, *arguments)
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    working = optimizer.abstract_lora()
+    arguments = (*(_placed(tree, mesh) for tree in (working, frozen)), _placed(batch, mesh, None, "data"), counter)
+    compiled = gpus.compile_for(chip, step.gradient_step, *arguments)
+    gradients = tree_bytes(lora)
 
-    program = Program.of("training step", compiled, arguments)
-    resident = {
+    needed = program_bytes(compiled)
+    staying = optimizer.resident_chunks(needed)
+    on_device = sum(chunk.nbytes for chunk in optimizer.chunks[:staying])
+    paging = staying < len(optimizer.chunks)
+    always = {
         **base_bytes(frozen),
-        "adapters": tree_bytes(state.lora),
-        "optimizer_device": tree_bytes(state.opt_state),
-        "batch": tree_bytes((batch, state.step)),
+        "adapters": tree_bytes(working),
+        "optimizer_device": on_device,
+        "batch": tree_bytes((batch, counter)),
+    }
+    gradient_program = Program.of("gradients", compiled, arguments)
+    phases = [Phase(gradient_program, always, {"gradients": gradients})]
+    # A chunk on its way is an argument of the update like one that stays; what it passes through is there besides.
+    during = {**always, "gradients": gradients, "optimizer_passing": optimizer.paging_bytes if paging else 0}
+    updates = [Phase(program, during) for program in _updates(optimizer, chip, mesh)]
+    phases.append(max(updates, key=lambda phase: phase.device_bytes))
+    host = {
+        "optimizer_host": optimizer.state_bytes - on_device,
+        "offloaded_activations": gradient_program.host_temporaries,
     }
     return Measurement(
-        phases=(Phase(program, resident),),
-        host={"offloaded_activations": program.host_temporaries},
-        work=_work(config, model_config, shape, resident, program.host_temporaries),
+        phases=tuple(phases),
+        host=host,
+        work=_work(config, model_config, shape, {**always, "gradients": gradients}, host),
         flash="__cudnn$fmha" in (compiled.as_text() or ""),
         cudnn=importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn") is not None,
     )
+
+
+def _updates(optimizer: PagedOptimizer, chip: gpus.Chip, mesh: jax.sharding.Mesh) -> Iterator[Program]:
+    """The programs of an update, one for each shape that a chunk can have."""
+    seen = set()
+    for chunk in optimizer.chunks:
+        arguments = _placed(optimizer.abstract_update(chunk), mesh)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
+        if shapes not in seen:
+            seen.add(shapes)
+            compiled = gpus.compile_for(chip, optimizer.update_program, *arguments, layers=chunk.layers)
+            yield Program.of("optimizer update", compiled, arguments)
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh, *spec: str | None) -> Any:
@@ -109,36 +143,38 @@ def _work(
     model_config: Mapping[str, Any],
     shape: tuple[int, int, int],
     resident: Mapping[str, int],
-    offloaded: int,
+    host: Mapping[str, int],
 ) -> Work:
     """The least a step can do: its products counted in the XLA form, every byte it needs moved once a pass.
 
-    A token is taken to be trained on, an attention score to be computed if causality and the sliding window show it.
+    Every token is taken to be trained on, and every attention score to be computed that causality and the sliding
+    window show.
     """
     portable = dataclasses.replace(config, kernel="xla")
     lora_config, _ = assembly.adapters(portable, model_config)
-    dtype = assembly.compute_dtype(config, "gpu")
+    dtype = assembly.compute_dtype(config, _PLATFORM)
     graphdef, lora, frozen = assembly.declare_model(portable, model_config, lora_config, dtype)
-    optimizer, step = assembly.make_step(portable, graphdef, config.max_steps, None)
-    state = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), lora)
+    optimizer, step = assembly.make_step(portable, graphdef, lora, config.max_steps, platform=_PLATFORM)
     # Micro-batches are alike: one is traced.
     accumulated, *one = shape
     batch = {name: jax.ShapeDtypeStruct((1, *one), jnp.int32) for name in assembly.BATCH_ARRAYS}
+    traced = step.gradient_step.trace(optimizer.abstract_lora(), frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
     rows = math.prod(one)
     # The only loop without a stated number of iterations: chunks of trained tokens.
-    products = count_products(step.trace(state, frozen, batch).jaxpr, trips=rows / min(losses.CHUNK, rows))
+    products = count_products(traced.jaxpr, trips=rows / min(losses.CHUNK, rows))
     visible = visible_fraction(shape[2], models.model_config(model_config).sliding_window)
-    flops = products.plain + visible * products.batched
 
     weights = sum(count for name, count in resident.items() if name in _LINEARS)
     passes = 3 if config.gradient_checkpointing else 2
     head = resident.get("unquantised_head", resident["unquantised_embedding"])
-    once = accumulated * (passes * (weights + resident["adapters"]) + head)
+    state = resident["optimizer_device"] + host["optimizer_host"]
     return Work(
         tokens=math.prod(shape),
-        flops=accumulated * flops,
-        device_bytes=once + 2 * resident["optimizer_device"] + resident["adapters"],
-        host_bytes=accumulated * offloaded,
+        flops=accumulated * (products.plain + visible * products.batched),
+        device_bytes=accumulated * (passes * (weights + resident["adapters"]) + head + resident["gradients"])
+        + 2 * state
+        + resident["adapters"],
+        host_bytes=accumulated * host["offloaded_activations"] + host["optimizer_host"],
     )
 
 
@@ -205,7 +241,7 @@ class Compiler:
                 "TF_CPP_MIN_LOG_LEVEL": "2",
             }
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__],  # -P: a checkout in the working directory is no package
+                _COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -73,7 +73,17 @@ class TrainConfig:
     group_by_length: bool = flag(True, "Batch rows of similar length together (without --packing).", group="data")
 
     do_train: bool = flag(True, "Train; False evaluates and answers the prompts only.", group="training")
-    optim: str = flag("adamw_32bit", "Optimizer: adamw_32bit.", group="training")
+    optim: Literal["paged_adamw_32bit", "adamw_32bit"] = flag(
+        "paged_adamw_32bit",
+        "Optimizer; a paged one keeps its state on the device while it fits and on the host otherwise.",
+        group="training",
+    )
+    optim_placement: Literal["device", "host", "auto"] | None = flag(
+        None,
+        "Where the optimizer's state lives: on the device, on the host, or on the host as far as the device is full; "
+        "by default auto for paged optimizers, device for others.",
+        group="training",
+    )
     per_device_train_batch_size: int = flag(1, "Sequences in a forward pass on each device.", group="training")
     gradient_accumulation_steps: int = flag(16, "Forward passes in an optimizer step.", group="training")
     max_steps: int = flag(10000, "Optimizer steps; ignored if num_train_epochs is given.", group="training")
@@ -125,10 +135,6 @@ class TrainConfig:
         """Reject values that no run could use; UserError names the flag."""
         if self.bits not in (4, 8, 16):
             raise UserError(f"--bits {self.bits}: choose 4, 8 or 16.")
-        if self.optim != "adamw_32bit":
-            raise UserError(
-                f"--optim {self.optim}: this release has adamw_32bit only; paged and 8-bit optimizers come later."
-            )
         if self.block_size < 32 or self.block_size > 4096 or self.block_size & (self.block_size - 1):
             raise UserError(f"--block_size {self.block_size}: choose a power of two from 32 to 4096.")
         positive = (
@@ -210,7 +216,7 @@ UNAVAILABLE: Mapping[str, str] = {
 
 STEP_FLAGS = (
     "bits", "quant_type", "double_quant", "block_size", "bf16", "kernel", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_modules", "adapter", "packing", "optim", "gradient_accumulation_steps", "weight_decay", "max_grad_norm",
-    "gradient_checkpointing",
+    "lora_modules", "adapter", "packing", "optim", "optim_placement", "gradient_accumulation_steps",
+    "weight_decay", "max_grad_norm", "gradient_checkpointing",
 )  # fmt: skip
 """Flags of a run that shape the programs of its step; `scripts/plan.py` has them under the same names."""

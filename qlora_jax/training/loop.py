@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from qlora_jax.checkpoints.streaming import inventory
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
+from qlora_jax.formatting import format_bytes
 from qlora_jax.generation import Sampling, generate
 from qlora_jax.layers import LoRAConfig
+from qlora_jax.optimizers import PagedOptimizer, Traffic, device_limit
 from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.training import assembly
 from qlora_jax.training.checkpointing import RunDirectory, read_json, write_json
@@ -35,11 +37,15 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import learning_rate_schedule
 from qlora_jax.training.planning import Advice, Planned, Planner
 from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, plot_losses, read_metrics
-from qlora_jax.training.step import TrainState, make_eval_step
+from qlora_jax.training.step import TrainState, make_eval_step, program_bytes
 
 
 class NonFiniteLoss(UserError):
     """Training met a loss or gradient that is not a number or infinite."""
+
+
+class OutOfMemory(UserError):
+    """A training step needed more memory than the device had left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,10 @@ class Datasets:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model ready to train: structure, adapters (float32) and frozen base weights, placed on the mesh."""
+    """A model ready to train: structure, adapters (float32) and frozen base weights, placed on the mesh.
+
+    A `Trainer` takes the adapters over; they may be gone afterwards.
+    """
 
     graphdef: nnx.GraphDef
     lora: nnx.State
@@ -164,16 +173,48 @@ def kernel_choices(config: TrainConfig, model: Model, datasets: Datasets) -> lis
     return kernels.describe(weights, rows * length, assembly.compute_dtype(config), implementation=config.kernel)
 
 
-class Trainer:
-    """One run: owns the state, the data position, the log and the directory."""
+def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
+    """What makes a step on a batch [A, B, S] need less device memory, one flag a line; only what is not yet done."""
+    _, rows, length = shape
+    advice = []
+    if not config.gradient_checkpointing:
+        advice.append("--gradient_checkpointing recomputes activations instead of keeping them")
+    if rows > jax.device_count():
+        advice.append(
+            "a lower --per_device_train_batch_size, with --gradient_accumulation_steps raised as much, trains the same"
+        )
+    if config.optim_placement == "device" or not (config.optim_placement or config.optim.startswith("paged_")):
+        advice.append("--optim_placement host keeps the optimizer's state in host memory")
+    source = "--sequence_length" if config.packing else "--source_max_len and --target_max_len"
+    return [*advice, f"lower {source} shorten the rows, here of {length} tokens"]
 
-    def __init__(self, config: TrainConfig, model: Model, datasets: Datasets, tokenizer: Any, mesh: jax.sharding.Mesh):
+
+class Trainer:
+    """One run: owns the state, the data position, the log and the directory.
+
+    `advise` says, of the run's flags and a batch shape [A, B, S] that ran out of memory, what would help.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        datasets: Datasets,
+        tokenizer: Any,
+        mesh: jax.sharding.Mesh,
+        advise: Callable[[TrainConfig, tuple[int, ...]], list[str]] = memory_advice,
+    ):
+        self.advise = advise
         self.config, self.model, self.datasets, self.tokenizer, self.mesh = config, model, datasets, tokenizer, mesh
         self.total_steps = config.max_steps if config.do_train else 0
         if config.do_train and config.num_train_epochs is not None:
             self.total_steps = math.ceil(config.num_train_epochs * datasets.train.batches_per_epoch)
         self.schedule = learning_rate_schedule(config, self.total_steps)
-        optimizer, self.train_step = assembly.make_step(config, model.graphdef, self.total_steps, mesh)
+        # Counted on one device: all hold the same.
+        limit = device_limit(jax.local_devices()[0])
+        self.optimizer, self.train_step = assembly.make_step(
+            config, model.graphdef, model.lora, self.total_steps, limit=limit, mesh=mesh
+        )
         self.eval_step = make_eval_step(model.graphdef, packed=config.packing, mesh=mesh)
         identity = {
             "data": datasets.train.fingerprint,
@@ -197,18 +238,22 @@ class Trainer:
                     "give another --output_dir, or --overwrite_output_dir to delete it."
                 )
             # No state is made beside the one that is read: the two would not always fit.
-            abstract = jax.eval_shape(lambda lora: TrainState.create(lora, optimizer), model.lora)
-            state, position = self.directory.restore(self.start_step, abstract)
-            self.state = jax.device_put(state, replicated)
+            jax.tree.map(lambda leaf: leaf.delete(), model.lora)
+            abstract = TrainState(*self.optimizer.abstract(), jax.ShapeDtypeStruct((), jnp.int32))
+            saved, position = self.directory.restore(self.start_step, abstract)
+            lora, opt_state = self.optimizer.scatter(saved.lora, saved.opt_state, replicated)
+            self.state = TrainState(lora, opt_state, jax.device_put(saved.step, replicated))
             datasets.train.restore(position["data"])
             self.tokens, self.trained_tokens = position["tokens"], position["trained_tokens"]
             seconds = position["seconds"]
         else:
-            self.state = jax.device_put(TrainState.create(model.lora, optimizer), replicated)
+            state = TrainState.create(model.lora, self.optimizer)
+            self.state = dataclasses.replace(state, step=jax.device_put(state.step, replicated))
         self.log = MetricsLog(self.directory.path, config, self.start_step)
         self.watch = Stopwatch(seconds)
-        self._pending: tuple[int, dict[str, jax.Array], data.Batch] | None = None
+        self._pending: tuple[int, dict[str, Any], data.Batch] | None = None
         self._since = (self.watch.seconds, self.tokens)
+        self._traffic = Traffic()  # since the last line of the log
         self.last: dict[str, str] = {}
 
     def train(self) -> bool:
@@ -218,7 +263,8 @@ class Trainer:
                 self.evaluate(self.start_step)  # left out by the signal that stopped the run there
             for step in range(self.start_step + 1, self.total_steps + 1):
                 batch = next(self.datasets.train)
-                self.state, metrics = self.train_step(self.state, self.model.frozen, self._device_batch(batch))
+                with self._memory_errors(step, batch):
+                    self.state, metrics = self.train_step(self.state, self.model.frozen, self._device_batch(batch))
                 # The previous step's numbers are read while the device works on this one.
                 self._drain()
                 self._pending = (step, metrics, batch)
@@ -267,7 +313,9 @@ class Trainer:
             return
         step, metrics, batch = self._pending
         self._pending = None
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        with self._memory_errors(step, batch):
+            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        self._traffic += metrics["traffic"]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._not_finite(f"loss {loss} and gradient norm {grad_norm}", step, batch)
         seconds, tokens = self.watch.seconds, self.tokens
@@ -283,24 +331,47 @@ class Trainer:
                     "tokens": tokens,
                     "tokens_per_second": rate,
                     "seconds": seconds,
+                    **_paging_line(self._traffic, self.optimizer.host_bytes(self.state.opt_state)),
                 }
             )
             self._since = (seconds, tokens)
+            self._traffic = Traffic()
 
     def _learning_rate(self, step: int) -> float:
         # On the host: on an accelerator the number would wait in line behind the step that was just dispatched.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return float(self.schedule(step - 1))
 
-    def _not_finite(self, what: str, step: int, batch: data.Batch) -> NonFiniteLoss:
+    def _last_checkpoint(self) -> str:
         saved = self.directory.checkpoints()
-        where = "no checkpoint had been saved"
-        if saved:
-            where = f"the last good checkpoint is {self.directory.checkpoint_path(saved[-1])}"
+        if not saved:
+            return "no checkpoint had been saved"
+        return f"the last good checkpoint is {self.directory.checkpoint_path(saved[-1])}"
+
+    def _not_finite(self, what: str, step: int, batch: data.Batch) -> NonFiniteLoss:
         return NonFiniteLoss(
-            f"{what} at step {step} (rows: {', '.join(batch.example_ids)}); {where}. "
+            f"{what} at step {step} (rows: {', '.join(batch.example_ids)}); {self._last_checkpoint()}. "
             "Lower --learning_rate, or look at those rows."
         )
+
+    @contextlib.contextmanager
+    def _memory_errors(self, step: int, batch: data.Batch) -> Iterator[None]:
+        """Turn the device's refusal of memory into one sentence, and say what would help."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            micro_batches = self.config.gradient_accumulation_steps
+            rows, length = batch.input_ids.shape
+            shape = (micro_batches, rows // micro_batches, length)
+            program = self.train_step.programs.get(shape)
+            needs = "" if program is None else f" (its program alone takes {format_bytes(program_bytes(program))})"
+            advice = "".join(f"\n  {line}" for line in self.advise(self.config, shape))
+            raise OutOfMemory(
+                f"step {step} ran out of device memory on {micro_batches} x {shape[1]} rows of {length} tokens{needs}; "
+                f"{self._last_checkpoint()}. What would need less:{advice}"
+            ) from error
 
     def evaluate(self, step: int) -> float | None:
         """Mean loss over the held-out rows with the present adapters, logged; None if there are none, or it was."""
@@ -332,14 +403,16 @@ class Trainer:
             "trained_tokens": self.trained_tokens,
             "seconds": self.watch.seconds,
         }
-        return self.directory.save(step, self.state, position, self.write_adapter)
+        masters = self.optimizer.masters(self.state.lora, self.state.opt_state)
+        whole = TrainState(masters, self.optimizer.gather(self.state.opt_state), self.state.step)
+        return self.directory.save(step, whole, position, self.write_adapter)
 
     def write_adapter(self, directory: Path) -> None:
         """Write the present adapters in PEFT's format."""
         adapters = self.model.adapters
         save_adapter(
             directory,
-            models.flatten(self.state.lora),
+            models.flatten(self.optimizer.masters(self.state.lora, self.state.opt_state)),
             rank=adapters.rank,
             alpha=adapters.alpha,
             dropout=adapters.dropout,
@@ -387,20 +460,24 @@ class Trainer:
             "last_loss": losses[-1] if losses else None,
             "first_eval_loss": held_out[0] if held_out else None,
             "last_eval_loss": held_out[-1] if held_out else None,
-            "step_shapes_compiled": self.train_step._cache_size(),  # jit has no other
-            **memory(self.model, self.state),
+            "step_shapes_compiled": len(self.train_step.programs),
+            **memory(self.model, self.state, self.optimizer),
         }
 
 
-def memory(model: Model, state: TrainState) -> dict[str, Any]:
-    """Parameters, bits a parameter and bytes by class, counted from the buffers that training holds."""
+def memory(model: Model, state: TrainState, optimizer: PagedOptimizer) -> dict[str, Any]:
+    """Parameters, bits a parameter and bytes by class, counted from the buffers that training holds.
+
+    The classes: those of `inventory`; adapters as the model reads them; the optimizer's state, float32 masters included
+    where the adapters are 16-bit, on device and host.
+    """
     base = models.flatten(model.frozen)
     quantized = sum(
         math.prod((*value.stack_shape, *value.shape)) for value in base.values() if isinstance(value, QuantizedTensor)
     )
     other = sum(value.size for value in base.values() if not isinstance(value, QuantizedTensor))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(state.lora))
-    sizes = inventory(base)
+    sizes, on_host = inventory(base), optimizer.host_bytes(state.opt_state)
     bits = 8 * (sizes["base_packed"] + sizes["scales"]) / quantized if quantized else None
     return {
         "trainable_parameters": trainable,
@@ -409,9 +486,19 @@ def memory(model: Model, state: TrainState) -> dict[str, Any]:
         "bytes": {
             **sizes,
             "adapters": sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora)),
-            "optimizer": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+            "optimizer_on_device": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) - on_host,
+            "optimizer_on_host": on_host,
         },
     }
+
+
+def _paging_line(traffic: Traffic, host_bytes: int) -> dict[str, Any]:
+    """What a line of metrics.jsonl says of paging since the line before; nothing where nothing paged."""
+    line: dict[str, Any] = {"optimizer_on_host_bytes": host_bytes}
+    for name in ("evicted_bytes", "returned_bytes", "paged_bytes"):
+        line[name] = getattr(traffic, name)
+    line["paging_seconds"] = traffic.seconds
+    return {name: value for name, value in line.items() if value}
 
 
 def _arrays(batch: data.Batch) -> dict[str, np.ndarray]:

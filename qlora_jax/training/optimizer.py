@@ -1,9 +1,12 @@
 """Learning-rate schedules and the optimizer of a run."""
 
 import math
+from typing import Any
 
+import jax.numpy as jnp
 import optax
 
+from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.training.config import TrainConfig
 
 
@@ -28,8 +31,19 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW (Loshchilov & Hutter 2019), as the reference program trains."""
+def make_optimizer(
+    config: TrainConfig, total_steps: int, lora: Any, *, dtype: Any = jnp.float32, limit: int | None = None
+) -> PagedOptimizer:
+    """The optimizer of --optim, kept where --optim_placement says. Clipping is the gradient step's.
+
+    Args:
+        config: the run's flags.
+        total_steps: optimizer steps of the run, for the schedule.
+        lora: the adapters, or their shapes.
+        dtype: compute dtype; where it has 16 bits, so has the working copy of the adapters.
+        limit: bytes of device memory, for placement `auto`; None for no limit.
+    """
+    placement = config.optim_placement or ("auto" if config.optim.startswith("paged_") else "device")
     adamw = optax.adamw(
         learning_rate_schedule(config, total_steps),
         b1=config.adam_beta1,
@@ -37,6 +51,4 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    if config.max_grad_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+    return PagedOptimizer(adamw, lora, dtype=dtype, placement=placement, limit=limit)

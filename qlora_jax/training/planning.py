@@ -60,20 +60,16 @@ class Advice:
     changes: Mapping[str, Any]
     planned: Planned
 
-    def __str__(self) -> str:
-        """One sentence."""
-        flags = " ".join(f"--{name} {value}" for name, value in self.changes.items())
-        if self.planned.plan.fits:
-            return f"It would fit with {flags} ({describe_spare(self.planned.plan)})."
-        tried = f" with {flags}" if flags else ""
-        larger = smallest_gpu_for(self.planned.plan)
-        where = "none of the GPUs known here" if larger is None else f"{larger.name} or larger"
-        return f"No setting here makes it fit{tried}: it needs {where}."
-
-
-def describe_spare(plan: Plan) -> str:
-    """How full the device would be."""
-    return f"{plan.device_bytes / 1e9:.2f} of {plan.device_limit / 1e9:.2f} GB"
+    def sentence(self, names: Mapping[str, str]) -> str:
+        """For people; `names` gives the flags that are called otherwise where this is read."""
+        flags = " ".join(f"--{names.get(name, name)} {value}" for name, value in self.changes.items())
+        plan = self.planned.plan
+        if plan.fits:
+            return f"It would fit with {flags}: {plan.device_bytes / 1e9:.2f} of {plan.device_limit / 1e9:.2f} GB."
+        tried = f", not with {flags} either" if flags else ""
+        larger = smallest_gpu_for(plan)
+        takes = "more than any GPU known here has" if larger is None else f"a GPU like {larger.name}"
+        return f"No setting here makes it fit{tried}: it takes {takes}."
 
 
 def smallest_gpu_for(plan: Plan) -> Chip | None:
@@ -143,6 +139,8 @@ class Planner:
 
 def remedies(config: TrainConfig) -> Iterator[dict[str, Any]]:
     """Settings that take less memory, the least costly first."""
+    if config.optim_placement != "host":
+        yield {"optim_placement": "host"}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     if config.bits == 4 and config.kernel != "fused":

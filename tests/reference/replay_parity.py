@@ -20,7 +20,7 @@ from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.models import base_tensors
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.loop import load_model, make_mesh
+from qlora_jax.training.loop import compute_dtype, load_model, make_mesh
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
 
@@ -83,8 +83,8 @@ def replay(model: Path, rows_path: Path, run: dict, kernel: str = "auto") -> tup
             kernel=kernel,
         )
         loaded = load_model(config, model, make_mesh())
-    optimizer = make_optimizer(config, len(batches))
-    step = make_train_step(loaded.graphdef, optimizer)
+    optimizer = make_optimizer(config, len(batches), loaded.lora, dtype=compute_dtype(config))
+    step = make_train_step(loaded.graphdef, optimizer, max_grad_norm=config.max_grad_norm)
     state = TrainState.create(loaded.lora, optimizer)
     losses, grad_norms = [], []
     for batch in batches[: len(run["losses"])]:
