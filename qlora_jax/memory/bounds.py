@@ -30,7 +30,7 @@ class Products:
         """Both."""
         return Products(self.plain + other.plain, self.batched + other.batched)
 
-    def __mul__(self, times: float) -> "Products":
+    def __mul__(self, times: float | int) -> "Products":
         """That many times."""
         return Products(times * self.plain, times * self.batched)
 
@@ -116,8 +116,8 @@ class Work:
 
     tokens: int
     flops: float
-    device_bytes: float
-    host_bytes: float
+    device_bytes: int
+    host_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ _NAMES = {
     "base_packed": "packed base",
     "unquantised_norm": "unquantised norms",
     "optimizer_device": "optimizer",
+    "optimizer_host": "optimizer",
 }
 _TITLES = {
     TEMPORARIES: "activations and temporaries",
@@ -20,6 +21,10 @@ _TITLES = {
 def _both_units(count: int) -> str:
     """As the paper counts and as tools show: '5.20 GB (4.84 GiB)'."""
     return f"{count / 1e9:.2f} GB ({count / 2**30:.2f} GiB)"
+
+
+def _name(name: str) -> str:
+    return _TITLES.get(name) or _NAMES.get(name, name.replace("_", " "))
 
 
 def verdict(plan: Plan) -> str:
@@ -38,7 +43,7 @@ def describe(plan: Plan) -> str:
     rows = [["on the device", *(phase.program.name for phase in plan.phases)]]
     for name in names:
         cells = [format_bytes(column.get(name, 0)) for column in columns]
-        rows.append([_TITLES.get(name) or _NAMES.get(name, name.replace("_", " ")), *cells])
+        rows.append([_name(name), *cells])
     rows.append(["total", *(format_bytes(sum(column.values())) for column in columns)])
     lines = [table(rows)]
     if plan.host:

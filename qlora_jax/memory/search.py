@@ -7,6 +7,7 @@ from collections.abc import Callable
 FINE, COARSE = 64, 1024
 """Multiples that lengths are rounded down to, below and from `SWITCH` tokens."""
 SWITCH = 4096
+_FARTHEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,15 @@ def step_above(length: int) -> int:
     return FINE if length < SWITCH else COARSE
 
 
-def rounded(length: float) -> int:
+def step_below(length: int) -> int:
+    """Distance from a length to the one that is looked at before it."""
+    return FINE if length <= SWITCH else COARSE
+
+
+def rounded(length: int) -> int:
     """The longest length that is looked at and not above `length`; at least `FINE`."""
-    step = FINE if length < SWITCH else COARSE
-    return max(FINE, int(length) // step * step)
+    step = step_above(length)
+    return max(FINE, length // step * step)
 
 
 def longest_sequence(excess: Callable[[int], float], *, start: int, maximum: int | None = None) -> Longest:
@@ -47,47 +53,35 @@ def longest_sequence(excess: Callable[[int], float], *, start: int, maximum: int
         maximum: no length above it is looked at; None for no limit.
     """
     known: dict[int, float] = {}
-    ceiling = math.inf if maximum is None else rounded(maximum)
-
-    def look(length: int) -> float:
-        if length not in known:
-            known[length] = excess(length)
-        return known[length]
-
-    fits, fails = 0, math.inf
-    length = int(min(rounded(start), ceiling))
-    run = 0  # looks in a row that moved the same edge: > 0 the lower one, < 0 the upper
+    ceiling = None if maximum is None else rounded(maximum)
+    length = rounded(start) if ceiling is None else min(rounded(start), ceiling)
+    fits, fails = 0, None
+    widths: list[int] = []  # of the bracket, since it has two edges
     while True:
-        if look(length) <= 0:
-            fits, run = length, max(run, 0) + 1
-        else:
-            fails, run = length, min(run, 0) - 1
-        if fits == ceiling or fails <= FINE or fits + step_above(fits) >= fails:
-            break
+        known[length] = float(excess(length))
+        fits, fails = (length, fails) if known[length] <= 0 else (fits, length)
         low = fits + step_above(fits) if fits else FINE
-        high = ceiling if math.isinf(fails) else _below(int(fails))
+        high = ceiling if fails is None else fails - step_below(fails)
+        if high is not None and high < low:
+            return Longest(fits, fails, tuple(known))
         guess = _crossing(known)
-        if guess is None:
-            guess = 4 * fits if math.isinf(fails) else (fits + fails) / 2
-        # A curve lets a secant creep along one edge: move further with every look that did.
-        if run > 1:
-            guess = max(guess, fits + step_above(fits) * 4 ** (run - 1))
-        elif run < -1:
-            guess = min(guess, fails - step_above(int(fails)) * 4 ** (-run - 1))
-        length = int(min(max(rounded(guess), low), high))
-    return Longest(fits, None if math.isinf(fails) else int(fails), tuple(known))
+        if fails is None:
+            # From two points close together a line leads anywhere.
+            guess = 4 * fits if guess is None else min(guess, _FARTHEST * fits)
+        else:
+            widths.append(fails - fits)
+            creeping = len(widths) > 2 and 2 * widths[-1] > widths[-3]
+            if guess is None or creeping or math.isinf(known[fails]):
+                guess = math.isqrt(fits * fails) if fails > 8 * fits > 0 else (fits + fails) // 2
+        length = max(rounded(guess), low)
+        length = length if high is None else min(length, high)
 
 
-def _crossing(known: dict[int, float]) -> float | None:
+def _crossing(known: dict[int, float]) -> int | None:
     """Where the line through the two known points nearest to zero crosses it; None if no rising line goes through."""
     finite = {length: value for length, value in known.items() if math.isfinite(value)}
     points = sorted(sorted(finite, key=lambda length: abs(finite[length]))[:2])
     if len(points) < 2:
         return None
     (a, b), (fa, fb) = points, (finite[points[0]], finite[points[1]])
-    return a - fa * (b - a) / (fb - fa) if fb > fa else None
-
-
-def _below(length: int) -> int:
-    """The length that is looked at next below."""
-    return length - (FINE if length <= SWITCH else COARSE)
+    return math.floor(a - fa * (b - a) / (fb - fa)) if fb > fa else None
