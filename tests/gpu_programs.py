@@ -14,6 +14,7 @@ from qlora_jax import gpus, models
 from qlora_jax.generation import Sampling, _decode
 from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.models.base import flatten
+from qlora_jax.optimizers import PagedOptimizer, transformation
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
@@ -109,3 +110,38 @@ def decoding(chip_name: str, model: str, kernel: str, rows: int, seq: int) -> di
 def compiled(chip_name: str, programs: list[list[Any]]) -> list[dict[str, Any]]:
     """Results of several programs for one chip: a process compiles kernels for one architecture only."""
     return [globals()[name](chip_name, *arguments) for name, *arguments in programs]
+
+
+def optimizer_update(chip_name: str, name: str, *shape: int) -> dict[str, Any]:
+    """Compile an optimizer's update of a stack of matrices; return its bytes of temporaries and of state."""
+    chip = gpus.chip_named(chip_name)
+    tx = transformation(name, 1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+    stack = jax.ShapeDtypeStruct(shape, jnp.float32)
+    state = jax.eval_shape(jax.vmap(tx.init), stack)
+    arguments = [_placed(tree, gpus.mesh(chip)) for tree in (stack, state, stack)]
+    compiled = gpus.compile_for(chip, jax.vmap(tx.update), *arguments)
+    return {
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+    }
+
+
+def paged_update(chip_name: str, name: str) -> dict[str, Any]:
+    """Compile what the paged optimizer runs for a 7B model's adapters with bfloat16 working copies."""
+    chip = gpus.chip_named(chip_name)
+    _, lora, _ = _abstract("llama-7b", "xla")
+    rule = transformation(name, 1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+    optimizer = PagedOptimizer(rule, lora, dtype=jnp.bfloat16)
+    programs = {}
+    for chunk in optimizer.chunks:
+        leaf, *others = optimizer.abstract_update(chunk)
+        if (leaf.shape, chunk.layers) not in programs:
+            arguments = _placed((leaf, *others), gpus.mesh(chip))
+            memory = gpus.compile_for(chip, optimizer.update_program, *arguments, layers=chunk.layers).memory_analysis()
+            programs[leaf.shape, chunk.layers] = {
+                "chunk_bytes": chunk.nbytes,
+                "leaf_bytes": leaf.size * leaf.dtype.itemsize,
+                "alias_bytes": memory.alias_size_in_bytes,
+                "temporary_bytes": memory.temp_size_in_bytes,
+            }
+    return {"state_bytes": optimizer.state_bytes, "programs": list(programs.values())}

@@ -62,7 +62,7 @@ def test_values(argv, field, value):
         (["--eval_dataset", "x", "--do_eval", "False"], "--eval_dataset is not read with --do_eval False"),
         (["--bits", "3"], "--bits 3: choose 4, 8 or 16."),
         (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
-        (["--optim", "adamw_torch"], "--optim"),
+        (["--optim", "adamw_torch"], "choose from 'paged_adamw_32bit', 'adamw_32bit'"),
         (["--max_steps", "0"], "--max_steps 0: must be at least 1."),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: must be at least 0 and below 1."),
         (["--learning_rate", "nan"], "--learning_rate nan: must be positive."),

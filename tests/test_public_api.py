@@ -24,8 +24,10 @@ FLOORS = (
     ("layers", "rotary"),
     ("models",),
     ("checkpoints",),
-    ("data", "optimizers"),
-    ("generation", "memory"),
+    ("data",),
+    ("generation",),
+    ("optimizers",),
+    ("memory",),
     ("training",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import finetune_helpers as helpers
+import jax
 import pytest
 from finetune_helpers import (
     SMALL,
@@ -28,6 +29,7 @@ from finetune_helpers import (
 )
 
 from qlora_jax.training import checkpointing, loop, reporting
+from qlora_jax.training.step import TrainStep, program_bytes
 
 # What a resumed run could get wrong: dropout masks, accumulation, the order of length-grouped batches, the optimizer's
 # moments, a decaying learning rate.
@@ -354,6 +356,73 @@ def test_other_prompts_on_resume(place, monkeypatch, compiled_once, capsys):
     # A constant schedule may be made longer: the steps are those of the longer run.
     assert [line["step"] for line in metrics(place / "prompts") if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert json.loads((place / "prompts" / "summary.json").read_text())["steps"] == 6
+
+
+def test_resumed_in_another_placement_is_bit_identical(place, inside, monkeypatch):
+    """The state moves from host to device to wherever there is room; `inside` had it on the device all along."""
+    parts = (
+        {"max_steps": 2, "optim_placement": "host"},
+        {"max_steps": 4, "optim": "adamw_32bit"},
+        {"max_steps": 6, "optim_placement": "auto"},
+    )
+    for part in parts:
+        with monkeypatch.context() as patch:
+            if part.get("optim_placement") == "auto":
+                # Room for the gradients' program and two thirds of the state.
+                programs, limit = TrainStep.program, {}
+
+                def program(self, *args, programs=programs, limit=limit):
+                    compiled = programs(self, *args)
+                    self.optimizer.limit = program_bytes(compiled) + 2 * self.optimizer.state_bytes // 3
+                    return compiled
+
+                patch.setattr(TrainStep, "program", program)
+                patch.setattr(loop, "device_limit", lambda device: 1)
+            assert call(argv(place, "moved", INSIDE | part)) == 0
+    lines = [metrics(path) for path in (place / "moved", inside)]
+    got, want = ([(line["step"], line["loss"]) for line in one if "loss" in line] for one in lines)
+    assert got == want
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert helpers.digest(place / "moved" / "adapter" / name) == helpers.digest(inside / "adapter" / name)
+    paging = {line["step"]: line for line in lines[0] if "loss" in line}
+    state = paging[1]["optimizer_on_host_bytes"]
+    assert all(paging[step]["paged_bytes"] == 2 * state for step in (1, 2))
+    assert all(paging[step]["paging_seconds"] > 0 for step in (1, 2, 5, 6))
+    assert not any("byte" in name or "paging" in name for step in (3, 4) for name in paging[step])
+    # What was restored to the host has come back as far as there is room.
+    left = paging[5]["optimizer_on_host_bytes"]
+    assert 0 < left < 2 * state / 3
+    assert paging[5]["returned_bytes"] == state - left
+    assert paging[5]["paged_bytes"] == paging[6]["paged_bytes"] == 2 * left
+    sizes = json.loads((place / "moved" / "summary.json").read_text())["bytes"]
+    assert (sizes["optimizer_on_device"], sizes["optimizer_on_host"]) == (state - left, left)
+
+
+def test_another_optimizer_is_another_run(place, inside, capsys):
+    assert call(argv(place, "inside", INSIDE | {"optim": "paged_adamw_8bit"})) == 1
+    assert "--optim was 'paged_adamw_32bit', now 'paged_adamw_8bit'" in error_line(capsys.readouterr().err)
+
+
+def test_out_of_memory_is_told_once_and_the_checkpoint_kept(place, inside, monkeypatch, compiled_once, capsys):
+    real, output = TrainStep.__call__, place / "memory"
+
+    def fail(self, state, *rest):
+        if int(state.step) == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.99GiB.")
+        return real(self, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", fail)
+        assert call(argv(place, output.name, INSIDE)) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    said = err[err.index("error: step 5 ran out of device memory on 2 x 2 rows of ") :]
+    assert "its program alone takes " in said
+    assert f"the last good checkpoint is {output / 'checkpoint-000004'}. What would need less:\n" in said
+    assert "\n  lower --source_max_len and --target_max_len shorten the rows" in said
+    assert "--gradient_checkpointing" not in said  # is on
+    assert call(argv(place, output.name, INSIDE)) == 0
+    same_run(output, inside)
 
 
 def test_a_damaged_checkpoint_is_named(place, compiled_once):

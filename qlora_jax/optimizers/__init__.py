@@ -1,5 +1,16 @@
-"""Optimizers of the adapters: state that pages between device and host, in chunks of layers."""
+"""Optimizers: what they do to one adapter matrix, and where its state lives, in chunks of layers."""
 
 from qlora_jax.optimizers.paged import CHUNK_BYTES, Chunk, PagedOptimizer, Traffic, device_limit
+from qlora_jax.optimizers.transformations import OPTIMIZERS, Optimizer, find_optimizer, transformation
 
-__all__ = ["CHUNK_BYTES", "Chunk", "PagedOptimizer", "Traffic", "device_limit"]
+__all__ = [
+    "CHUNK_BYTES",
+    "OPTIMIZERS",
+    "Chunk",
+    "Optimizer",
+    "PagedOptimizer",
+    "Traffic",
+    "device_limit",
+    "find_optimizer",
+    "transformation",
+]

@@ -26,8 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 # A chunk's size: large enough for a PCIe link's full rate, small beside any GPU.
 CHUNK_BYTES = 16 * 2**20
-# A state has at least about this many chunks, so that those in flight are under 5 % of it.
-_CHUNKS = 64
+# A state has at least about this many chunks, so that those in flight, and the temporaries of an update (those of the
+# 8-bit optimizers come to two chunks), are under 5 % of it.
+_CHUNKS = 128
 # Chunks on the device at a time while host chunks are updated: one arriving, one in work, one leaving.
 _IN_FLIGHT = 3
 
@@ -107,7 +108,7 @@ class PagedOptimizer:
         dtype: of the working copy that the model reads. If not float32, float32 masters are part of the state.
         placement: `device`; `host`: every chunk, always; `auto`: chunks stay on the device while there is room.
         limit: bytes of device memory; None for no limit (then `auto` is `device`).
-        chunk_bytes: no chunk is larger, unless one layer is. Nor is it larger than a 64th of the state, so that what
+        chunk_bytes: no chunk is larger, unless one layer is. Nor is it larger than a 128th of the state, so that what
             passes through the device in an update is below 5 % of it.
     """
 
@@ -279,7 +280,7 @@ class PagedOptimizer:
         if self.dtype == jnp.float32:
             return lora
         return jax.tree.unflatten(
-            self._structure, [np.concatenate([one.master for one in of_leaf]) for of_leaf in self._by_leaf(state)]
+            self._structure, [_concatenated(*(one.master for one in of_leaf)) for of_leaf in self._by_leaf(state)]
         )
 
     def gather(self, state: Sequence[ChunkState]) -> list[Any]:
@@ -287,10 +288,7 @@ class PagedOptimizer:
 
         It depends neither on where chunks lie nor on how large they are.
         """
-        return [
-            jax.tree.map(lambda *parts: np.concatenate(parts), *(one.optimizer for one in of_leaf))
-            for of_leaf in self._by_leaf(state)
-        ]
+        return [jax.tree.map(_concatenated, *(one.optimizer for one in of_leaf)) for of_leaf in self._by_leaf(state)]
 
     def abstract(self) -> tuple[Any, list[Any]]:
         """Shapes and dtypes of what `masters` and `gather` return."""
@@ -361,6 +359,12 @@ class PagedOptimizer:
         )
         leaf = jax.lax.dynamic_update_slice_in_dim(leaf, new.astype(leaf.dtype), start, 0)
         return leaf, ChunkState(None if state.master is None else new, optimizer)
+
+
+def _concatenated(*parts: Array) -> np.ndarray:
+    # What NumPy copies stays with the array it was asked of; asked of the state it would be a second one on the host.
+    copies = (jax.device_put(part, part.sharding.with_memory_kind("device"), may_alias=False) for part in parts)
+    return np.concatenate([np.asarray(copy) for copy in copies])
 
 
 def _nbytes(tree: Any) -> int:

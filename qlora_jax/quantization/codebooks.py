@@ -1,4 +1,4 @@
-"""The code tables: NF4, FP4 and the 8-bit dynamic map that holds the scales of the scales."""
+"""The code tables: NF4, FP4 and the 8-bit dynamic maps of the scales of the scales and of optimizer states."""
 
 import functools
 
@@ -56,20 +56,22 @@ def boundaries(quant_type: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
-    """Return the signed 8-bit dynamic map, float32[256] in ascending order.
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """Return the signed or the unsigned 8-bit dynamic map, float32[256] in ascending order.
 
     Seven decades; decade i (0 = the smallest) is split into 2**i equal intervals between 0.1 and 1 times 10**(i - 6)
     and their centres are the values, with both signs, 0 and 1 (Dettmers, "8-Bit Approximations for Parallelism in Deep
-    Learning", 2015). The roundings are those of bitsandbytes: centres in float32, times the decade, rounded once more.
+    Learning", 2015). The unsigned map spends the sign on twice as many intervals (Dettmers et al. 2022, section 2.2).
+    The roundings are those of bitsandbytes: centres in float32, times the decade, rounded once more.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = _linspace(0.1, 1.0, 2**i + 1)
+        edges = _linspace(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)
         centres = (edges[:-1] + edges[1:]) / np.float32(2)
         decade = np.float32(10.0 ** (i - 6))
         values += (decade * centres).tolist()
-        values += (-decade * centres).tolist()
+        if signed:
+            values += (-decade * centres).tolist()
     return np.array(sorted(values), np.float32)
 
 

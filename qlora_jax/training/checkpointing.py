@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from qlora_jax.checkpoints.files import file_sizes
 from qlora_jax.errors import UserError
+from qlora_jax.optimizers import OPTIMIZERS
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import TrainState
 
@@ -36,8 +37,8 @@ _WRITTEN = (
 )  # fmt: skip
 # Flags that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
 _FREE = frozenset(
-    ("do_eval", "do_sample", "eval_steps", "kernel", "logging_steps", "max_new_tokens", "optim_placement",
-     "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "report_to", "run_name", "save_steps",
+    ("do_eval", "do_sample", "eval_steps", "kernel", "logging_steps", "max_new_tokens", "optim_placement", "output_dir",
+     "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "report_to", "run_name", "save_steps",
      "save_strategy", "save_total_limit", "temperature", "top_k", "top_p")
 )  # fmt: skip
 
@@ -246,7 +247,7 @@ def _differences(before: Any, now: Mapping[str, Any]) -> list[str]:
         if name not in _FREE
         and flags.get(name) != value
         and not _may_extend(name, flags)
-        and not (name == "optim" and _arithmetic(value) == _arithmetic(flags.get(name)))
+        and not (name == "optim" and _same_rule(value, flags.get(name)))
     ]
     return changed + [
         f"{name} was {identity.get(name)!r}, now {value!r}"
@@ -255,9 +256,10 @@ def _differences(before: Any, now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _arithmetic(optim: Any) -> str:
-    """What an optimizer computes; paging it only moves where its state lives."""
-    return str(optim).removeprefix("paged_")
+def _same_rule(optim: Any, other: Any) -> bool:
+    """Whether two optimizers differ in paging only, which moves their state and changes no bit of it."""
+    rules = {OPTIMIZERS[name].transformation if name in OPTIMIZERS else None for name in (optim, other)}
+    return len(rules) == 1 and None not in rules
 
 
 def _may_extend(name: str, flags: Mapping[str, Any]) -> bool:

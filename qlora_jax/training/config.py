@@ -73,11 +73,14 @@ class TrainConfig:
     group_by_length: bool = flag(True, "Batch rows of similar length together (without --packing).", group="data")
 
     do_train: bool = flag(True, "Train; False evaluates and answers the prompts only.", group="training")
-    optim: Literal["paged_adamw_32bit", "adamw_32bit"] = flag(
+    optim: Literal[
+        "paged_adamw_32bit", "adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "paged_lion_8bit", "lion_8bit",
+        "adafactor", "sgd",
+    ] = flag(
         "paged_adamw_32bit",
         "Optimizer; a paged one keeps its state on the device while it fits and on the host otherwise.",
         group="training",
-    )
+    )  # fmt: skip
     optim_placement: Literal["device", "host", "auto"] | None = flag(
         None,
         "Where the optimizer's state lives: on the device, on the host, or on the host as far as the device is full; "
@@ -97,8 +100,8 @@ class TrainConfig:
     warmup_ratio: float = flag(0.03, "Share of the steps over which the learning rate rises from 0.", group="training")
     warmup_steps: int | None = flag(None, "Warm-up in steps, instead of warmup_ratio.", group="training")
     weight_decay: float = flag(0.0, "Decoupled weight decay.", group="training")
-    adam_beta1: float = flag(0.9, "First-moment decay of AdamW.", group="training")
-    adam_beta2: float = flag(0.999, "Second-moment decay of AdamW.", group="training")
+    adam_beta1: float = flag(0.9, "First-moment decay of AdamW and Lion.", group="training")
+    adam_beta2: float = flag(0.999, "Second-moment decay of AdamW and Lion.", group="training")
     adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", group="training")
     max_grad_norm: float = flag(0.3, "Clip the gradient to this global norm (0: no clipping).", group="training")
     gradient_checkpointing: bool = flag(

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from qlora_jax.optimizers import PagedOptimizer
+from qlora_jax.optimizers import PagedOptimizer, find_optimizer, transformation
 from qlora_jax.training.config import TrainConfig
 
 
@@ -43,12 +43,14 @@ def make_optimizer(
         dtype: compute dtype; where it has 16 bits, so has the working copy of the adapters.
         limit: bytes of device memory, for placement `auto`; None for no limit.
     """
-    placement = config.optim_placement or ("auto" if config.optim.startswith("paged_") else "device")
-    adamw = optax.adamw(
+    optimizer = find_optimizer(config.optim)
+    rule = transformation(
+        optimizer.transformation,
         learning_rate_schedule(config, total_steps),
         b1=config.adam_beta1,
         b2=config.adam_beta2,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    return PagedOptimizer(adamw, lora, dtype=dtype, placement=placement, limit=limit)
+    placement = config.optim_placement or ("auto" if optimizer.paged else "device")
+    return PagedOptimizer(rule, lora, dtype=dtype, placement=placement, limit=limit)

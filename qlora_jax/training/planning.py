@@ -151,6 +151,8 @@ def remedies(config: TrainConfig) -> Iterator[dict[str, Any]]:
         # As many sequences a step as before.
         rows, accumulated = rows // 2, math.ceil(config.per_device_train_batch_size * accumulated / (rows // 2))
         yield {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+    if (smaller := config.optim.replace("32bit", "8bit")) != config.optim:
+        yield {"optim": smaller}
     if config.adapter is None and config.lora_r > LEAST_RANK:
         yield {"lora_r": LEAST_RANK}
 

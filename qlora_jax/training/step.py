@@ -126,7 +126,7 @@ def make_gradient_step(
 
             loss, backward, count = jax.vjp(loss_sum, zeros, has_aux=True)
             # Each layer's gradient is added where the total lies: no second tree of gradients exists.
-            backward.with_refs(totals)(jnp.ones_like(loss))
+            backward.with_refs(totals)(jnp.ones_like(loss))  # type: ignore[attr-defined]  # of the function it declares
             return loss, count
 
         if batch["input_ids"].shape[0] == 1:
@@ -218,7 +218,7 @@ def make_train_step(
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
     """Device bytes that exist while a program runs: arguments, outputs and temporaries, by XLA's buffer assignment."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()  # backends without one say None; those of CPU and GPU have one
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
