@@ -219,8 +219,9 @@ def test_bytes_of_a_base_are_all_of_it(quant_type):
 
 def test_arguments_that_the_compiler_counts_otherwise_are_an_error():
     x = jax.ShapeDtypeStruct((64,), jnp.float32)
-    compiled = jax.jit(lambda x, unread: x + 1).lower(x, x).compile()
-    program = Program.of("p", compiled, (x, x))
+    empty = {"absent": None, "unread": x}
+    compiled = jax.jit(lambda x, more: x + 1).lower(x, empty).compile()
+    program = Program.of("p", compiled, (x, empty))
     assert (program.arguments, program.outputs) == (256, 256)
     with pytest.raises(RuntimeError, match="p: the compiler counts 256 bytes of arguments, their shapes say 512"):
-        Program.of("p", compiled, (jax.ShapeDtypeStruct((128,), jnp.float32), x))
+        Program.of("p", compiled, (jax.ShapeDtypeStruct((128,), jnp.float32), empty))

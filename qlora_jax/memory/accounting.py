@@ -55,11 +55,11 @@ class Program:
             RuntimeError: the two differ, so that bytes by class would not add up to what the program takes.
         """
         memory: Any = compiled.memory_analysis()
-        shardings: Any = compiled.input_shardings[0]
+        leaves, structure = jax.tree.flatten(arguments)
         # An argument that is not read has None for a sharding.
-        read = jax.tree.leaves(shardings, is_leaf=lambda leaf: leaf is None)
-        given = jax.tree.leaves(arguments)
-        expected = sum(tree_bytes(leaf) for leaf, used in zip(given, read, strict=True) if used is not None)
+        shardings = structure.flatten_up_to(compiled.input_shardings[0])
+        read = [leaf for leaf, sharding in zip(leaves, shardings, strict=True) if sharding is not None]
+        expected = tree_bytes(read)
         if expected != memory.argument_size_in_bytes:
             raise RuntimeError(
                 f"{name}: the compiler counts {memory.argument_size_in_bytes} bytes of arguments, their shapes say "

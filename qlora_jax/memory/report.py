@@ -47,11 +47,8 @@ def describe(plan: Plan) -> str:
     rows.append(["total", *(format_bytes(sum(column.values())) for column in columns)])
     lines = [table(rows)]
     if plan.host:
-        lines.append(
-            table(
-                [("on the host (pinned)", ""), *((n.replace("_", " "), format_bytes(c)) for n, c in plan.host.items())]
-            )
-        )
+        host = [(_name(name), format_bytes(count)) for name, count in plan.host.items()]
+        lines.append(table([("on the host (pinned)", ""), *host]))
     lines.append(f"Device: {_both_units(plan.device_bytes)} of {_both_units(plan.device_limit)}: {verdict(plan)}")
     limit = "" if plan.host_limit is None else f" of {_both_units(plan.host_limit)}"
     lines.append(f"Host (pinned): {_both_units(plan.host_bytes)}{limit}")

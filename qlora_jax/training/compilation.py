@@ -4,6 +4,7 @@ A compiler that aborts takes its process with it, and a process compiles Pallas 
 `Compiler` keeps a child that compiles one request after another, `measure` is what the child does.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -197,10 +198,15 @@ class Compiler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the child."""
+        self._end()
+        self._errors.close()
+
+    def _end(self) -> None:
         if self._child is not None:
             self._child.kill()
-            self._child.wait()
-        self._errors.close()
+            with self._child, contextlib.suppress(BrokenPipeError):  # closes its pipes and waits for it
+                pass
+            self._child = None
 
     def __call__(self, config: TrainConfig, model_config: Mapping[str, Any], length: int) -> Measurement:
         """What `measure` returns for this GPU.
@@ -218,8 +224,10 @@ class Compiler:
         except BrokenPipeError:
             answer = ""
         if not answer:
+            cause = self._cause(child)
+            self._end()
             raise CompilationFailed(
-                f"the compiler ended its process ({self._cause(child)}) over the step of {length} tokens for "
+                f"the compiler ended its process ({cause}) over the step of {length} tokens for "
                 f"{self.chip.name}; try another --kernel, or report this."
             )
         value = json.loads(answer)
@@ -232,7 +240,7 @@ class Compiler:
         return Measurement.from_json(value)
 
     def _started(self) -> subprocess.Popen[str]:
-        if self._child is None or self._child.poll() is not None:
+        if self._child is None:
             # On the CPU, so that a GPU that is here is left alone. A cached executable has no memory analysis.
             environment = {
                 **os.environ,
@@ -240,6 +248,8 @@ class Compiler:
                 "JAX_ENABLE_COMPILATION_CACHE": "false",
                 "TF_CPP_MIN_LOG_LEVEL": "2",
             }
+            self._errors.seek(0)
+            self._errors.truncate()
             self._child = subprocess.Popen(
                 _COMMAND,
                 stdin=subprocess.PIPE,

@@ -110,7 +110,7 @@ class Planner:
 
         def excess(length: int) -> float:
             try:
-                return self.plan(config, length).plan.excess
+                return float(self.plan(config, length).plan.excess)
             except CompilationFailed:
                 return math.inf
 
@@ -177,9 +177,7 @@ def as_json(planned: Planned, longest: Longest | None = None, advice: Advice | N
         "fits": plan.fits,
         "max_seq": None if longest is None else longest.length,
         "by_class": {**plan.by_class, **{f"host_{name}": count for name, count in plan.host.items()}},
-        "programs": [
-            {**dataclasses.asdict(phase.program), "device_bytes": phase.device_bytes} for phase in plan.phases
-        ],
+        "programs": [{**dataclasses.asdict(phase.program), "by_class": phase.by_class} for phase in plan.phases],
         "attention": "cudnn" if planned.measurement.flash else "xla",
         "seconds_a_step_at_least": limit.seconds,
         "tokens_per_second_at_most": limit.tokens_per_second,
