@@ -38,7 +38,8 @@ def _boolean(text: str) -> bool:
 def _option(hint: Any) -> dict[str, Any]:
     """Keywords of add_argument for one annotated type: str, int, float, bool, a Literal, or one of them | None."""
     arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # the latter if one of the two is a Literal
+    # `Literal[...] | None` is the older kind of union.
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(argument for argument in arguments if argument is not type(None))
         arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:

@@ -29,7 +29,9 @@ class StepFlags:
     quant_type: Literal["nf4", "fp4", "int8", "none"] = flag("nf4", "Storage of the linear weights.")
     kernel: Literal["auto", "xla", "fused", "dequantize"] = flag("auto", "Implementation of the 4-bit ops.")
     lora_r: int = flag(16, "Rank of the adapters, on all linears.")
-    gradient_checkpointing: bool = flag(False, "Recompute each layer in the backward pass.")
+    remat: Literal["full", "save_attention", "offload", "none"] = flag(
+        "none", "What the backward pass finds of a layer."
+    )
     steps: int = flag(10, "Timed steps.")
     json: bool = flag(False, "Print one JSON object a line instead of a table.")
 
@@ -55,7 +57,7 @@ def step(argv: Sequence[str]) -> int:
                 quantization=QuantizationConfig(flags.quant_type),
                 dtype=dtype,
                 rank=flags.lora_r,
-                remat=flags.gradient_checkpointing,
+                remat=flags.remat,
                 kernel=flags.kernel,
                 steps=flags.steps,
             )

@@ -77,7 +77,7 @@ def _gradients(
     working = make_optimizer(TrainConfig(), 1000, lora, dtype=jnp.bfloat16).abstract_lora()
     names = ("input_ids", "labels", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    step = make_gradient_step(graphdef, remat=True, max_grad_norm=0.3, mesh=mesh)
+    step = make_gradient_step(graphdef, remat="full", max_grad_norm=0.3, mesh=mesh)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = (
         _placed(working, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"), _placed(count, mesh)

@@ -38,6 +38,7 @@ def test_defaults_are_the_reference_programs():
         (["--max-steps=7"], "max_steps", 7),
         (["--bf16"], "bf16", True),
         (["--eval_dataset_size", "3"], "eval_dataset_size", 3),
+        (["--optim", "lion_8bit"], "optim", "lion_8bit"),
         (["--optim_placement", "host"], "optim_placement", "host"),
     ],
 )

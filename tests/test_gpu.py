@@ -16,7 +16,7 @@ from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
 
 
-def losses_on(device: jax.Device, dtype: str, remat: bool) -> list[float]:
+def losses_on(device: jax.Device, dtype: str, remat: str) -> list[float]:
     """Losses of four training steps of a tiny quantised model on one device."""
     with jax.default_device(device), jax.default_matmul_precision("float32"):
         graphdef, lora, frozen = tiny.build(quantization=QuantizationConfig(), dtype=dtype)
@@ -33,7 +33,7 @@ def losses_on(device: jax.Device, dtype: str, remat: bool) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention", "offload"])
 def test_training_on_the_gpu_follows_the_cpu(dtype, tolerance, remat):
     cpu = losses_on(jax.devices("cpu")[0], "float32", remat)
     np.testing.assert_allclose(losses_on(jax.devices("gpu")[0], dtype, remat), cpu, rtol=tolerance)

@@ -243,7 +243,7 @@ class FakeCompiler:
         if self.fails_above is not None and length > self.fails_above:
             raise CompilationFailed("too long")
         tokens = config.per_device_train_batch_size * length
-        a_token = self.a_token * (1 if config.gradient_checkpointing else 10) * (1 if config.kernel == "fused" else 1.1)
+        a_token = self.a_token * {"none": 10, "offload": 0.5}.get(config.remat_policy, 1) * (1 if config.kernel == "fused" else 1.1)
         state = 100_000_000 * config.lora_r // (1 if "32bit" in config.optim else 4)
         on_host = config.optim_placement == "host"
         resident = {"base_packed": 5 * GIB, "optimizer_device": 0 if on_host else state}

@@ -420,7 +420,8 @@ def test_out_of_memory_is_told_once_and_the_checkpoint_kept(place, inside, monke
     assert "its program alone takes " in said
     assert f"the last good checkpoint is {output / 'checkpoint-000004'}. What would need less:\n" in said
     assert "\n  lower --source_max_len and --target_max_len shorten the rows" in said
-    assert "--gradient_checkpointing" not in said  # is on
+    assert "--remat offload" in said
+    assert "--remat full" not in said  # is on
     assert call(argv(place, output.name, INSIDE)) == 0
     same_run(output, inside)
 

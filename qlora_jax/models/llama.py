@@ -5,7 +5,6 @@ with depth; each layer's weights are dequantised where they are used and nowhere
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.attention import attend, attend_xla
 from qlora_jax.errors import UserError
-from qlora_jax.layers import SAVED, Precision, QLoRALinear, RMSNorm, frozen_array
-from qlora_jax.models.base import TensorSpec, flatten, layer_of, split_stacks
+from qlora_jax.layers import Precision, QLoRALinear, RMSNorm, frozen_array
+from qlora_jax.models.base import TensorSpec, flatten, layer_of, split_model, split_stacks
+from qlora_jax.remat import LAYER_INPUT, Remat, rematerialised
 from qlora_jax.rotary import RotaryConfig, apply_rotary, rotary_tables
+from qlora_jax.tiling import by_tiles, tile_size
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 LINEARS = {
@@ -156,34 +158,12 @@ class KVCache:
         )
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> Array:
-    """Self-attention [B, S, H, E]: causal, within `window`; or, given a mask [B, 1, S, S], wherever that allows it.
-
-    The mask must be causal itself. Compiled for CUDA in 16 bits this is cuDNN's flash attention, which keeps no scores
-    [B, H, S, S] in memory; anywhere else, and for what cuDNN cannot do, XLA's.
-    """
-    cudnn = functools.partial(
-        jax.nn.dot_product_attention, is_causal=True, local_window_size=window, implementation="cudnn"
-    )
-    arrays = (q, k, v) if mask is None else (q, k, v, mask)
-
-    def on_cuda(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-        return cudnn(q, k, v, mask=mask)
-
-    def elsewhere(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-        return _attend_xla(q, k, v, mask, window)
-
-    if q.dtype.itemsize != 2:
-        return elsewhere(*arrays)
-    try:  # tracing raises what cuDNN cannot do: it is not installed, the head is too wide, a mask has odd length
-        jax.eval_shape(jax.grad(lambda *arrays: on_cuda(*arrays).astype(jnp.float32).sum()), *arrays)
-    except RuntimeError:
-        return elsewhere(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=on_cuda, default=elsewhere)
+# One key for each linear of a layer, q, k, v, o, gate, up, down; None for no dropout.
+DropoutKeys = tuple[Array | None, ...]
 
 
-def _attend_xla(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, local_window_size=window)
+def _dropout_keys(key: Array | None) -> DropoutKeys:
+    return (None,) * 7 if key is None else tuple(jax.random.split(key, 7))
 
 
 class Attention(nnx.Module):
@@ -201,40 +181,49 @@ class Attention(nnx.Module):
         self.v_proj = linear("v_proj", config.hidden_size, kv_heads)
         self.o_proj = linear("o_proj", heads, config.hidden_size)
 
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        rotary: tuple[Array, Array],
-        mask: Bool[Array, "B 1 S T"] | None,
-        cache: tuple[Array, Array] | None = None,
-        place: tuple[Array, Array] | None = None,
-        keys: tuple[Array | None, ...] = (None,) * 4,
-    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
-        """Attend within x, or over `cache` = (keys, values), both [L, B, T, K, E], with x written at `place`.
-
-        `place` is (layer, slot). All layers' caches are handed on, so that a loop over them writes them in place. mask
-        None means causal over x (with the config's sliding window); `keys` are dropout keys for q, k, v, o.
-        """
+    def project(
+        self, x: Float[Array, "B S D"], rotary: tuple[Array, Array], keys: DropoutKeys
+    ) -> tuple[Float[Array, "B S H E"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+        """Queries, keys and values with their positions; `keys` are dropout keys, the first three for q, k, v."""
         batch, seq, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(batch, seq, -1, self.config.head_dim)
         k = self.k_proj(x, keys[1]).reshape(batch, seq, -1, self.config.head_dim)
         v = self.v_proj(x, keys[2]).reshape(batch, seq, -1, self.config.head_dim)
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        written = None
-        if cache is not None and place is not None:
-            layer, slot = place
-            start = (layer, 0, slot, 0, 0)
-            written = (
-                jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), start),
-                jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), start),
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in written)
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+
+    def attend(
+        self,
+        q: Float[Array, "B S H E"],
+        k: Float[Array, "B S K E"],
+        v: Float[Array, "B S K E"],
+        mask: Bool[Array, "B 1 S S"] | None,
+    ) -> Float[Array, "B S HE"]:
+        """Attend within a sequence; mask None means causal (with the config's sliding window)."""
         window = None if mask is not None or self.config.sliding_window is None else (self.config.sliding_window - 1, 0)
-        # With a cache the mask may hide everything from a padded query, and one token a step leaves no scores to save.
-        attend = _attend if cache is None else _attend_xla
-        out = attend(q, k, v, mask, window)
-        out = checkpoint_name(out.reshape(batch, seq, -1), SAVED)
-        return self.o_proj(out, keys[3]), written
+        return attend(q, k, v, mask, window).reshape(*q.shape[:2], -1)
+
+    def attend_cached(
+        self,
+        q: Float[Array, "B S H E"],
+        k: Float[Array, "B S K E"],
+        v: Float[Array, "B S K E"],
+        mask: Bool[Array, "B 1 S T"] | None,
+        cache: tuple[Array, Array],
+        place: tuple[Array, Array],
+    ) -> tuple[Float[Array, "B S HE"], tuple[Array, Array]]:
+        """Attend over `cache` = (keys, values), both [L, B, T, K, E], with k and v written at `place`.
+
+        `place` is (layer, slot). All layers' caches are handed on, so that a loop over them writes them in place.
+        """
+        layer, slot = place
+        start = (layer, 0, slot, 0, 0)
+        written = (
+            jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), start),
+            jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), start),
+        )
+        k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in written)
+        # The mask may hide everything from a padded query, and one token a step leaves no scores to save.
+        return attend_xla(q, k, v, mask, None).reshape(*q.shape[:2], -1), written
 
 
 class MLP(nnx.Module):
@@ -248,7 +237,7 @@ class MLP(nnx.Module):
         self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size)
         self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "B S D"], keys: tuple[Array | None, ...]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"], keys: DropoutKeys) -> Float[Array, "B S D"]:
         """Apply; `keys` are dropout keys for gate, up, down."""
         gate = jax.nn.silu(self.gate_proj(x, keys[0]))
         return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
@@ -267,16 +256,71 @@ class Block(nnx.Module):
         self,
         h: Float[Array, "B S D"],
         rotary: tuple[Array, Array],
-        mask: Bool[Array, "B 1 S T"] | None,
-        cache: tuple[Array, Array] | None,
-        place: tuple[Array, Array] | None,
+        mask: Bool[Array, "B 1 S S"] | None,
         dropout_key: Array | None,
-    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
-        """Residual attention, then residual MLP."""
-        keys = (None,) * 7 if dropout_key is None else tuple(jax.random.split(dropout_key, 7))
-        attended, written = self.self_attn(self.input_layernorm(h), rotary, mask, cache, place, keys[:4])
-        h = h + attended
-        return h + self.mlp(self.post_attention_layernorm(h), keys[4:]), written
+        tiled: bool,
+    ) -> Float[Array, "B S D"]:
+        """Residual attention, then residual MLP; `tiled`: all but attention on a tile of a long sequence at a time."""
+        keys = _dropout_keys(dropout_key)
+        tokens = h.shape[0] * h.shape[1]
+        if not tiled or tile_size(tokens) == tokens:
+            q, k, v = self.project(h, rotary, keys)
+            return self.finish(h, self.self_attn.attend(q, k, v, mask), keys)
+
+        graphdef, lora, frozen = split_model(self)
+
+        def block(lora: nnx.State, frozen: Any, tile: Array) -> tuple[Block, DropoutKeys]:
+            state, keys = frozen
+            return nnx.merge(graphdef, lora, state), tuple(
+                None if key is None else jax.random.fold_in(key, tile) for key in keys
+            )
+
+        def project(tile: Array, lora: nnx.State, frozen: Any, cos: Array, sin: Array, h: Array) -> tuple[Array, ...]:
+            one, keys = block(lora, frozen, tile)
+            q, k, v = one.project(h[None], (cos[None], sin[None]), keys)
+            return q[0], k[0], v[0]
+
+        def finish(tile: Array, lora: nnx.State, frozen: Any, h: Array, attended: Array) -> tuple[Array, ...]:
+            one, keys = block(lora, frozen, tile)
+            return (one.finish(h[None], attended[None], keys)[0],)
+
+        def rows(x: Array) -> Array:
+            return x.reshape(tokens, *x.shape[2:])
+
+        tile, whole = tile_size(tokens), (frozen, keys)
+        qkv = by_tiles(project, tile, lora, whole, [rows(x) for x in rotary], [rows(h)])
+        q, k, v = (x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
+        attended = self.self_attn.attend(q, k, v, mask)
+        # The gradient of h takes the place of the gradient of what comes out.
+        (out,) = by_tiles(finish, tile, lora, whole, [], [rows(h), rows(attended)], in_place=((0, 0),))
+        return out.reshape(h.shape)
+
+    def decode(
+        self,
+        h: Float[Array, "B S D"],
+        rotary: tuple[Array, Array],
+        mask: Bool[Array, "B 1 S T"] | None,
+        cache: tuple[Array, Array],
+        place: tuple[Array, Array],
+    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
+        """The same over a key-value cache (see `Attention.attend_cached`), which is returned with h's entries."""
+        keys = _dropout_keys(None)
+        q, k, v = self.project(h, rotary, keys)
+        attended, written = self.self_attn.attend_cached(q, k, v, mask, cache, place)
+        return self.finish(h, attended, keys), written
+
+    def project(
+        self, h: Float[Array, "B S D"], rotary: tuple[Array, Array], keys: DropoutKeys
+    ) -> tuple[Float[Array, "B S H E"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+        """What comes before attention: queries, keys and values."""
+        return self.self_attn.project(self.input_layernorm(h), rotary, keys)
+
+    def finish(
+        self, h: Float[Array, "B S D"], attended: Float[Array, "B S HE"], keys: DropoutKeys
+    ) -> Float[Array, "B S D"]:
+        """What comes after attention: its output projection, added to h, and the MLP."""
+        h = h + self.self_attn.o_proj(attended, keys[3])
+        return h + self.mlp(self.post_attention_layernorm(h), keys[4:])
 
 
 class Embedding(nnx.Module):
@@ -309,7 +353,7 @@ class Llama(nnx.Module):
         cache: KVCache | None = None,
         valid: Bool[Array, "B S"] | None = None,
         dropout_key: Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Final hidden states [B, S, D] (multiply by `head` for logits) and the updated cache.
 
@@ -321,9 +365,8 @@ class Llama(nnx.Module):
             cache: keys and values so far; the tokens are appended to it.
             valid: with a cache, False for the padding on the left of a prompt.
             dropout_key: key for adapter dropout, or None for none.
-            remat: keep only each layer's input for the backward pass and recompute the rest. Otherwise the outputs of
-                its linears are kept; attention scores and elementwise results are always recomputed, which is cheaper
-                than writing and reading them.
+            remat: what of a layer is kept for the backward pass, see `qlora_jax.remat`. With any policy but `none`,
+                long sequences pass through all but attention by tiles (`qlora_jax.tiling`).
         """
         h = jnp.take(self.embed_tokens.weight.get_value(), input_ids, axis=0).astype(self.dtype)
         rotary = rotary_tables(self.config.rotary, positions)
@@ -340,26 +383,30 @@ class Llama(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
         stacks, layers = split_stacks(layers)
         n_layers = self.config.num_hidden_layers
-        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
-        start = None if cache is None else cache.length
 
-        def body(carry: tuple[Array, Any], xs: tuple[Any, ...]) -> tuple[tuple[Array, Any], None]:
-            h, written = carry
+        def block_of(index: Array, layer: nnx.State) -> Block:
+            return nnx.merge(graphdef, layer, layer_of(stacks, index))
+
+        if cache is not None:
+            start = cache.length
+
+            def decode(carry: tuple[Array, Any], xs: tuple[Array, nnx.State]) -> tuple[tuple[Array, Any], None]:
+                h, written = carry
+                index, layer = xs
+                return block_of(index, layer).decode(h, rotary, mask, written, (index, start)), None
+
+            stored = (cache.keys, cache.values)
+            (h, (keys, values)), _ = jax.lax.scan(decode, (h, stored), (jnp.arange(n_layers), layers))
+            return self.norm(h), KVCache(keys, values, seen, cache.length + seq)
+
+        def body(h: Array, xs: tuple[Array, nnx.State, Array | None]) -> tuple[Array, None]:
             index, layer, layer_key = xs
-            block = nnx.merge(graphdef, layer, layer_of(stacks, index))
-            place = None if start is None else (index, start)
-            return block(h, rotary, mask, written, place, layer_key), None
+            h = checkpoint_name(h, LAYER_INPUT)
+            return block_of(index, layer)(h, rotary, mask, layer_key, tiled=remat != "none"), None
 
-        policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if remat else policies.save_only_these_names(SAVED)
-        # prevent_cse is for code outside a scan; inside it only blocks fusion.
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        stored = None if cache is None else (cache.keys, cache.values)
-        (h, stored), _ = jax.lax.scan(body, (h, stored), (jnp.arange(n_layers), layers, layer_keys))
-        if cache is not None and stored is not None:
-            keys, values = stored
-            cache = KVCache(keys, values, seen, cache.length + seq)
-        return self.norm(h), cache
+        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
+        h, _ = jax.lax.scan(rematerialised(body, remat), h, (jnp.arange(n_layers), layers, layer_keys))
+        return self.norm(h), None
 
     def _mask(self, queries: Int[Array, " S"], slots: Int[Array, " T"]) -> Bool[Array, "1 1 S T"]:
         """Causal, and within the sliding window if the config has one."""

@@ -39,10 +39,11 @@ def transformation(
 ) -> optax.GradientTransformation:
     """Return the update rule called `name` (see `Optimizer.transformation`), for one matrix at a time.
 
-    Rules and arguments are those of transformers' Trainer under the same name, with decoupled weight decay (Loshchilov
-    & Hutter 2019; for sgd that is the same as the coupled one). Lion takes b1 and b2, and no eps. Adafactor (Shazeer &
-    Stern 2018) factors every matrix, clips its update to root mean square 1 and takes the learning rate as given; it
-    has no first moment, and an eps of its own. A schedule is evaluated at the number of updates made before.
+    Rules and arguments are those of transformers' Trainer under the same name (torch's AdamW for adamw_32bit), with
+    decoupled weight decay (Loshchilov & Hutter 2019; for sgd that is the same as the coupled one). Lion takes b1 and
+    b2, and no eps. Adafactor (Shazeer & Stern 2018) factors every matrix, clips its update to root mean square 1 and
+    takes the learning rate as given; it has no first moment, and an eps of its own. A schedule is evaluated at the
+    number of updates made before.
     """
     if name == "adamw_32bit":
         return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)

@@ -84,7 +84,7 @@ def make_step(
         graphdef,
         optimizer,
         packed=config.packing,
-        remat=config.gradient_checkpointing,
+        remat=config.remat_policy,
         dropout=config.lora_dropout > 0,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,

@@ -19,6 +19,7 @@ from qlora_jax.kernels.timing import IMPLEMENTATIONS, Measurement
 from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.optimizers import device_limit
 from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.remat import Remat
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
@@ -102,7 +103,7 @@ def time_step(
     quantization: QuantizationConfig,
     dtype: Any = jnp.float32,
     rank: int = 16,
-    remat: bool = False,
+    remat: Remat = "none",
     kernel: str = "auto",
     steps: int = 10,
     warmup: int = 2,
@@ -114,7 +115,7 @@ def time_step(
         quantization: of the linear weights.
         dtype: compute dtype.
         rank: of the adapters.
-        remat: recompute each layer in the backward pass.
+        remat: what of a layer is kept for the backward pass, see `qlora_jax.remat`.
         kernel: implementation of the 4-bit ops.
         steps: timed steps, after one that compiles and `warmup` more.
         warmup: steps run before the timed ones.

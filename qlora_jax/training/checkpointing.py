@@ -37,9 +37,9 @@ _WRITTEN = (
 )  # fmt: skip
 # Flags that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
 _FREE = frozenset(
-    ("do_eval", "do_sample", "eval_steps", "kernel", "logging_steps", "max_new_tokens", "optim_placement", "output_dir",
-     "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "report_to", "run_name", "save_steps",
-     "save_strategy", "save_total_limit", "temperature", "top_k", "top_p")
+    ("do_eval", "do_sample", "eval_steps", "gradient_checkpointing", "kernel", "logging_steps", "max_new_tokens",
+     "optim_placement", "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "remat",
+     "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "temperature", "top_k", "top_p")
 )  # fmt: skip
 
 

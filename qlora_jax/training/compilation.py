@@ -151,11 +151,11 @@ def _work(
     Every token is taken to be trained on, and every attention score to be computed that causality and the sliding
     window show.
     """
-    portable = dataclasses.replace(config, kernel="xla")
+    # In float32 attention is XLA's too, whatever is installed.
+    portable = dataclasses.replace(config, kernel="xla", bf16=False)
     lora_config, _ = assembly.adapters(portable, model_config)
-    dtype = assembly.compute_dtype(config, _PLATFORM)
-    graphdef, lora, frozen = assembly.declare_model(portable, model_config, lora_config, dtype)
-    optimizer, step = assembly.make_step(portable, graphdef, lora, config.max_steps, platform=_PLATFORM)
+    graphdef, lora, frozen = assembly.declare_model(portable, model_config, lora_config, jnp.float32)
+    optimizer, step = assembly.make_step(portable, graphdef, lora, config.max_steps)
     # Micro-batches are alike: one is traced.
     accumulated, *one = shape
     batch = {name: jax.ShapeDtypeStruct((1, *one), jnp.int32) for name in assembly.BATCH_ARRAYS}
@@ -166,7 +166,7 @@ def _work(
     visible = visible_fraction(shape[2], models.model_config(model_config).sliding_window)
 
     weights = sum(count for name, count in resident.items() if name in _LINEARS)
-    passes = 3 if config.gradient_checkpointing else 2
+    passes = 2 if config.remat_policy == "none" else 3
     head = resident.get("unquantised_head", resident["unquantised_embedding"])
     state = resident["optimizer_device"] + host["optimizer_host"]
     return Work(

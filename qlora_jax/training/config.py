@@ -105,7 +105,13 @@ class TrainConfig:
     adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", group="training")
     max_grad_norm: float = flag(0.3, "Clip the gradient to this global norm (0: no clipping).", group="training")
     gradient_checkpointing: bool = flag(
-        True, "Recompute activations in the backward pass to save memory.", group="training"
+        True, "Recompute activations in the backward pass to save memory; False is --remat none.", group="training"
+    )
+    remat: Literal["full", "save_attention", "offload", "none"] | None = flag(
+        None,
+        "What the backward pass finds of a layer: its input (full, the default), that and what attention returned "
+        "(save_attention), its input in host memory (offload), or everything that is costly to compute (none).",
+        group="training",
     )
     seed: int = flag(0, "Seed of adapters, shuffles and dropout.", group="training")
 
@@ -151,6 +157,8 @@ class TrainConfig:
         for name in ("max_train_samples", "max_eval_samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        if not self.gradient_checkpointing and self.remat not in (None, "none"):
+            raise UserError(f"--remat {self.remat} recomputes activations; leave out --gradient_checkpointing False.")
         if self.sequence_length is not None and not self.packing:
             raise UserError("--sequence_length is the length of packed sequences; give --packing too.")
         if self.eval_dataset is not None and not self.do_eval:
@@ -168,6 +176,11 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm", "eval_steps", "top_k"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative.")
+
+    @property
+    def remat_policy(self) -> Literal["full", "save_attention", "offload", "none"]:
+        """What of a layer is kept for the backward pass, see `qlora_jax.remat`."""
+        return self.remat or ("full" if self.gradient_checkpointing else "none")
 
 
 # What `finetune.py` runs when neither a model nor a data set is named: small enough for two CPU cores.
@@ -220,6 +233,6 @@ UNAVAILABLE: Mapping[str, str] = {
 STEP_FLAGS = (
     "bits", "quant_type", "double_quant", "block_size", "bf16", "kernel", "lora_r", "lora_alpha", "lora_dropout",
     "lora_modules", "adapter", "packing", "optim", "optim_placement", "gradient_accumulation_steps",
-    "weight_decay", "max_grad_norm", "gradient_checkpointing",
+    "weight_decay", "max_grad_norm", "gradient_checkpointing", "remat",
 )  # fmt: skip
 """Flags of a run that shape the programs of its step; `scripts/plan.py` has them under the same names."""

@@ -177,8 +177,10 @@ def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
     """What makes a step on a batch [A, B, S] need less device memory, one flag a line; only what is not yet done."""
     _, rows, length = shape
     advice = []
-    if not config.gradient_checkpointing:
-        advice.append("--gradient_checkpointing recomputes activations instead of keeping them")
+    if config.remat_policy == "none":
+        advice.append("--remat full recomputes a layer's activations instead of keeping them")
+    if config.remat_policy != "offload":
+        advice.append("--remat offload keeps no more of a layer than its input, and that in host memory")
     if rows > jax.device_count():
         advice.append(
             "a lower --per_device_train_batch_size, with --gradient_accumulation_steps raised as much, trains the same"

@@ -8,8 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.data import IGNORED
 
-# Tokens whose logits exist at a time. Large enough for a full-speed product, small beside a batch.
-CHUNK = 512
+# Tokens whose logits exist at a time, at most: enough for a full-speed product, few beside a batch.
+_CHUNK = 512
+# Their logits, at most: 128 MiB in float32.
+_CHUNK_LOGITS = 2**25
 # Rows of the head that a CPU multiplies at a time when it sums over the vocabulary: 2 MiB at 1024 columns in bfloat16.
 _VOCABULARY_BLOCK = 1024
 
@@ -19,7 +21,7 @@ def next_token_loss(
     head: Float[Array, "V D"],
     labels: Int[Array, "B S"],
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of the next-token cross-entropies, in nats, and the number of trained tokens.
 
@@ -32,12 +34,12 @@ def next_token_loss(
         head: output projection; its product with `hidden` is summed in float32.
         labels: labels[:, i] is the target *at* token i, as Hugging Face aligns it, so it is predicted from
             hidden[:, i - 1]; IGNORED marks tokens that are not trained.
-        chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time; by default up to 512, fewer for a large vocabulary.
     """
     batch, seq, width = hidden.shape
     targets = jnp.roll(labels, -1, axis=1).at[:, -1].set(IGNORED).reshape(-1)
     rows = batch * seq
-    chunk = min(chunk, rows)
+    chunk = min(chunk or _default_chunk(head.shape[0]), rows)
     # Trained tokens first, in order; the tail up to a whole chunk is not trained.
     order = jnp.argsort(targets == IGNORED, stable=True)
     padded = -(-rows // chunk) * chunk
@@ -46,6 +48,10 @@ def next_token_loss(
     targets = jnp.where(jnp.arange(padded) < count, targets[order], IGNORED)
     gathered = hidden.reshape(rows, width)[order]
     return _loss_of_rows(chunk, gathered, head.astype(hidden.dtype), targets, count), count
+
+
+def _default_chunk(vocabulary: int) -> int:
+    return max(64, min(_CHUNK, _CHUNK_LOGITS // vocabulary // 64 * 64))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -128,7 +128,8 @@ class Planner:
             except CompilationFailed:
                 continue
             if tried.plan.excess < best.plan.excess:
-                best, changes = tried, {**changes, **remedy}
+                best = tried
+                changes |= {name: value for name, value in remedy.items() if getattr(config, name) != value}
             if best.plan.fits:
                 return Advice(changes, best)
         found = self.longest(best.config, length // 2, maximum=length).length
@@ -141,10 +142,12 @@ def remedies(config: TrainConfig) -> Iterator[dict[str, Any]]:
     """Settings that take less memory, the least costly first."""
     if config.optim_placement != "host":
         yield {"optim_placement": "host"}
-    if not config.gradient_checkpointing:
-        yield {"gradient_checkpointing": True}
+    if config.remat_policy in ("none", "save_attention"):
+        yield {"gradient_checkpointing": True, "remat": "full"}
     if config.bits == 4 and config.kernel != "fused":
         yield {"kernel": "fused"}
+    if config.remat_policy != "offload":
+        yield {"gradient_checkpointing": True, "remat": "offload"}
     rows = config.per_device_train_batch_size
     accumulated = config.gradient_accumulation_steps
     while rows > 1:

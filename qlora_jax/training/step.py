@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.layers import GradientSlot
 from qlora_jax.optimizers import PagedOptimizer
+from qlora_jax.remat import Remat
 from qlora_jax.training.losses import next_token_loss
 
 
@@ -43,7 +44,7 @@ def _loss_sum(
     *,
     graphdef: nnx.GraphDef,
     packed: bool,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """(summed loss, trained tokens) of a batch [B, S] on one device."""
     model = nnx.merge(graphdef, lora, frozen)
@@ -85,7 +86,7 @@ def make_gradient_step(
     graphdef: nnx.GraphDef,
     *,
     packed: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
     dropout: bool = False,
     seed: int = 0,
     max_grad_norm: float = 0.0,
@@ -96,7 +97,7 @@ def make_gradient_step(
     Args:
         graphdef: of the model, from `split_model`.
         packed: rows hold several documents, told apart by `segment_ids`.
-        remat: recompute each layer in the backward pass.
+        remat: what of a layer is kept for the backward pass, see `qlora_jax.remat`.
         dropout: draw dropout masks, keyed by (seed, step, micro-batch, device): a resumed run draws the same ones.
         seed: of the dropout.
         max_grad_norm: clip the mean gradient to this global norm (Pascanu et al. 2013); 0 for no clipping.
@@ -197,7 +198,7 @@ def make_train_step(
     optimizer: PagedOptimizer,
     *,
     packed: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
     dropout: bool = False,
     seed: int = 0,
     max_grad_norm: float = 0.0,
@@ -233,7 +234,7 @@ def make_eval_step(
     """A jitted `step(lora, frozen, batch)` -> (summed loss, trained tokens) of a batch of int32 [B, S] arrays."""
 
     def sums(lora: nnx.State, frozen: nnx.State, batch: dict[str, Array], key: None) -> tuple[Array, Array]:
-        return _loss_sum(lora, frozen, batch, key, graphdef=graphdef, packed=packed, remat=False)
+        return _loss_sum(lora, frozen, batch, key, graphdef=graphdef, packed=packed, remat="none")
 
     def step(lora: nnx.State, frozen: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
         return _on_every_device(sums, mesh, PartitionSpec("data"))(lora, frozen, batch, None)

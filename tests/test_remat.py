@@ -1,0 +1,164 @@
+"""Rematerialisation policies, sequence tiles and groups of heads: less memory, the same numbers."""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from qlora_jax import attention, remat, tiling
+from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.training.config import TrainConfig
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Tiles and groups of heads small enough that a tiny model's sequence falls into several."""
+    monkeypatch.setattr(tiling, "TILE", 32)
+    monkeypatch.setattr(tiling, "_MULTIPLE", 8)
+    monkeypatch.setattr(attention, "_BUSY_BLOCKS", 1)
+
+
+def loss_and_gradient(policy: str, *, packed: bool = False, dropout: float = 0.0):
+    graphdef, lora, frozen = tiny.build(quantization=QuantizationConfig(), dropout=dropout)
+    lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, tiny.CONFIG["vocab_size"], (2, 96)))
+    positions = jnp.tile(jnp.arange(96), (2, 1))
+    segments = jnp.where(positions < 40, 1, 2) if packed else None
+
+    def loss(lora):
+        model = nnx.merge(graphdef, lora, frozen)
+        key = jax.random.key(1) if dropout else None
+        hidden, _ = model(ids, positions, segment_ids=segments, dropout_key=key, remat=policy)
+        return jnp.sum(jnp.sin(model.logits(hidden)))
+
+    return jax.jit(jax.value_and_grad(loss))(lora)
+
+
+def assert_same(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 0
+        np.testing.assert_allclose(a / scale, b / scale, atol=2e-5)
+
+
+def test_the_flag_offers_every_policy():
+    (flag, _) = typing.get_args(typing.get_type_hints(TrainConfig)["remat"])
+    assert set(typing.get_args(flag)) == set(remat.POLICIES) == set(typing.get_args(remat.Remat))
+    assert TrainConfig().remat_policy == "full"
+    assert TrainConfig(gradient_checkpointing=False).remat_policy == "none"
+    assert TrainConfig(remat="offload").remat_policy == "offload"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("policy", ["full", "save_attention", "offload"])
+def test_policies_agree(policy, packed):
+    assert_same(loss_and_gradient(policy, packed=packed), loss_and_gradient("none", packed=packed))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("policy", ["full", "save_attention", "offload"])
+def test_tiles_and_groups_of_heads_change_nothing(policy, packed, request):
+    want = loss_and_gradient("none", packed=packed)
+    request.getfixturevalue("small_pieces")
+    assert tiling.tile_size(2 * 96) == 32
+    assert attention.head_groups(2 * 96, 4, 2) == 2
+    assert_same(loss_and_gradient(policy, packed=packed), want)
+
+
+def test_tiles_draw_their_own_dropout(small_pieces):
+    """Every policy draws the same masks; no two tiles draw the same."""
+    full = loss_and_gradient("full", dropout=0.5)
+    assert_same(loss_and_gradient("offload", dropout=0.5), full)
+    assert_same(loss_and_gradient("save_attention", dropout=0.5), full)
+    assert abs(full[0] - loss_and_gradient("full")[0]) > 1e-3
+
+
+class TestAttention:
+    """`attend` against the plain product of scores."""
+
+    def arrays(self, seq: int = 24):
+        shapes = {"q": (2, seq, 8, 16), "k": (2, seq, 4, 16), "v": (2, seq, 4, 16), "d": (2, seq, 8, 16)}
+        return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes.values())]
+
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    @pytest.mark.parametrize("window", [None, (5, 0)])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_groups(self, groups, window, masked, monkeypatch):
+        q, k, v, d = self.arrays()
+        segments = jnp.asarray([[1] * 10 + [2] * 14, [1] * 24])
+        mask = (segments[:, None, :, None] == segments[:, None, None, :]) & jnp.tril(jnp.ones((24, 24), bool))
+        mask = mask if masked else None
+        want, want_vjp = jax.vjp(lambda *qkv: attention.attend_xla(*qkv, mask, window), q, k, v)
+        monkeypatch.setattr(attention, "head_groups", lambda *_: groups)
+        got, got_vjp = jax.vjp(lambda *qkv: attention.attend(*qkv, mask, window), q, k, v)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        for a, b in zip(got_vjp(d), want_vjp(d), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("tokens", "heads", "kv_heads", "groups"),
+        [(512, 32, 32, 1), (16384, 32, 8, 4), (65536, 32, 8, 8), (1 << 20, 64, 8, 8), (1 << 20, 9, 3, 3)],
+    )
+    def test_every_group_fills_a_large_gpu(self, tokens, heads, kv_heads, groups):
+        assert attention.head_groups(tokens, heads, kv_heads) == groups
+
+
+class TestTiles:
+    """`by_tiles` against the function on everything at once."""
+
+    @staticmethod
+    def function(index, trainable, frozen, constant, x, y):
+        hidden = jnp.tanh(x @ trainable["a"] * constant[:, None])
+        return x + hidden @ frozen, hidden * y
+
+    def arguments(self, rows: int = 64):
+        keys = jax.random.split(jax.random.key(0), 6)
+        shapes = [(16, 32), (32, 16), (rows,), (rows, 16), (rows, 32)]
+        a, w, constant, x, y = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False))
+        return {"a": a}, w, constant, x, y
+
+    @pytest.mark.parametrize("in_place", [(), ((0, 0),), ((0, 0), (1, 1))])
+    @pytest.mark.parametrize("tile", [8, 64])
+    def test_values_and_gradients(self, tile, in_place):
+        trainable, w, constant, x, y = self.arguments()
+
+        def tiled(trainable, x, y):
+            return tiling.by_tiles(self.function, tile, trainable, w, [constant], [x, y], in_place)
+
+        want, want_vjp = jax.vjp(lambda t, x, y: self.function(0, t, w, constant, x, y), trainable, x, y)
+        got, got_vjp = jax.vjp(tiled, trainable, x, y)
+        cotangents = jax.tree.map(jnp.cos, want)
+        results, wanted = (got, got_vjp(cotangents)), (want, want_vjp(cotangents))
+        for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+    def test_what_lies_between_is_never_whole(self):
+        """A hidden layer 64 times as wide as the result: tiles must keep it from memory, in the backward pass too."""
+        rows, width = 8192, 1024
+        key = jax.random.key(0)
+        x = jax.random.normal(key, (rows, 16))
+        trainable = jax.random.normal(key, (16, width))
+        w = jax.random.normal(key, (width, 16))
+
+        def function(index, trainable, frozen, x):
+            return (x + jnp.tanh(x @ trainable) @ frozen,)
+
+        def temporaries(fn):
+            gradient = jax.jit(jax.grad(lambda x: jnp.sum(fn(x)[0] ** 2)))
+            return gradient.lower(x).compile().memory_analysis().temp_size_in_bytes
+
+        hidden = rows * width * 4
+        assert temporaries(lambda x: function(0, trainable, w, x)) >= hidden
+        assert temporaries(lambda x: tiling.by_tiles(function, 256, trainable, w, [], [x], ((0, 0),))) < hidden / 4
+
+    @pytest.mark.parametrize(
+        ("tokens", "size"),
+        [(512, 512), (4096, 4096), (8192, 2048), (262144, 2048), (49152, 2048), (5120, 1280), (4099, 4099)],
+    )
+    def test_sizes(self, tokens, size):
+        assert tiling.tile_size(tokens) == size
