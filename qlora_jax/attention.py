@@ -35,11 +35,9 @@ def attend(
     else, and for what cuDNN cannot do, XLA's. Long sequences attend by groups of heads (`head_groups`): besides q, k,
     v, the output and its cotangent, only one group's arrays exist, and the gradients take the place of q, k and v.
     """
-    groups = head_groups(q.shape[0] * q.shape[1], q.shape[2], k.shape[2])
-    cudnn = _cudnn_can(q, k, v, mask, window)
-    if groups == 1 and not cudnn:
+    if _groups(q, k) == 1 and not _cudnn_can(q, k, v, mask, window):
         return checkpoint_name(attend_xla(q, k, v, mask, window), ATTENTION)
-    return _attend((window, groups, cudnn), q, k, v, mask)
+    return _attend(window, q, k, v, mask)
 
 
 def attend_xla(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> Array:
@@ -65,17 +63,15 @@ def _cudnn_can(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[i
     return True
 
 
-Static = tuple[tuple[int, int] | None, int, bool]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    return _forward(static, q, k, v, mask)[0]
-
-
-def _forward(static: Static, q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Any]:
-    window, groups, cudnn = static
-    batch, seq, heads, _ = q.shape
+def forward(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    mask: Bool[Array, "B 1 S S"] | None,
+    window: tuple[int, int] | None,
+) -> tuple[Float[Array, "B S H E"], Float[Array, "B H S"]]:
+    """What `attend` returns, and the statistics of the rows of scores that `backward` needs."""
+    groups, (batch, seq, heads, _) = _groups(q, k), q.shape
 
     def on_cuda(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
         out, vjp = jax.vjp(lambda q, k, v: _attend_cudnn(q, k, v, mask, window), q, k, v)
@@ -85,53 +81,79 @@ def _forward(static: Static, q: Array, k: Array, v: Array, mask: Array | None) -
         # The backward pass recomputes the scores and asks for no statistics.
         return attend_xla(q, k, v, mask, window), jnp.zeros((q.shape[0], q.shape[2], seq), jnp.float32)
 
-    one = _on_platform(on_cuda, elsewhere, cudnn)
+    one = _on_platform(on_cuda, elsewhere, _cudnn_can(q, k, v, mask, window))
     if groups == 1:
-        out, statistics = one(q, k, v, mask)
-    else:
+        return one(q, k, v, mask)
 
-        def group(g: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
-            out, statistics = done
-            new, new_statistics = one(*(_heads(x, g, groups) for x in (q, k, v)), mask)
-            return _with_heads(out, new, g), _with_heads(statistics, new_statistics, g, axis=1)
+    def group(g: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, statistics = done
+        new, new_statistics = one(*(_heads(x, g, groups) for x in (q, k, v)), mask)
+        return _with_heads(out, new, g), _with_heads(statistics, new_statistics, g, axis=1)
 
-        empty = (jnp.zeros_like(q), jnp.zeros((batch, heads, seq), jnp.float32))
-        out, statistics = jax.lax.fori_loop(0, groups, group, empty)
-    out, statistics = checkpoint_name(out, ATTENTION), checkpoint_name(statistics, ATTENTION)
-    return out, (q, k, v, mask, out, statistics)
+    empty = (jnp.zeros_like(q), jnp.zeros((batch, heads, seq), jnp.float32))
+    return jax.lax.fori_loop(0, groups, group, empty)
 
 
-def _backward(static: Static, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
-    window, groups, cudnn = static
-    q, k, v, mask, out, statistics = residuals
+def backward(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    mask: Bool[Array, "B 1 S S"] | None,
+    out: Float[Array, "B S H E"],
+    statistics: Float[Array, "B H S"],
+    d_out: Float[Array, "B S H E"],
+    window: tuple[int, int] | None,
+) -> tuple[Float[Array, "B S H E"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+    """Gradients of q, k and v from what `forward` returned and the cotangent of its output."""
+    groups = _groups(q, k)
 
     def on_cuda(
         q: Array, k: Array, v: Array, out: Array, statistics: Array, d_out: Array, mask: Array | None
-    ) -> tuple[Array, ...]:
+    ) -> tuple[Array, Array, Array]:
         again, vjp = jax.vjp(lambda q, k, v: _attend_cudnn(q, k, v, mask, window), q, k, v)
         return _restored(vjp, again, out, statistics)(d_out)
 
     def elsewhere(
         q: Array, k: Array, v: Array, out: Array, statistics: Array, d_out: Array, mask: Array | None
-    ) -> tuple[Array, ...]:
+    ) -> tuple[Array, Array, Array]:
         return jax.vjp(lambda q, k, v: attend_xla(q, k, v, mask, window), q, k, v)[1](d_out)
 
-    one = _on_platform(on_cuda, elsewhere, cudnn)
+    one = _on_platform(on_cuda, elsewhere, _cudnn_can(q, k, v, mask, window))
     if groups == 1:
-        dq, dk, dv = one(q, k, v, out, statistics, d_out, mask)
-        return dq, dk, dv, None
+        return one(q, k, v, out, statistics, d_out, mask)
 
-    def group(g: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def group(g: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # What has been attended already holds gradients.
         mine = [_heads(x, g, groups) for x in (*carry, out)]
         new = one(*mine, _heads(statistics, g, groups, axis=1), _heads(d_out, g, groups), mask)
-        return tuple(_with_heads(x, dx, g) for x, dx in zip(carry, new, strict=True))
+        dq, dk, dv = (_with_heads(x, dx, g) for x, dx in zip(carry, new, strict=True))
+        return dq, dk, dv
 
-    dq, dk, dv = jax.lax.fori_loop(0, groups, group, (q, k, v))
-    return dq, dk, dv, None
+    return jax.lax.fori_loop(0, groups, group, (q, k, v))
 
 
-_attend.defvjp(_forward, _backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(window: tuple[int, int] | None, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    return forward(q, k, v, mask, window)[0]
+
+
+def _attend_forward(
+    window: tuple[int, int] | None, q: Array, k: Array, v: Array, mask: Array | None
+) -> tuple[Array, Any]:
+    out, statistics = (checkpoint_name(x, ATTENTION) for x in forward(q, k, v, mask, window))
+    return out, (q, k, v, mask, out, statistics)
+
+
+def _attend_backward(window: tuple[int, int] | None, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, mask, out, statistics = residuals
+    return *backward(q, k, v, mask, out, statistics, d_out, window), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _groups(q: Array, k: Array) -> int:
+    return head_groups(q.shape[0] * q.shape[1], q.shape[2], k.shape[2])
 
 
 def _statistics(vjp: Any, out: Array) -> Array:

@@ -14,13 +14,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax import tiling
 from qlora_jax.attention import attend, attend_xla
 from qlora_jax.errors import UserError
 from qlora_jax.layers import Precision, QLoRALinear, RMSNorm, frozen_array
 from qlora_jax.models.base import TensorSpec, flatten, layer_of, split_model, split_stacks
 from qlora_jax.remat import LAYER_INPUT, Remat, rematerialised
 from qlora_jax.rotary import RotaryConfig, apply_rotary, rotary_tables
-from qlora_jax.tiling import by_tiles, tile_size
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 LINEARS = {
@@ -191,17 +191,6 @@ class Attention(nnx.Module):
         v = self.v_proj(x, keys[2]).reshape(batch, seq, -1, self.config.head_dim)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
-    def attend(
-        self,
-        q: Float[Array, "B S H E"],
-        k: Float[Array, "B S K E"],
-        v: Float[Array, "B S K E"],
-        mask: Bool[Array, "B 1 S S"] | None,
-    ) -> Float[Array, "B S HE"]:
-        """Attend within a sequence; mask None means causal (with the config's sliding window)."""
-        window = None if mask is not None or self.config.sliding_window is None else (self.config.sliding_window - 1, 0)
-        return attend(q, k, v, mask, window).reshape(*q.shape[:2], -1)
-
     def attend_cached(
         self,
         q: Float[Array, "B S H E"],
@@ -210,7 +199,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "B 1 S T"] | None,
         cache: tuple[Array, Array],
         place: tuple[Array, Array],
-    ) -> tuple[Float[Array, "B S HE"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B S H E"], tuple[Array, Array]]:
         """Attend over `cache` = (keys, values), both [L, B, T, K, E], with k and v written at `place`.
 
         `place` is (layer, slot). All layers' caches are handed on, so that a loop over them writes them in place.
@@ -223,7 +212,7 @@ class Attention(nnx.Module):
         )
         k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in written)
         # The mask may hide everything from a padded query, and one token a step leaves no scores to save.
-        return attend_xla(q, k, v, mask, None).reshape(*q.shape[:2], -1), written
+        return attend_xla(q, k, v, mask, None), written
 
 
 class MLP(nnx.Module):
@@ -258,42 +247,41 @@ class Block(nnx.Module):
         rotary: tuple[Array, Array],
         mask: Bool[Array, "B 1 S S"] | None,
         dropout_key: Array | None,
-        tiled: bool,
     ) -> Float[Array, "B S D"]:
-        """Residual attention, then residual MLP; `tiled`: all but attention on a tile of a long sequence at a time."""
+        """Residual attention, then residual MLP."""
         keys = _dropout_keys(dropout_key)
-        tokens = h.shape[0] * h.shape[1]
-        if not tiled or tile_size(tokens) == tokens:
-            q, k, v = self.project(h, rotary, keys)
-            return self.finish(h, self.self_attn.attend(q, k, v, mask), keys)
+        q, k, v = self.project(h, rotary, keys)
+        return self.finish(h, attend(q, k, v, mask, self.window(mask)), keys)
 
+    def by_tiles(
+        self,
+        h: Float[Array, "B S D"],
+        rotary: tuple[Array, Array],
+        mask: Bool[Array, "B 1 S S"] | None,
+        dropout_key: Array | None,
+        remat: Remat,
+    ) -> Float[Array, "B S D"]:
+        """The same on a long sequence, see `qlora_jax.tiling`."""
         graphdef, lora, frozen = split_model(self)
 
         def block(lora: nnx.State, frozen: Any, tile: Array) -> tuple[Block, DropoutKeys]:
             state, keys = frozen
-            return nnx.merge(graphdef, lora, state), tuple(
-                None if key is None else jax.random.fold_in(key, tile) for key in keys
-            )
+            keys = tuple(None if key is None else jax.random.fold_in(key, tile) for key in keys)
+            return nnx.merge(graphdef, lora, state), keys
 
-        def project(tile: Array, lora: nnx.State, frozen: Any, cos: Array, sin: Array, h: Array) -> tuple[Array, ...]:
+        def before(
+            tile: Array, lora: nnx.State, frozen: Any, cos: Array, sin: Array, h: Array
+        ) -> tuple[Array, Array, Array]:
             one, keys = block(lora, frozen, tile)
             q, k, v = one.project(h[None], (cos[None], sin[None]), keys)
             return q[0], k[0], v[0]
 
-        def finish(tile: Array, lora: nnx.State, frozen: Any, h: Array, attended: Array) -> tuple[Array, ...]:
+        def after(tile: Array, lora: nnx.State, frozen: Any, h: Array, attended: Array) -> Array:
             one, keys = block(lora, frozen, tile)
-            return (one.finish(h[None], attended[None], keys)[0],)
+            return one.finish(h[None], attended[None], keys)[0]
 
-        def rows(x: Array) -> Array:
-            return x.reshape(tokens, *x.shape[2:])
-
-        tile, whole = tile_size(tokens), (frozen, keys)
-        qkv = by_tiles(project, tile, lora, whole, [rows(x) for x in rotary], [rows(h)])
-        q, k, v = (x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
-        attended = self.self_attn.attend(q, k, v, mask)
-        # The gradient of h takes the place of the gradient of what comes out.
-        (out,) = by_tiles(finish, tile, lora, whole, [], [rows(h), rows(attended)], in_place=((0, 0),))
-        return out.reshape(h.shape)
+        layer = tiling.Layer(before, after, self.window(mask))
+        return tiling.by_tiles(layer, remat, lora, (frozen, _dropout_keys(dropout_key)), rotary, mask, h)
 
     def decode(
         self,
@@ -309,6 +297,11 @@ class Block(nnx.Module):
         attended, written = self.self_attn.attend_cached(q, k, v, mask, cache, place)
         return self.finish(h, attended, keys), written
 
+    def window(self, mask: Array | None) -> tuple[int, int] | None:
+        """The sliding window as attention takes it; a mask has it already."""
+        window = self.self_attn.config.sliding_window
+        return None if mask is not None or window is None else (window - 1, 0)
+
     def project(
         self, h: Float[Array, "B S D"], rotary: tuple[Array, Array], keys: DropoutKeys
     ) -> tuple[Float[Array, "B S H E"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
@@ -316,10 +309,10 @@ class Block(nnx.Module):
         return self.self_attn.project(self.input_layernorm(h), rotary, keys)
 
     def finish(
-        self, h: Float[Array, "B S D"], attended: Float[Array, "B S HE"], keys: DropoutKeys
+        self, h: Float[Array, "B S D"], attended: Float[Array, "B S H E"], keys: DropoutKeys
     ) -> Float[Array, "B S D"]:
         """What comes after attention: its output projection, added to h, and the MLP."""
-        h = h + self.self_attn.o_proj(attended, keys[3])
+        h = h + self.self_attn.o_proj(attended.reshape(*h.shape[:2], -1), keys[3])
         return h + self.mlp(self.post_attention_layernorm(h), keys[4:])
 
 
@@ -401,11 +394,15 @@ class Llama(nnx.Module):
 
         def body(h: Array, xs: tuple[Array, nnx.State, Array | None]) -> tuple[Array, None]:
             index, layer, layer_key = xs
-            h = checkpoint_name(h, LAYER_INPUT)
-            return block_of(index, layer)(h, rotary, mask, layer_key, tiled=remat != "none"), None
+            block = block_of(index, layer)
+            if tiled:
+                return block.by_tiles(h, rotary, mask, layer_key, remat), None
+            return block(checkpoint_name(h, LAYER_INPUT), rotary, mask, layer_key), None
 
+        tiled = remat != "none" and tiling.tile_size(batch * seq) < batch * seq
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
-        h, _ = jax.lax.scan(rematerialised(body, remat), h, (jnp.arange(n_layers), layers, layer_keys))
+        body = body if tiled else rematerialised(body, remat)
+        h, _ = jax.lax.scan(body, h, (jnp.arange(n_layers), layers, layer_keys))
         return self.norm(h), None
 
     def _mask(self, queries: Int[Array, " S"], slots: Int[Array, " T"]) -> Bool[Array, "1 1 S T"]:
