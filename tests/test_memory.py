@@ -115,7 +115,7 @@ def test_products_of_a_training_step_follow_its_shapes(recomputed):
     counter = jax.ShapeDtypeStruct((), jnp.int32)
     traced = step.gradient_step.trace(optimizer.abstract_lora(), frozen, batch, counter)
     tokens = 2 * 64
-    found = count_products(traced.jaxpr, trips=tokens / min(losses.CHUNK, tokens))
+    found = count_products(traced.jaxpr, trips=tokens / min(losses.default_chunk(96), tokens))
 
     layers, d, f, kv, vocabulary = 3, 64, 128, 32, 96
     shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]

@@ -55,6 +55,7 @@ class Program:
             RuntimeError: the two differ, so that bytes by class would not add up to what the program takes.
         """
         memory: Any = compiled.memory_analysis()
+        structure: Any
         leaves, structure = jax.tree.flatten(arguments)
         # An argument that is not read has None for a sharding.
         shardings = structure.flatten_up_to(compiled.input_shardings[0])

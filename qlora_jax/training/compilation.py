@@ -162,8 +162,9 @@ def _work(
     traced = step.gradient_step.trace(optimizer.abstract_lora(), frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
     rows = math.prod(one)
     # The only loop without a stated number of iterations: chunks of trained tokens.
-    products = count_products(traced.jaxpr, trips=rows / min(losses.CHUNK, rows))
-    visible = visible_fraction(shape[2], models.model_config(model_config).sliding_window)
+    shapes = models.model_config(model_config)
+    products = count_products(traced.jaxpr, trips=rows / min(losses.default_chunk(shapes.vocab_size), rows))
+    visible = visible_fraction(shape[2], shapes.sliding_window)
 
     weights = sum(count for name, count in resident.items() if name in _LINEARS)
     passes = 2 if config.remat_policy == "none" else 3
