@@ -253,36 +253,6 @@ class Block(nnx.Module):
         q, k, v = self.project(h, rotary, keys)
         return self.finish(h, attend(q, k, v, mask, self.window(mask)), keys)
 
-    def by_tiles(
-        self,
-        h: Float[Array, "B S D"],
-        rotary: tuple[Array, Array],
-        mask: Bool[Array, "B 1 S S"] | None,
-        dropout_key: Array | None,
-        remat: Remat,
-    ) -> Float[Array, "B S D"]:
-        """The same on a long sequence, see `qlora_jax.tiling`."""
-        graphdef, lora, frozen = split_model(self)
-
-        def block(lora: nnx.State, frozen: Any, tile: Array) -> tuple[Block, DropoutKeys]:
-            state, keys = frozen
-            keys = tuple(None if key is None else jax.random.fold_in(key, tile) for key in keys)
-            return nnx.merge(graphdef, lora, state), keys
-
-        def before(
-            tile: Array, lora: nnx.State, frozen: Any, cos: Array, sin: Array, h: Array
-        ) -> tuple[Array, Array, Array]:
-            one, keys = block(lora, frozen, tile)
-            q, k, v = one.project(h[None], (cos[None], sin[None]), keys)
-            return q[0], k[0], v[0]
-
-        def after(tile: Array, lora: nnx.State, frozen: Any, h: Array, attended: Array) -> Array:
-            one, keys = block(lora, frozen, tile)
-            return one.finish(h[None], attended[None], keys)[0]
-
-        layer = tiling.Layer(before, after, self.window(mask))
-        return tiling.by_tiles(layer, remat, lora, (frozen, _dropout_keys(dropout_key)), rotary, mask, h)
-
     def decode(
         self,
         h: Float[Array, "B S D"],
@@ -392,18 +362,57 @@ class Llama(nnx.Module):
             (h, (keys, values)), _ = jax.lax.scan(decode, (h, stored), (jnp.arange(n_layers), layers))
             return self.norm(h), KVCache(keys, values, seen, cache.length + seq)
 
+        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
+        if remat != "none" and tiling.tile_size(batch * seq) < batch * seq:
+            h = self._layers_by_tiles(h, rotary, mask, layer_keys, remat)
+            return self.norm(h), None
+
         def body(h: Array, xs: tuple[Array, nnx.State, Array | None]) -> tuple[Array, None]:
             index, layer, layer_key = xs
-            block = block_of(index, layer)
-            if tiled:
-                return block.by_tiles(h, rotary, mask, layer_key, remat), None
-            return block(checkpoint_name(h, LAYER_INPUT), rotary, mask, layer_key), None
+            return block_of(index, layer)(checkpoint_name(h, LAYER_INPUT), rotary, mask, layer_key), None
 
-        tiled = remat != "none" and tiling.tile_size(batch * seq) < batch * seq
-        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
-        body = body if tiled else rematerialised(body, remat)
-        h, _ = jax.lax.scan(body, h, (jnp.arange(n_layers), layers, layer_keys))
+        h, _ = jax.lax.scan(rematerialised(body, remat), h, (jnp.arange(n_layers), layers, layer_keys))
         return self.norm(h), None
+
+    def _layers_by_tiles(
+        self,
+        h: Float[Array, "B S D"],
+        rotary: tuple[Array, Array],
+        mask: Bool[Array, "B 1 S S"] | None,
+        layer_keys: Array | None,
+        remat: Remat,
+    ) -> Float[Array, "B S D"]:
+        """The layers on a long sequence, see `qlora_jax.tiling`."""
+        graphdef, lora, frozen = split_model(self.layers)
+        stacks, frozen = split_stacks(frozen)
+
+        def block(place: tuple[Array, Array], lora: nnx.State, sliced: Any, stacks: Any) -> tuple[Block, DropoutKeys]:
+            frozen, layer_key = sliced
+            layer, tile = place
+            key = None if layer_key is None else jax.random.fold_in(layer_key, tile)
+            return nnx.merge(graphdef, lora, frozen, layer_of(stacks, layer)), _dropout_keys(key)
+
+        def before(
+            place: tuple[Array, Array],
+            lora: nnx.State,
+            sliced: Any,
+            stacks: nnx.State,
+            cos: Array,
+            sin: Array,
+            h: Array,
+        ) -> tuple[Array, Array, Array]:
+            one, keys = block(place, lora, sliced, stacks)
+            q, k, v = one.project(h[None], (cos[None], sin[None]), keys)
+            return q[0], k[0], v[0]
+
+        def after(
+            place: tuple[Array, Array], lora: nnx.State, sliced: Any, stacks: nnx.State, h: Array, attended: Array
+        ) -> Array:
+            one, keys = block(place, lora, sliced, stacks)
+            return one.finish(h[None], attended[None], keys)[0]
+
+        layer = tiling.Layer(before, after, self.layers.window(mask))
+        return tiling.run(layer, remat, lora, (frozen, layer_keys), stacks, rotary, mask, h)
 
     def _mask(self, queries: Int[Array, " S"], slots: Int[Array, " T"]) -> Bool[Array, "1 1 S T"]:
         """Causal, and within the sliding window if the config has one."""
