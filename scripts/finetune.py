@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the script."""
     config, flags = configure(argv)
     # Imported once the flags are known to be good: loading JAX takes seconds.
-    from qlora_jax.training.loop import finetune, plan
+    from qlora_jax.training.loop import finetune, length_flags, plan
 
     if flags.plan:
         from qlora_jax.training.planning import describe_run
@@ -109,8 +109,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{config.model_name_or_path} on {planned.plan.chip.title}: {rows} x {planned.length:,} tokens at once")
         print(describe_run(planned))
         if advice is not None:
-            length = "sequence_length" if config.packing else "source_max_len plus --target_max_len"
-            print(advice.sentence({"seq": length}))
+            print(advice.sentence({"seq": length_flags(config)}))
         return 0
     result = finetune(config)
     if result.interrupted:

@@ -486,3 +486,21 @@ def test_a_run_is_planned_for_its_longest_batch(tmp_path, monkeypatch):
     assert advice is None
     with pytest.raises(UserError, match="--plan: no GPU that is known by its data sheet is here: give --gpu, one of"):
         loop.plan(config)
+
+
+def test_out_of_memory_is_told_with_the_plan(monkeypatch):
+    fake_compilers(monkeypatch)
+    on = {"a": "rtx3090"}
+    monkeypatch.setattr(loop.gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
+    lines = loop.planned_advice(LEAN, (2, 8, 100_000), model_config={})
+    assert any(line.startswith("Device: ") and "does not fit" in line for line in lines)
+    assert lines[-1].startswith("It would fit with --per_device_train_batch_size")
+    packed = dataclasses.replace(LEAN, packing=True, lora_r=8, optim="adamw_8bit")
+    lines = loop.planned_advice(packed, (1, 1, 1_000_000), model_config={})
+    assert re.fullmatch(r"It would fit with --sequence_length \d+: .* GB\.", lines[-1])
+    lines = loop.planned_advice(LEAN, (2, 1, 128), model_config={})
+    assert "it had 24.0 GiB of 24.0 GiB, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that" in lines[-1]
+    # Nothing to plan with: what helps in general.
+    for name in ("b200", None):
+        on["a"] = name
+        assert loop.planned_advice(LEAN, (2, 8, 128), model_config={}) == loop.memory_advice(LEAN, (2, 8, 128))

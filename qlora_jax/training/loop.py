@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from qlora_jax.training.checkpointing import RunDirectory, read_json, write_json
 from qlora_jax.training.compilation import Compiler
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import learning_rate_schedule
-from qlora_jax.training.planning import Advice, Planned, Planner
+from qlora_jax.training.planning import Advice, Planned, Planner, describe_run
 from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, plot_losses, read_metrics
 from qlora_jax.training.step import TrainState, make_eval_step, program_bytes
 
@@ -189,6 +189,44 @@ def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
         advice.append("--optim_placement host keeps the optimizer's state in host memory")
     source = "--sequence_length" if config.packing else "--source_max_len and --target_max_len"
     return [*advice, f"lower {source} shorten the rows, here of {length} tokens"]
+
+
+def planned_advice(config: TrainConfig, shape: tuple[int, ...], *, model_config: Mapping[str, Any]) -> list[str]:
+    """The plan of a step on a batch [A, B, S] and what would make it fit, one line each.
+
+    Where no plan can be made (a GPU without a data sheet here, no compiler beside the one that runs), `memory_advice`.
+    """
+    device = jax.local_devices()[0]
+    chip = gpus.chip_of(device)
+    if chip is None:
+        return memory_advice(config, shape)
+    accumulated, rows, length = shape
+    config = dataclasses.replace(
+        config,
+        gradient_accumulation_steps=accumulated,
+        per_device_train_batch_size=rows // jax.device_count(),
+    )
+    try:
+        with Compiler(chip) as compiler:
+            planner = Planner(chip, model_config, compiler)
+            planned = planner.plan(config, length)
+            advice = None if planned.plan.fits else planner.advice(config, length)
+    except UserError:
+        return memory_advice(config, shape)
+    lines = describe_run(planned).splitlines()
+    if advice is not None:
+        return [*lines, advice.sentence({"seq": length_flags(config)})]
+    limit = device_limit(device) or chip.memory_bytes
+    return [
+        *lines,
+        f"The plan fits, so it is other programs, or JAX's share of the GPU: it had {format_bytes(limit)} of "
+        f"{format_bytes(chip.memory_bytes)}, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that.",
+    ]
+
+
+def length_flags(config: TrainConfig) -> str:
+    """What a run calls the tokens of a sequence."""
+    return "sequence_length" if config.packing else "source_max_len plus --target_max_len"
 
 
 class Trainer:
@@ -560,7 +598,8 @@ def finetune(config: TrainConfig) -> Result:
     print(f"base model: {model.base.description}")
     for line in kernel_choices(config, model, datasets):
         print(line)
-    trainer = Trainer(config, model, datasets, tokenizer, mesh)
+    advise = functools.partial(planned_advice, model_config=model.base.config)
+    trainer = Trainer(config, model, datasets, tokenizer, mesh, advise)
     # Closed however the run ends: TensorBoard and W&B hold lines back.
     with contextlib.closing(trainer.log):
         return _train_and_save(trainer, prompts)
