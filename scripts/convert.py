@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     # Imported once the flags are known to be good: loading JAX takes seconds.
     from qlora_jax.checkpoints.conversion import convert
     from qlora_jax.checkpoints.hub import resolve_model
+    from qlora_jax.formatting import format_bytes, table
     from qlora_jax.quantization import QuantizationConfig
-    from qlora_jax.training.reporting import format_bytes, table
 
     quantization = QuantizationConfig(flags.quant_type, flags.block_size, flags.double_quant)
     source = resolve_model(flags.model)

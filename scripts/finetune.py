@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.cli import parse_flags, run
+from qlora_jax.cli import flag, parse_flags, run
+from qlora_jax.errors import UserError
 from qlora_jax.training.config import DEMO, UNAVAILABLE, TrainConfig
 
 DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
@@ -16,23 +17,37 @@ parameters. Without --model_name_or_path and --dataset it runs a small example: 
 data set. A run that was interrupted is resumed by the same command."""
 
 
-def configure(argv: Sequence[str]) -> TrainConfig:
+@dataclasses.dataclass(frozen=True)
+class Flags(TrainConfig):
+    """The flags of a run, and whether to plan it instead."""
+
+    plan: bool = flag(False, "Say what the run would take of a GPU, and do not run it.", group="plan")
+    gpu: str | None = flag(
+        None, "With --plan: the GPU, such as rtx4090 or h100, which need not be here; by default the one that is.",
+        group="plan",
+    )  # fmt: skip
+
+
+def configure(argv: Sequence[str]) -> tuple[TrainConfig, Flags]:
     """Flags -> config; a run that names neither model nor data is the example, with its own defaults."""
-    config, given = parse_flags(TrainConfig, argv, prog="finetune.py", description=DESCRIPTION, unavailable=UNAVAILABLE)
+    flags, given = parse_flags(Flags, argv, prog="finetune.py", description=DESCRIPTION, unavailable=UNAVAILABLE)
+    if flags.gpu is not None and not flags.plan:
+        raise UserError("--gpu names the GPU to plan for; give --plan too.")
+    config = TrainConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainConfig)})
     if given & {"model_name_or_path", "dataset"}:
-        return config
+        return config, flags
     example = {name: value for name, value in DEMO.items() if name not in given}
     command = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in example.items())
     print(
         "No model and no data set named: running the example, which is\n  python scripts/finetune.py "
         f"--model_name_or_path {config.model_name_or_path} --dataset {config.dataset} {command}\n"
     )
-    return dataclasses.replace(config, **example)
+    return dataclasses.replace(config, **example), flags
 
 
 def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], output_dir: str) -> None:
     """Print what a finished run came to."""
-    from qlora_jax.training.reporting import format_bytes, table
+    from qlora_jax.formatting import format_bytes, table
 
     for prompt, before, after in answers:
         print(f"\n> {prompt}")
@@ -82,10 +97,20 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
 
 def main(argv: Sequence[str]) -> int:
     """Run the script."""
-    config = configure(argv)
+    config, flags = configure(argv)
     # Imported once the flags are known to be good: loading JAX takes seconds.
-    from qlora_jax.training.loop import finetune
+    from qlora_jax.training.loop import finetune, length_flags, plan
 
+    if flags.plan:
+        from qlora_jax.training.planning import describe_run
+
+        planned, advice = plan(config, flags.gpu)
+        rows = planned.config.per_device_train_batch_size
+        print(f"{config.model_name_or_path} on {planned.plan.chip.title}: {rows} x {planned.length:,} tokens at once")
+        print(describe_run(planned))
+        if advice is not None:
+            print(advice.sentence({"seq": length_flags(config)}))
+        return 0
     result = finetune(config)
     if result.interrupted:
         print(

@@ -20,28 +20,7 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import make_gradient_step
 
-_LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
-MODELS = {
-    "smollm2": {
-        **_LLAMA,
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "llama-7b": {
-        **_LLAMA,
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-}
-MODELS["wide"] = MODELS["llama-7b"] | {"vocab_size": 1000, "num_hidden_layers": 2}
+MODELS = {"smollm2": models.PRESETS["smollm2-135m"], "llama-7b": models.PRESETS["llama-7b"]}
 # What makes an array in optimised HLO without writing it anywhere.
 _NAMES = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
 

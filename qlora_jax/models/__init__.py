@@ -16,9 +16,11 @@ from qlora_jax.models.base import (
     unflatten_like,
 )
 from qlora_jax.models.llama import KVCache, Llama, LlamaConfig
+from qlora_jax.models.presets import PRESETS
 from qlora_jax.quantization import QuantizationConfig
 
 __all__ = [
+    "PRESETS",
     "KVCache",
     "Llama",
     "LlamaConfig",

@@ -229,3 +229,10 @@ UNAVAILABLE: Mapping[str, str] = {
     "logging_strategy": "give --logging_steps N.",
     "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in --output_dir.",
 }  # fmt: skip
+
+STEP_FLAGS = (
+    "bits", "quant_type", "double_quant", "block_size", "bf16", "kernel", "lora_r", "lora_alpha", "lora_dropout",
+    "lora_modules", "adapter", "packing", "optim", "optim_placement", "gradient_accumulation_steps",
+    "weight_decay", "max_grad_norm", "gradient_checkpointing", "remat",
+)  # fmt: skip
+"""Flags of a run that shape the programs of its step; `scripts/plan.py` has them under the same names."""

@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,27 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qlora_jax import data, kernels, models
+from qlora_jax import data, gpus, kernels, models
 from qlora_jax.checkpoints.base import BaseModel, load_base
-from qlora_jax.checkpoints.hub import resolve_model
-from qlora_jax.checkpoints.peft import load_adapter, save_adapter
+from qlora_jax.checkpoints.hub import resolve_config, resolve_model
+from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.streaming import inventory
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
+from qlora_jax.formatting import format_bytes
 from qlora_jax.generation import Sampling, generate
-from qlora_jax.layers import LoRAConfig, Precision
+from qlora_jax.layers import LoRAConfig
 from qlora_jax.optimizers import PagedOptimizer, Traffic, device_limit
-from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
+from qlora_jax.quantization import QuantizedTensor
+from qlora_jax.training import assembly
 from qlora_jax.training.checkpointing import RunDirectory, read_json, write_json
+from qlora_jax.training.compilation import Compiler
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, format_bytes, plot_losses, read_metrics
-from qlora_jax.training.step import TrainState, make_eval_step, make_train_step, program_bytes
+from qlora_jax.training.optimizer import learning_rate_schedule
+from qlora_jax.training.planning import Advice, Planned, Planner, describe_run
+from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, plot_losses, read_metrics
+from qlora_jax.training.step import TrainState, make_eval_step, program_bytes
 
 
 class NonFiniteLoss(UserError):
@@ -81,22 +85,6 @@ class Result:
     summary: dict[str, Any]
     answers: list[tuple[str, str, str]]
     interrupted: bool
-
-
-def compute_dtype(config: TrainConfig) -> Any:
-    """The dtype --bf16 asks for; by default bfloat16 on accelerators and float32 on CPUs.
-
-    Few CPUs multiply bfloat16 (AVX-512 BF16, AMX); on those --bf16 is about half as fast again (BENCHMARKS.md).
-    """
-    if config.bf16 is None:
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.bfloat16 if config.bf16 else jnp.float32
-
-
-def quantization(config: TrainConfig) -> QuantizationConfig:
-    """How --bits, --quant_type, --block_size and --double_quant store linear weights."""
-    quant_type = {4: config.quant_type, 8: "int8", 16: "none"}[config.bits]
-    return QuantizationConfig(quant_type, config.block_size, config.double_quant)
 
 
 def make_mesh() -> jax.sharding.Mesh:
@@ -151,19 +139,15 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
     """Load and quantise the base model and set up its adapters: fresh ones, or those of --adapter."""
-    dtype = compute_dtype(config)
-    base = load_base(path, quantization=quantization(config), dtype=dtype)
-    tensors, rank, alpha = None, config.lora_r, config.lora_alpha
-    modules = models.lora_modules(base.config, config.lora_modules)
-    if config.adapter is not None:
-        tensors, saved = load_adapter(config.adapter)
-        rank, alpha, modules = saved.rank, saved.alpha, saved.target_modules
+    dtype = assembly.compute_dtype(config)
+    base = load_base(path, quantization=assembly.quantization(config), dtype=dtype)
+    adapters, tensors = assembly.adapters(config, base.config)
+    if tensors is not None:
         print(
-            f"adapter {config.adapter}: rank {rank}, alpha {alpha:g}, on {', '.join(modules)} (its own, not the flags')"
+            f"adapter {config.adapter}: rank {adapters.rank}, alpha {adapters.alpha:g}, on "
+            f"{', '.join(adapters.modules)} (its own, not the flags')"
         )
-    adapters = LoRAConfig(rank, alpha, config.lora_dropout, tuple(modules))
-    precision = Precision(base.quantization, dtype, adapters, config.kernel)
-    graphdef, abstract_lora, abstract_frozen = models.split_model(models.abstract_model(base.config, precision))
+    graphdef, abstract_lora, abstract_frozen = assembly.declare_model(config, base.config, adapters, dtype)
     if tensors is None:
         lora = models.init_lora(abstract_lora, jax.random.key(config.seed))
     else:
@@ -173,15 +157,20 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
     return Model(graphdef, jax.device_put(lora, replicated), jax.device_put(frozen, replicated), base, adapters)
 
 
+def longest_batch(config: TrainConfig, datasets: Datasets) -> tuple[int, int]:
+    """(sequences, tokens of each) that a device takes through the model at once, of the longest training batch."""
+    rows, length = max(datasets.train.shapes())
+    return rows // config.gradient_accumulation_steps // jax.device_count(), length
+
+
 def kernel_choices(config: TrainConfig, model: Model, datasets: Datasets) -> list[str]:
     """Say which implementation of the 4-bit products runs on a device's rows of the longest training batch, and why."""
-    rows, length = max(datasets.train.shapes())
+    rows, length = longest_batch(config, datasets)
     weights = {
         ".".join(name for name in path if name not in ("layers", "weight")): value
         for path, value in models.flatten(model.frozen).items()
     }
-    tokens = rows // config.gradient_accumulation_steps * length // jax.device_count()
-    return kernels.describe(weights, tokens, compute_dtype(config), implementation=config.kernel)
+    return kernels.describe(weights, rows * length, assembly.compute_dtype(config), implementation=config.kernel)
 
 
 def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
@@ -200,6 +189,44 @@ def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
         advice.append("--optim_placement host keeps the optimizer's state in host memory")
     source = "--sequence_length" if config.packing else "--source_max_len and --target_max_len"
     return [*advice, f"lower {source} shorten the rows, here of {length} tokens"]
+
+
+def planned_advice(config: TrainConfig, shape: tuple[int, ...], *, model_config: Mapping[str, Any]) -> list[str]:
+    """The plan of a step on a batch [A, B, S] and what would make it fit, one line each.
+
+    Where no plan can be made (a GPU without a data sheet here, no compiler beside the one that runs), `memory_advice`.
+    """
+    device = jax.local_devices()[0]
+    chip = gpus.chip_of(device)
+    if chip is None:
+        return memory_advice(config, shape)
+    accumulated, rows, length = shape
+    config = dataclasses.replace(
+        config,
+        gradient_accumulation_steps=accumulated,
+        per_device_train_batch_size=rows // jax.device_count(),
+    )
+    try:
+        with Compiler(chip) as compiler:
+            planner = Planner(chip, model_config, compiler)
+            planned = planner.plan(config, length)
+            advice = None if planned.plan.fits else planner.advice(config, length)
+    except UserError:
+        return memory_advice(config, shape)
+    lines = describe_run(planned).splitlines()
+    if advice is not None:
+        return [*lines, advice.sentence({"seq": length_flags(config)})]
+    limit = device_limit(device) or chip.memory_bytes
+    return [
+        *lines,
+        f"The plan fits, so it is other programs, or JAX's share of the GPU: it had {format_bytes(limit)} of "
+        f"{format_bytes(chip.memory_bytes)}, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that.",
+    ]
+
+
+def length_flags(config: TrainConfig) -> str:
+    """What a run calls the tokens of a sequence."""
+    return "sequence_length" if config.packing else "source_max_len plus --target_max_len"
 
 
 class Trainer:
@@ -225,21 +252,13 @@ class Trainer:
         self.schedule = learning_rate_schedule(config, self.total_steps)
         # Counted on one device: all hold the same.
         limit = device_limit(jax.local_devices()[0])
-        self.optimizer = make_optimizer(config, self.total_steps, model.lora, dtype=compute_dtype(config), limit=limit)
-        self.train_step = make_train_step(
-            model.graphdef,
-            self.optimizer,
-            packed=config.packing,
-            remat=config.remat_policy,
-            dropout=config.lora_dropout > 0,
-            seed=config.seed,
-            max_grad_norm=config.max_grad_norm,
-            mesh=mesh,
+        self.optimizer, self.train_step = assembly.make_step(
+            config, model.graphdef, model.lora, self.total_steps, limit=limit, mesh=mesh
         )
         self.eval_step = make_eval_step(model.graphdef, packed=config.packing, mesh=mesh)
         identity = {
             "data": datasets.train.fingerprint,
-            "compute_dtype": jnp.dtype(compute_dtype(config)).name,
+            "compute_dtype": jnp.dtype(assembly.compute_dtype(config)).name,
             "devices": jax.device_count(),
             "adapters": [model.adapters.rank, model.adapters.alpha, *model.adapters.modules],
         }
@@ -532,12 +551,7 @@ def _paging_line(traffic: Traffic, host_bytes: int) -> dict[str, Any]:
 
 
 def _arrays(batch: data.Batch) -> dict[str, np.ndarray]:
-    return {
-        "input_ids": batch.input_ids,
-        "labels": batch.labels,
-        "positions": batch.positions,
-        "segment_ids": batch.segment_ids,
-    }
+    return {name: getattr(batch, name) for name in assembly.BATCH_ARRAYS}
 
 
 class _StopOnSignal:
@@ -593,10 +607,37 @@ def finetune(config: TrainConfig) -> Result:
     print(f"base model: {model.base.description}")
     for line in kernel_choices(config, model, datasets):
         print(line)
-    trainer = Trainer(config, model, datasets, tokenizer, mesh)
+    advise = functools.partial(planned_advice, model_config=model.base.config)
+    trainer = Trainer(config, model, datasets, tokenizer, mesh, advise)
     # Closed however the run ends: TensorBoard and W&B hold lines back.
     with contextlib.closing(trainer.log):
         return _train_and_save(trainer, prompts)
+
+
+def plan(config: TrainConfig, gpu: str | None = None) -> tuple[Planned, Advice | None]:
+    """What the run of exactly these flags would take of one GPU in its longest training batch; weights are not read.
+
+    Args:
+        config: the flags.
+        gpu: short name of the GPU (`qlora_jax.gpus.CHIPS`); by default the one that is here.
+
+    Returns:
+        The plan, and if it does not fit what would make it fit.
+
+    Raises:
+        UserError: as `finetune`; or no GPU is named and none that is known is here.
+    """
+    chip = gpus.chip_of(jax.devices()[0]) if gpu is None else gpus.chip_named(gpu)
+    if chip is None:
+        names = ", ".join(gpus.CHIPS)
+        raise UserError(f"--plan: no GPU that is known by its data sheet is here: give --gpu, one of {names}.")
+    path = resolve_model(config.model_name_or_path, weights=False)
+    tokenizer = ensure_pad(load_tokenizer(path))
+    _, length = longest_batch(config, load_datasets(config, tokenizer))
+    with Compiler(chip) as compiler:
+        planner = Planner(chip, resolve_config(path), compiler)
+        planned = planner.plan(config, length)
+        return planned, None if planned.plan.fits else planner.advice(config, length)
 
 
 def _train_and_save(trainer: Trainer, prompts: Sequence[str]) -> Result:

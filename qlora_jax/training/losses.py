@@ -39,7 +39,7 @@ def next_token_loss(
     batch, seq, width = hidden.shape
     targets = jnp.roll(labels, -1, axis=1).at[:, -1].set(IGNORED).reshape(-1)
     rows = batch * seq
-    chunk = min(chunk or _default_chunk(head.shape[0]), rows)
+    chunk = min(chunk or default_chunk(head.shape[0]), rows)
     # Trained tokens first, in order; the tail up to a whole chunk is not trained.
     order = jnp.argsort(targets == IGNORED, stable=True)
     padded = -(-rows // chunk) * chunk
@@ -50,7 +50,8 @@ def next_token_loss(
     return _loss_of_rows(chunk, gathered, head.astype(hidden.dtype), targets, count), count
 
 
-def _default_chunk(vocabulary: int) -> int:
+def default_chunk(vocabulary: int) -> int:
+    """Tokens whose logits exist at a time, unless the batch has fewer."""
     return max(64, min(_CHUNK, _CHUNK_LOGITS // vocabulary // 64 * 64))
 
 

@@ -1,9 +1,9 @@
-"""What a run writes down and shows: metrics.jsonl, TensorBoard, W&B, the loss plot, tables."""
+"""What a run writes down and shows: metrics.jsonl, TensorBoard, W&B, the loss plot."""
 
 import importlib.util
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +100,6 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=130, format="png")
     temporary.replace(path)
-
-
-def format_bytes(count: int) -> str:
-    """A byte count as a person reads it, in units of 1024: '97.3 MiB'."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
-
-
-def table(rows: Iterable[tuple[str, str]], *, indent: str = "  ") -> str:
-    """Two aligned columns."""
-    rows = list(rows)
-    width = max(len(name) for name, _ in rows)
-    value_width = max(len(value) for _, value in rows)
-    return "\n".join(f"{indent}{name:<{width}}  {value:>{value_width}}" for name, value in rows)
 
 
 class Stopwatch:
