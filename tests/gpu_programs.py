@@ -16,6 +16,7 @@ from qlora_jax.layers import LoRAConfig, Precision
 from qlora_jax.models.base import flatten
 from qlora_jax.optimizers import PagedOptimizer, transformation
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
+from qlora_jax.remat import Remat
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import make_gradient_step
@@ -67,8 +68,18 @@ def training_step(chip_name: str, model: str, kernel: str, rows: int, seq: int, 
     return _weights_in(compiled, frozen)
 
 
+def long_step(chip_name: str, model: str, kernel: str, rows: int, seq: int) -> dict[str, Any]:
+    """The same by tiles, layer inputs offloaded; also pinned host bytes and what the host itself would compute."""
+    compiled, frozen = _gradients(chip_name, model, kernel, (1, rows, seq), remat="offload")
+    return {
+        **_weights_in(compiled, frozen),
+        "host_bytes": compiled.memory_analysis().host_temp_size_in_bytes,
+        "host_computations": compiled.as_text().count('_xla_compute_type="host"'),
+    }
+
+
 def _gradients(
-    chip_name: str, model: str, kernel: str, shape: tuple[int, int, int], n_devices: int = 1
+    chip_name: str, model: str, kernel: str, shape: tuple[int, int, int], n_devices: int = 1, remat: Remat = "full"
 ) -> tuple[jax.stages.Compiled, nnx.State]:
     """The gradient program of a step on a batch [A, B, S], and the frozen state it takes."""
     chip = gpus.chip_named(chip_name)
@@ -77,7 +88,7 @@ def _gradients(
     working = make_optimizer(TrainConfig(), 1000, lora, dtype=jnp.bfloat16).abstract_lora()
     names = ("input_ids", "labels", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    step = make_gradient_step(graphdef, remat="full", max_grad_norm=0.3, mesh=mesh)
+    step = make_gradient_step(graphdef, remat=remat, max_grad_norm=0.3, mesh=mesh)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = (
         _placed(working, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"), _placed(count, mesh)

@@ -10,6 +10,7 @@ PROGRAMS = [
     ["training_step", "smollm2", "fused", 2, 256, 2],
     ["training_step", "smollm2", "dequantize", 4, 256, 1],
     ["training_step", "smollm2", "xla", 4, 256, 1],
+    ["long_step", "smollm2", "fused", 1, 8192],
     ["decoding", "llama-7b", "fused", 1, 64],
 ]
 
@@ -24,12 +25,15 @@ def test_no_weight_is_decoded_to_memory_or_copied(chip):
             assert result["kernels"] == 0
             assert result["decoded"]
             continue
-        # Forward, recomputed forward (but for the last linear, whose output nothing needs) and backward. Decoding: the
-        # prompt, then one token at a time.
-        assert result["kernels"] == (7 + 6 + 7 if program == "training_step" else 7 + 7)
+        # Forward, recomputed forward (but for the last linear, whose output nothing needs), backward; tiles add none.
+        # Decoding: the prompt, then one token at a time.
+        assert result["kernels"] == (7 + 7 if program == "decoding" else 7 + 6 + 7)
         assert not result["moved"]
         assert not result["gathers"]
         assert bool(result["decoded"]) == (kernel == "dequantize")
+        if program == "long_step":
+            assert result["host_bytes"] == 30 * 8192 * 576 * 2  # the layers' inputs, bfloat16, once
+            assert not result["host_computations"]
         if program == "decoding":
             cache = 2 * 32 * (64 + 64) * 4096 * 2  # keys and values, bfloat16
             assert result["temporary_bytes"] < 2.5 * cache
