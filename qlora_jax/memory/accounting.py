@@ -12,13 +12,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qlora_jax.defaults import CONTEXT_BYTES, RESERVE_FRACTION
 from qlora_jax.gpus import Chip
 from qlora_jax.quantization import QuantizedTensor
-
-CONTEXT_BYTES = 512 * 2**20
-"""CUDA's context, the machine code of the kernels and the workspaces of cuBLAS and cuDNN that XLA does not assign."""
-RESERVE_FRACTION = 0.02
-"""Of the device's memory, that the driver keeps and the allocator loses to alignment and fragmentation."""
 
 TEMPORARIES, ALLOWANCE = "temporaries", "allowance"
 
@@ -121,7 +117,7 @@ class Phase:
 class Allowance:
     """Device memory that no compiler counts: a stated allowance, not a measurement.
 
-    context: `CONTEXT_BYTES`; reserve: `RESERVE_FRACTION` of the device's memory.
+    context: `defaults.CONTEXT_BYTES`; reserve: `defaults.RESERVE_FRACTION` of the device's memory.
     """
 
     context: int

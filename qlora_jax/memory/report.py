@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from qlora_jax.defaults import CONTEXT_BYTES, RESERVE_FRACTION
 from qlora_jax.formatting import format_bytes, table
-from qlora_jax.memory.accounting import ALLOWANCE, CONTEXT_BYTES, RESERVE_FRACTION, TEMPORARIES, Plan
+from qlora_jax.memory.accounting import ALLOWANCE, TEMPORARIES, Plan
 from qlora_jax.memory.bounds import Bound
 
 _NAMES = {
