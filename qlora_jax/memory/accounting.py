@@ -117,7 +117,7 @@ class Phase:
 class Allowance:
     """Device memory that no compiler counts: a stated allowance, not a measurement.
 
-    context: `CONTEXT_BYTES`; reserve: `RESERVE_FRACTION` of the device's memory.
+    context: `defaults.CONTEXT_BYTES`; reserve: `defaults.RESERVE_FRACTION` of the device's memory.
     """
 
     context: int
