@@ -71,6 +71,11 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
     print(table((name, f"{value:.4f}") for name, value in losses if value is not None))
     print("\nMemory held by buffers")
     print(table((name.replace("_", " "), format_bytes(count)) for name, count in summary["bytes"].items()))
+    if summary["measured_peak_bytes"] is not None:
+        planned, measured = summary["planned_peak_bytes"], summary["measured_peak_bytes"]
+        print("\nMost on the device at once")
+        rows = [("training steps, planned by the compiler", planned), ("the whole run, measured", measured)]
+        print(table((name, format_bytes(count)) for name, count in rows if count is not None))
     print("\nRun")
     rows = [
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import re
+import runpy
 import shutil
 import struct
+from pathlib import Path
 
 import finetune_helpers as helpers
 import numpy as np
@@ -158,6 +160,18 @@ def test_summary_counts_what_there_is(finished):
     assert (summary["steps"], summary["epochs"]) == (12, 1.0)
     assert summary["tokens"] == max(line.get("tokens", 0) for line in lines)
     assert 0 < summary["trained_tokens"] < summary["tokens"]
+    assert summary["planned_peak_bytes"] > sum(summary["bytes"].values()) + summary["bytes"]["adapters"]  # gradients
+    assert summary["measured_peak_bytes"] is None  # nobody counts on a CPU
+
+
+def test_the_planned_peak_is_printed_beside_the_measured_one(finished, capsys):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "finetune.py"))
+    script["report"]({**summary, "planned_peak_bytes": 5 * 2**30, "measured_peak_bytes": 6 * 2**30}, [], "out")
+    printed = capsys.readouterr().out
+    assert re.search(r"training steps, planned by the compiler +5.0 GiB\n +the whole run, measured +6.0 GiB", printed)
+    script["report"](summary, [], "out")
+    assert "planned by the compiler" not in capsys.readouterr().out
 
 
 def test_one_compilation_for_each_shape(finished, place):

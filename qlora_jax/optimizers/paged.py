@@ -40,6 +40,11 @@ def device_limit(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
+def device_peak(device: jax.Device) -> int | None:
+    """Most bytes that were allocated on a device at once, so far; None where nobody counts, as on a CPU."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
 class Chunk(NamedTuple):
     """Consecutive layers of one adapter leaf, whose state moves as one.
 
@@ -162,6 +167,10 @@ class PagedOptimizer:
         if self.placement == "device" or self.limit is None or needed_bytes + self.state_bytes <= self.limit:
             return len(self.chunks)
         return bisect.bisect_right(self._totals, self.limit - needed_bytes - self.paging_bytes)
+
+    def resident_bytes(self, resident: int) -> int:
+        """Device bytes of the state while its first `resident` chunks lie there and no other passes."""
+        return self._totals[resident - 1] if resident else 0
 
     def init(self, lora: Any) -> tuple[Any, list[ChunkState]]:
         """The working copy and the state of float32 adapters before the first step.

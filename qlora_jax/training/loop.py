@@ -28,7 +28,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.formatting import format_bytes
 from qlora_jax.generation import Sampling, generate
 from qlora_jax.layers import LoRAConfig
-from qlora_jax.optimizers import PagedOptimizer, Traffic, device_limit
+from qlora_jax.optimizers import PagedOptimizer, Traffic, device_limit, device_peak
 from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.training import assembly
 from qlora_jax.training.checkpointing import RunDirectory, read_json, write_json
@@ -510,6 +510,9 @@ class Trainer:
             "first_eval_loss": held_out[0] if held_out else None,
             "last_eval_loss": held_out[-1] if held_out else None,
             "step_shapes_compiled": len(self.train_step.programs),
+            "planned_peak_bytes": self.train_step.planned_bytes or None,
+            # Of the whole process: loading, evaluation and answers count too.
+            "measured_peak_bytes": device_peak(jax.local_devices()[0]),
             **memory(self.model, self.state, self.optimizer),
         }
 

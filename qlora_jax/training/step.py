@@ -174,6 +174,7 @@ class TrainStep:
     def __init__(self, gradient_step: Any, optimizer: PagedOptimizer):
         self.gradient_step, self.optimizer = gradient_step, optimizer
         self.programs: dict[tuple[int, ...], jax.stages.Compiled] = {}
+        self.planned_bytes = 0  # most that any step so far should have had on the device, by the compiler's count
 
     def program(self, lora: Any, frozen: Any, batch: dict[str, Any], step: Any) -> jax.stages.Compiled:
         """The gradient program for a batch's shape [A, B, S], compiled once; arguments may be abstract."""
@@ -187,7 +188,9 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Do one step: room for the gradient program, gradients, update."""
         program = self.program(state.lora, frozen, batch, state.step)
-        resident = self.optimizer.resident_chunks(program_bytes(program))
+        needed = program_bytes(program)
+        resident = self.optimizer.resident_chunks(needed)
+        self.planned_bytes = max(self.planned_bytes, needed + self.optimizer.resident_bytes(resident))
         opt_state, made_room = self.optimizer.evict(state.opt_state, resident)
         grads, metrics = program(state.lora, frozen, batch, state.step)
         lora, opt_state, moved = self.optimizer.update(

@@ -19,8 +19,9 @@ from random_weights import random_adapter
 from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.models import base_tensors
+from qlora_jax.training.assembly import compute_dtype
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.loop import compute_dtype, load_model, make_mesh
+from qlora_jax.training.loop import load_model, make_mesh
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
 
