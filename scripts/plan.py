@@ -61,13 +61,14 @@ def main(argv: Sequence[str]) -> int:
     model_config = resolve_config(flags.model)
     host_limit = None if flags.host_memory_gb is None else int(flags.host_memory_gb * 1e9)
 
-    def plan(name: str) -> tuple[Any, Any, Any]:
+    def plan(name: str) -> tuple[Any, Any, Any, Any]:
         with Compiler(chip_named(name)) as compiler:
             planner = planning.Planner(compiler.chip, model_config, compiler, host_limit)
             planned = planner.plan(config, length)
             longest = planner.longest(config, length) if flags.max_seq else None
+            at_longest = planner.plan(config, longest.length) if longest is not None and longest.length else None
             advice = None if planned.plan.fits or flags.all_gpus else planner.advice(config, length)
-            return planned, longest, advice
+            return planned, longest, at_longest, advice
 
     def seconds(planned: Any) -> float | None:
         if flags.dataset_tokens is not None:
@@ -77,11 +78,11 @@ def main(argv: Sequence[str]) -> int:
             return math.ceil(flags.dataset_rows / rows_a_step) * planned.bound.seconds
         return None
 
-    def as_json(found: tuple[Any, Any, Any]) -> dict[str, Any]:
+    def as_json(found: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
         return {"model": flags.model, **planning.as_json(*found), "seconds_for_the_dataset_at_least": seconds(found[0])}
 
     if not flags.all_gpus:
-        found = planned, longest, advice = plan(flags.gpu)
+        found = planned, longest, at_longest, advice = plan(flags.gpu)
         if flags.json:
             print(json.dumps(as_json(found), indent=2))
             return 0
@@ -89,12 +90,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"{flags.model} on {chip.title}: {flags.batch} x {length:,} tokens in a forward pass")
         print(planning.describe_run(planned, seconds(planned)))
         if longest is not None:
-            print(planning.describe_longest(longest))
+            print(planning.describe_longest(longest, at_longest))
         if advice is not None:
             print(advice.sentence({"per_device_train_batch_size": "batch"}))
         return 0
 
-    def attempt(name: str) -> tuple[Any, Any, Any] | str:
+    def attempt(name: str) -> tuple[Any, Any, Any, Any] | str:
         try:
             return plan(name)
         except UserError as error:

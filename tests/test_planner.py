@@ -277,7 +277,12 @@ def test_the_longest_sequence_is_found_with_few_compilations():
     assert not plans.plan(LEAN, found.next_length).plan.fits
     assert found.next_length == found.length + 1024
     assert len(compiler.asked) == len(found.evaluations) <= 6
-    assert planning.describe_longest(found).startswith(f"Longest sequence that fits: {found.length:,} tokens; ")
+    said = planning.describe_longest(found, plans.plan(LEAN, found.length))
+    assert re.fullmatch(
+        rf"Longest sequence that fits: {found.length:,} tokens, with [\d.]+ GB of host memory; "
+        rf"{found.next_length:,} do not \({len(found.evaluations)} compiled\)\.",
+        said,
+    )
 
 
 def test_a_host_limit_bounds_the_sequence_too():
@@ -285,7 +290,7 @@ def test_a_host_limit_bounds_the_sequence_too():
     bound, _ = planner(host_limit=10**9)
     assert bound.longest(LEAN, 1280).length == 0
     assert free.longest(LEAN, 1280).length > 0
-    assert planning.describe_longest(bound.longest(LEAN, 1280)) == "Not even 64 tokens a sequence fit."
+    assert planning.describe_longest(bound.longest(LEAN, 1280), None) == "Not even 64 tokens a sequence fit."
 
 
 def test_what_does_not_compile_does_not_fit():
@@ -344,9 +349,13 @@ def test_xla_attention_is_warned_of():
 def test_json_holds_a_search_and_advice():
     plans, _ = planner()
     planned = plans.plan(LEAN, 512_000)
-    value = json.loads(json.dumps(planning.as_json(planned, plans.longest(LEAN, 512), plans.advice(LEAN, 512_000))))
+    longest = plans.longest(LEAN, 512)
+    at_longest = plans.plan(LEAN, longest.length)
+    value = json.loads(json.dumps(planning.as_json(planned, longest, at_longest, plans.advice(LEAN, 512_000))))
     assert value["fits"] is False
     assert value["max_seq"] > 100_000
+    assert value["max_seq_device_bytes"] == at_longest.plan.device_bytes <= value["device_limit_bytes"]
+    assert 0 < value["max_seq_host_bytes"] == at_longest.plan.host_bytes < value["host_bytes"]
     assert value["advice"]["fits"] is True
     assert value["advice"]["flags"]
 

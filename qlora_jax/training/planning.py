@@ -166,7 +166,9 @@ def describe_run(planned: Planned, dataset_seconds: float | None = None) -> str:
     return "\n".join([*lines, *(f"Note: {warning}" for warning in planned.warnings)])
 
 
-def as_json(planned: Planned, longest: Longest | None = None, advice: Advice | None = None) -> dict[str, Any]:
+def as_json(
+    planned: Planned, longest: Longest | None = None, at_longest: Planned | None = None, advice: Advice | None = None
+) -> dict[str, Any]:
     """A plan as `scripts/plan.py --json` prints it; counts are bytes on one GPU and its host, times are bounds."""
     plan, limit = planned.plan, planned.bound
     return {
@@ -179,6 +181,8 @@ def as_json(planned: Planned, longest: Longest | None = None, advice: Advice | N
         "host_limit_bytes": plan.host_limit,
         "fits": plan.fits,
         "max_seq": None if longest is None else longest.length,
+        "max_seq_device_bytes": None if at_longest is None else at_longest.plan.device_bytes,
+        "max_seq_host_bytes": None if at_longest is None else at_longest.plan.host_bytes,
         "by_class": {**plan.by_class, **{f"host_{name}": count for name, count in plan.host.items()}},
         "programs": [{**dataclasses.asdict(phase.program), "by_class": phase.by_class} for phase in plan.phases],
         "attention": "cudnn" if planned.measurement.flash else "xla",
@@ -190,9 +194,11 @@ def as_json(planned: Planned, longest: Longest | None = None, advice: Advice | N
     }
 
 
-def describe_longest(longest: Longest) -> str:
+def describe_longest(longest: Longest, at_longest: Planned | None) -> str:
     """What a search came to, for people."""
-    if not longest.length:
+    if at_longest is None:
         return f"Not even {longest.next_length} tokens a sequence fit."
     beyond = "" if longest.next_length is None else f"; {longest.next_length:,} do not"
-    return f"Longest sequence that fits: {longest.length:,} tokens{beyond} ({len(longest.evaluations)} compiled)."
+    host = f"with {at_longest.plan.host_bytes / 1e9:.1f} GB of host memory"
+    compiled = f"({len(longest.evaluations)} compiled)"
+    return f"Longest sequence that fits: {longest.length:,} tokens, {host}{beyond} {compiled}."
