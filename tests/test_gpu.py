@@ -42,9 +42,9 @@ def test_training_on_the_gpu_follows_the_cpu(dtype, tolerance, remat):
 def test_losses_on_a_device():
     """The comparison above, as far as a CPU goes: bfloat16 follows float32 within the same tolerance."""
     cpu = jax.devices("cpu")[0]
-    want = losses_on(cpu, "float32", False)
+    want = losses_on(cpu, "float32", "none")
     assert want[-1] < want[0]
-    np.testing.assert_allclose(losses_on(cpu, "bfloat16", True), want, rtol=2e-2)
+    np.testing.assert_allclose(losses_on(cpu, "bfloat16", "full"), want, rtol=2e-2)
 
 
 @pytest.mark.gpu

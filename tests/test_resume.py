@@ -358,6 +358,34 @@ def test_other_prompts_on_resume(place, monkeypatch, compiled_once, capsys):
     assert json.loads((place / "prompts" / "summary.json").read_text())["steps"] == 6
 
 
+def leave_room_for_two_thirds(patch):
+    """A device limit with room for the gradients' program and two thirds of the optimizer's state."""
+    programs = TrainStep.program
+
+    def program(self, *args):
+        compiled = programs(self, *args)
+        self.optimizer.limit = program_bytes(compiled) + 2 * self.optimizer.state_bytes // 3
+        return compiled
+
+    patch.setattr(TrainStep, "program", program)
+    patch.setattr(loop, "device_limit", lambda device: 1)
+
+
+def test_chunks_that_change_their_place_are_logged_at_their_step(place, monkeypatch):
+    assert call(argv(place, "told", INSIDE | {"max_steps": 2, "optim_placement": "host"})) == 0
+    with monkeypatch.context() as patch:
+        leave_room_for_two_thirds(patch)
+        assert (
+            call(argv(place, "told", INSIDE | {"max_steps": 5, "optim_placement": "auto", "logging_steps": 100})) == 0
+        )
+    told = {line["step"]: line for line in metrics(place / "told") if line["step"] > 2 and "eval_loss" not in line}
+    assert sorted(told) == [3, 5]
+    assert "loss" not in told[3]
+    assert min(told[3]["returned_bytes"], told[3]["optimizer_on_host_bytes"]) > 0
+    assert "returned_bytes" not in told[5]
+    assert told[5]["paged_bytes"] == 2 * 2 * told[3]["optimizer_on_host_bytes"]  # of steps 4 and 5, both ways
+
+
 def test_resumed_in_another_placement_is_bit_identical(place, inside, monkeypatch):
     """The state moves from host to device to wherever there is room; `inside` had it on the device all along."""
     parts = (
@@ -368,16 +396,7 @@ def test_resumed_in_another_placement_is_bit_identical(place, inside, monkeypatc
     for part in parts:
         with monkeypatch.context() as patch:
             if part.get("optim_placement") == "auto":
-                # Room for the gradients' program and two thirds of the state.
-                programs, limit = TrainStep.program, {}
-
-                def program(self, *args, programs=programs, limit=limit):
-                    compiled = programs(self, *args)
-                    self.optimizer.limit = program_bytes(compiled) + 2 * self.optimizer.state_bytes // 3
-                    return compiled
-
-                patch.setattr(TrainStep, "program", program)
-                patch.setattr(loop, "device_limit", lambda device: 1)
+                leave_room_for_two_thirds(patch)
             assert call(argv(place, "moved", INSIDE | part)) == 0
     lines = [metrics(path) for path in (place / "moved", inside)]
     got, want = ([(line["step"], line["loss"]) for line in one if "loss" in line] for one in lines)

@@ -360,6 +360,7 @@ class Trainer:
             raise self._not_finite(f"loss {loss} and gradient norm {grad_norm}", step, batch)
         seconds, tokens = self.watch.seconds, self.tokens
         rate = (tokens - self._since[1]) / max(seconds - self._since[0], 1e-9)
+        paging = _paging_line(self._traffic, self.optimizer.host_bytes(self.state.opt_state))
         self.last = {"loss": f"{loss:.4f}", "tok/s": f"{rate:.0f}"}
         if step % self.config.logging_steps == 0 or step in (1, self.total_steps):
             self.log.write(
@@ -371,10 +372,14 @@ class Trainer:
                     "tokens": tokens,
                     "tokens_per_second": rate,
                     "seconds": seconds,
-                    **_paging_line(self._traffic, self.optimizer.host_bytes(self.state.opt_state)),
+                    **paging,
                 }
             )
             self._since = (seconds, tokens)
+            self._traffic = Traffic()
+        elif self._traffic.evicted_bytes or self._traffic.returned_bytes:
+            # Chunks that change their place are told at once, not with the next line of losses.
+            self.log.write({"step": step, **paging})
             self._traffic = Traffic()
 
     def _learning_rate(self, step: int) -> float:
