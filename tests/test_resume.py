@@ -375,9 +375,8 @@ def test_chunks_that_change_their_place_are_logged_at_their_step(place, monkeypa
     assert call(argv(place, "told", INSIDE | {"max_steps": 2, "optim_placement": "host"})) == 0
     with monkeypatch.context() as patch:
         leave_room_for_two_thirds(patch)
-        assert (
-            call(argv(place, "told", INSIDE | {"max_steps": 5, "optim_placement": "auto", "logging_steps": 100})) == 0
-        )
+        more = {"max_steps": 5, "optim_placement": "auto", "logging_steps": 100, "eval_steps": 100}
+        assert call(argv(place, "told", INSIDE | more)) == 0
     told = {line["step"]: line for line in metrics(place / "told") if line["step"] > 2 and "eval_loss" not in line}
     assert sorted(told) == [3, 5]
     assert "loss" not in told[3]
