@@ -91,6 +91,8 @@ def main(argv: Sequence[str]) -> int:
         print(planning.describe_run(planned, seconds(planned)))
         if longest is not None:
             print(planning.describe_longest(longest, at_longest))
+            for warning in at_longest.warnings if at_longest is not None else ():
+                print(f"Note: {warning}")
         if advice is not None:
             print(advice.sentence({"per_device_train_batch_size": "batch"}))
         return 0

@@ -346,6 +346,23 @@ def test_xla_attention_is_warned_of():
     assert f"Note: {warning}" in planning.describe_run(without.plan(LEAN, 512))
 
 
+def test_more_positions_than_the_model_has_are_noted():
+    plans = Planner(CHIPS["h100"], {"max_position_embeddings": 8192}, FakeCompiler())
+    assert not plans.plan(LEAN, 8192).warnings
+    (warning,) = plans.plan(LEAN, 8256).warnings
+    assert warning.startswith("config.json gives the model 8,192 positions;")
+
+
+def test_tiles_are_told():
+    plans, _ = planner()
+    assert plans.plan(LEAN, 4096).tile is None
+    long = plans.plan(LEAN, 16384)
+    assert planning.as_json(long)["tile"] == long.tile == 2048
+    assert "All but attention takes 2,048 tokens at a time." in planning.describe_run(long)
+    kept = dataclasses.replace(LEAN, gradient_checkpointing=False, remat="none")
+    assert plans.plan(kept, 16384).tile is None
+
+
 def test_json_holds_a_search_and_advice():
     plans, _ = planner()
     planned = plans.plan(LEAN, 512_000)

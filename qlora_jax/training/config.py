@@ -217,7 +217,7 @@ UNAVAILABLE: Mapping[str, str] = {
          "diversity_penalty", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
         "generation has --do_sample, --temperature, --top_k, --top_p and --max_new_tokens in this release.",
     ),
-    "max_memory_MB": "the memory planner comes in a later release.",
+    "max_memory_MB": "a run takes what it needs: see --plan, --optim_placement and --remat.",
     "fp16": "float16 overflows in training; use --bf16.",
     "full_finetune": "only adapters are trained here.",
     "trust_remote_code": "no code from a model repository is ever run.",

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_jax.gpus import CHIPS, Chip
 from qlora_jax.memory import Allowance, Bound, Longest, Plan, bound, describe, describe_bound, longest_sequence
+from qlora_jax.tiling import tile_size
 from qlora_jax.training.compilation import CompilationFailed, Measurement
 from qlora_jax.training.config import TrainConfig
 
@@ -23,12 +24,14 @@ class Planned:
         length: tokens of a sequence.
         plan: bytes.
         measurement: what the compiler said.
+        positions: the model's own longest context, by its config.json; None if it does not say.
     """
 
     config: TrainConfig
     length: int
     plan: Plan
     measurement: Measurement
+    positions: int | None = None
 
     @property
     def bound(self) -> Bound:
@@ -36,16 +39,31 @@ class Planned:
         return bound(self.plan.chip, self.measurement.work)
 
     @property
+    def tile(self) -> int | None:
+        """Tokens that everything but attention takes at a time; None if it takes all at once."""
+        tokens = self.config.per_device_train_batch_size * self.length
+        tile = tokens if self.config.remat_policy == "none" else tile_size(tokens)
+        return tile if tile < tokens else None
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What keeps the plan from being that of the run, or as good as it could be."""
-        if self.measurement.flash or self.config.bf16 is False:
-            return ()
-        if not self.measurement.cudnn:
-            return (
-                "cuDNN is not installed here, so attention was compiled as XLA's, which keeps [S, S] scores; a GPU run "
-                "has cuDNN's, which does not: pip install 'qlora-jax[plan]'.",
+        found = []
+        if self.positions is not None and self.length > self.positions:
+            found.append(
+                f"config.json gives the model {self.positions:,} positions; the plan says what more of them take, not "
+                "what the model makes of them."
             )
-        return ("cuDNN cannot do this model's attention at this length; XLA's keeps [S, S] scores.",)
+        if self.measurement.flash or self.config.bf16 is False:
+            return tuple(found)
+        if not self.measurement.cudnn:
+            found.append(
+                "cuDNN is not installed here, so attention was compiled as XLA's, which keeps [S, S] scores; a GPU run "
+                "has cuDNN's, which does not: pip install 'qlora-jax[plan]'."
+            )
+        else:
+            found.append("cuDNN cannot do this model's attention at this length; XLA's keeps [S, S] scores.")
+        return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +120,9 @@ class Planner:
         if key not in self._known:
             measurement = self.compile_step(config, self.model_config, length)
             plan = Plan(self.chip, measurement.phases, measurement.host, self.host_limit)
-            self._known[key] = Planned(config, length, plan, measurement)
+            self._known[key] = Planned(
+                config, length, plan, measurement, self.model_config.get("max_position_embeddings")
+            )
         return self._known[key]
 
     def longest(self, config: TrainConfig, start: int, maximum: int | None = None) -> Longest:
@@ -163,6 +183,8 @@ def remedies(config: TrainConfig) -> Iterator[dict[str, Any]]:
 def describe_run(planned: Planned, dataset_seconds: float | None = None) -> str:
     """All that is known of a plan, for people."""
     lines = [describe(planned.plan), describe_bound(planned.bound, dataset_seconds)]
+    if planned.tile is not None:
+        lines.insert(1, f"All but attention takes {planned.tile:,} tokens at a time.")
     return "\n".join([*lines, *(f"Note: {warning}" for warning in planned.warnings)])
 
 
@@ -186,6 +208,7 @@ def as_json(
         "by_class": {**plan.by_class, **{f"host_{name}": count for name, count in plan.host.items()}},
         "programs": [{**dataclasses.asdict(phase.program), "by_class": phase.by_class} for phase in plan.phases],
         "attention": "cudnn" if planned.measurement.flash else "xla",
+        "tile": planned.tile,
         "seconds_a_step_at_least": limit.seconds,
         "tokens_per_second_at_most": limit.tokens_per_second,
         "limited_by": limit.limited_by,
