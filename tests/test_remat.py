@@ -10,6 +10,7 @@ import tiny
 from flax import nnx
 
 from qlora_jax import attention, remat, tiling
+from qlora_jax.memory import count_products
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import make_gradient_step
@@ -136,3 +137,20 @@ def test_tiles_add_to_the_gradients_of_earlier_micro_batches(working, request):
         got = gradients(policy)
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got[1]))
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("policy", ["full", "save_attention", "offload"])
+def test_tiles_add_no_products_with_weights(policy, request):
+    graphdef, lora, frozen = tiny.build(quantization=QuantizationConfig())
+    batch = dict.fromkeys(
+        ("input_ids", "labels", "positions", "segment_ids"), jax.ShapeDtypeStruct((1, 2, 96), jnp.int32)
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def products():
+        traced = make_gradient_step(graphdef, remat=policy).trace(lora, frozen, batch, step)
+        return count_products(traced.jaxpr, trips=1.0).plain
+
+    whole = products()
+    request.getfixturevalue("small_pieces")
+    assert whole <= products() <= 1.05 * whole
