@@ -22,6 +22,7 @@ from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import make_gradient_step
 
 MODELS = {"smollm2": models.PRESETS["smollm2-135m"], "llama-7b": models.PRESETS["llama-7b"]}
+MODELS["wide"] = {**MODELS["llama-7b"], "vocab_size": 1000, "num_hidden_layers": 2}
 # What makes an array in optimised HLO without writing it anywhere.
 _NAMES = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
 

@@ -1,6 +1,7 @@
 """The paged optimizer: where state lies changes no bit of training, and never more of it is on the device than said."""
 
 import dataclasses
+import math
 import typing
 
 import jax

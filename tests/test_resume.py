@@ -28,7 +28,7 @@ from finetune_helpers import (
     wait_until,
 )
 
-from qlora_jax.training import checkpointing, loop, reporting
+from qlora_jax.training import assembly, checkpointing, loop, reporting
 from qlora_jax.training.step import TrainStep, program_bytes
 
 # What a resumed run could get wrong: dropout masks, accumulation, the order of length-grouped batches, the optimizer's
@@ -238,8 +238,8 @@ INSIDE = GROUPED | {
 def compiled():
     made = {}
 
-    def once(name):
-        real = getattr(loop, name)
+    def once(owner, name):
+        real = getattr(owner, name)
 
         def make(*args, **kwargs):
             if name not in made:
@@ -248,21 +248,22 @@ def compiled():
 
         return make
 
-    return {name: once(name) for name in ("make_train_step", "make_eval_step")}
+    places = [(assembly, "make_train_step"), (loop, "make_eval_step")]
+    return {(owner, name): once(owner, name) for owner, name in places}
 
 
 @pytest.fixture
 def compiled_once(monkeypatch, compiled):
     """The second run in this process takes a second."""
-    for name, make in compiled.items():
-        monkeypatch.setattr(loop, name, make)
+    for (owner, name), make in compiled.items():
+        monkeypatch.setattr(owner, name, make)
 
 
 @pytest.fixture(scope="module")
 def inside(place, compiled):
     with pytest.MonkeyPatch.context() as patch:
-        for name, make in compiled.items():
-            patch.setattr(loop, name, make)
+        for (owner, name), make in compiled.items():
+            patch.setattr(owner, name, make)
         assert call(argv(place, "inside", INSIDE)) == 0
     return place / "inside"
 

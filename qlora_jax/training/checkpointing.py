@@ -194,7 +194,9 @@ class RunDirectory:
         shutil.rmtree(temporary, ignore_errors=True)
         with _saving(final, temporary):
             temporary.mkdir(parents=True)
-            ocp.save((temporary / "state").absolute(), _by_name(state))
+            # As arrays of JAX's CPU: when the disk is full, orbax's writes of NumPy arrays print a traceback each.
+            named = jax.device_put(_by_name(state), jax.local_devices(backend="cpu")[0])
+            ocp.save((temporary / "state").absolute(), named)
             write_adapter(temporary)
             write_json(temporary / "position.json", {**position, "files": file_sizes(temporary)})
             os.replace(temporary, final)
