@@ -104,9 +104,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the script."""
     config, flags = configure(argv)
     # Imported once the flags are known to be good: loading JAX takes seconds.
-    from qlora_jax.training.loop import finetune, length_flags, plan
+    from qlora_jax.training.loop import finetune, plan
 
     if flags.plan:
+        from qlora_jax.training.advice import length_flags
         from qlora_jax.training.planning import describe_run
 
         planned, advice = plan(config, flags.gpu)

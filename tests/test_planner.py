@@ -17,12 +17,12 @@ import gpu_child
 import pytest
 from finetune_helpers import make_model, make_rows, write_jsonl
 
-from qlora_jax import models
+from qlora_jax import gpus, models
 from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS, ahead_of_time, chip_named
 from qlora_jax.memory import Phase, Plan, Program, Work
-from qlora_jax.training import compilation, loop, planning
+from qlora_jax.training import advice, compilation, loop, planning
 from qlora_jax.training.compilation import CompilationFailed, Compiler, Measurement
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 from qlora_jax.training.planning import Planner
@@ -472,7 +472,8 @@ def fake_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().__call__(*arguments)
 
     monkeypatch.setattr(compilation, "Compiler", Fake)
-    monkeypatch.setattr(loop, "Compiler", Fake)
+    for module in (advice, loop):
+        monkeypatch.setattr(module, "Compiler", Fake)
 
 
 def test_a_table_of_all_gpus(monkeypatch, capsys):
@@ -506,10 +507,10 @@ def test_a_run_is_planned_for_its_longest_batch(tmp_path, monkeypatch):
     model, rows = make_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", make_rows(24))
     flags = {"model_name_or_path": str(model), "dataset": str(rows), "per_device_train_batch_size": 2}
     config = TrainConfig(**flags, gradient_accumulation_steps=2, packing=True, sequence_length=128)
-    planned, advice = loop.plan(config, "l4")
+    planned, remedy = loop.plan(config, "l4")
     assert planned.length == 128
     assert planned.config == config
-    assert advice is None
+    assert remedy is None
     with pytest.raises(UserError, match="--plan: no GPU that is known by its data sheet is here: give --gpu, one of"):
         loop.plan(config)
 
@@ -517,16 +518,16 @@ def test_a_run_is_planned_for_its_longest_batch(tmp_path, monkeypatch):
 def test_out_of_memory_is_told_with_the_plan(monkeypatch):
     fake_compilers(monkeypatch)
     on = {"a": "rtx3090"}
-    monkeypatch.setattr(loop.gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
-    lines = loop.planned_advice(LEAN, (2, 8, 100_000), model_config={})
+    monkeypatch.setattr(gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
+    lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config={})
     assert any(line.startswith("Device: ") and "does not fit" in line for line in lines)
     assert lines[-1].startswith("It would fit with --per_device_train_batch_size")
     packed = dataclasses.replace(LEAN, packing=True, lora_r=8, optim="adamw_8bit")
-    lines = loop.planned_advice(packed, (1, 1, 1_000_000), model_config={})
+    lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config={})
     assert re.fullmatch(r"It would fit with --sequence_length \d+: .* GB\.", lines[-1])
-    lines = loop.planned_advice(LEAN, (2, 1, 128), model_config={})
+    lines = advice.planned_advice(LEAN, (2, 1, 128), model_config={})
     assert "it had 24.0 GiB of 24.0 GiB, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that" in lines[-1]
     # Nothing to plan with: what helps in general.
     for name in ("b200", None):
         on["a"] = name
-        assert loop.planned_advice(LEAN, (2, 8, 128), model_config={}) == loop.memory_advice(LEAN, (2, 8, 128))
+        assert advice.planned_advice(LEAN, (2, 8, 128), model_config={}) == advice.memory_advice(LEAN, (2, 8, 128))
