@@ -158,14 +158,20 @@ def _groups(q: Array, k: Array) -> int:
 
 def _statistics(vjp: Any, out: Array) -> Array:
     """The log-sum-exp of every row of scores, [B, H, S], which cuDNN's forward pass keeps for its backward pass."""
-    return next(x for x in vjp.opaque_residuals if x is not out and x.size)
+    return next(x for x in vjp.opaque_residuals if _is_statistics(x, out))
+
+
+def _is_statistics(x: Array, out: Array) -> bool:
+    batch, seq, heads, _ = out.shape
+    # A mask is kept too, as a bias [B, 1, S, S].
+    return x.shape == (batch, heads, seq)
 
 
 def _restored(vjp: Any, again: Array, out: Array, statistics: Array) -> Any:
     """`vjp` with the residuals of an earlier forward pass: the one it was made with is then not computed."""
 
     def restored(x: Array) -> Array:
-        return out if x is again else statistics if x.size else x
+        return out if x is again else statistics if _is_statistics(x, again) else x
 
     return vjp.replace(opaque_residuals=[restored(x) for x in vjp.opaque_residuals])
 
