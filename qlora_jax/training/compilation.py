@@ -95,7 +95,7 @@ def measure(config: TrainConfig, model_config: Mapping[str, Any], chip: gpus.Chi
 
     needed = program_bytes(compiled)
     staying = optimizer.resident_chunks(needed)
-    on_device = sum(chunk.nbytes for chunk in optimizer.chunks[:staying])
+    on_device = optimizer.resident_bytes(staying)
     paging = staying < len(optimizer.chunks)
     always = {
         **base_bytes(frozen),

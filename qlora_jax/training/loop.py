@@ -403,14 +403,17 @@ class Trainer:
         }
         masters = self.optimizer.masters(self.state.lora, self.state.opt_state)
         whole = TrainState(masters, self.optimizer.gather(self.state.opt_state), self.state.step)
-        return self.directory.save(step, whole, position, self.write_adapter)
+        return self.directory.save(step, whole, position, functools.partial(self._write_adapter, masters))
 
     def write_adapter(self, directory: Path) -> None:
         """Write the present adapters in PEFT's format."""
+        self._write_adapter(self.optimizer.masters(self.state.lora, self.state.opt_state), directory)
+
+    def _write_adapter(self, masters: nnx.State, directory: Path) -> None:
         adapters = self.model.adapters
         save_adapter(
             directory,
-            models.flatten(self.optimizer.masters(self.state.lora, self.state.opt_state)),
+            models.flatten(masters),
             rank=adapters.rank,
             alpha=adapters.alpha,
             dropout=adapters.dropout,
