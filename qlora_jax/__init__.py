@@ -13,15 +13,15 @@ neither JAX nor transformers.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qlora_jax.checkpoints.base import load_base
     from qlora_jax.checkpoints.hub import resolve_model
+    from qlora_jax.checkpoints.loading import load_base
     from qlora_jax.checkpoints.peft import load_adapter, save_adapter
     from qlora_jax.checkpoints.tokenizer import load_tokenizer
+    from qlora_jax.finetuning import finetune
     from qlora_jax.generation import generate
     from qlora_jax.kernels import matmul
     from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize, quantize
     from qlora_jax.training.config import TrainConfig
-    from qlora_jax.training.loop import finetune
 
     __version__: str
 else:
@@ -30,10 +30,10 @@ else:
         "QuantizedTensor": "quantization",
         "TrainConfig": "training.config",
         "dequantize": "quantization",
-        "finetune": "training.loop",
+        "finetune": "finetuning",
         "generate": "generation",
         "load_adapter": "checkpoints.peft",
-        "load_base": "checkpoints.base",
+        "load_base": "checkpoints.loading",
         "load_tokenizer": "checkpoints.tokenizer",
         "matmul": "kernels",
         "quantize": "quantization",

@@ -4,18 +4,13 @@ import argparse
 import dataclasses
 import difflib
 import errno
-import importlib.util
-import os
-import shutil
-import subprocess
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from qlora_jax.defaults import CONTEXT_BYTES, RESERVE_FRACTION
+from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu
 from qlora_jax.errors import UserError
 
 
@@ -126,37 +121,6 @@ def parse_flags[T](
         hint = f" Did you mean --{near[0]}?" if near else ""
         raise UserError(f"unknown flag --{name}.{hint} See {prog} --help.")
     return schema(**vars(found)), frozenset(vars(found))
-
-
-def keep_off_cuda_without_a_gpu() -> None:
-    """Let JAX, if it is not loaded yet, run on the CPU where its CUDA plugin is installed but no GPU is.
-
-    `[plan]` and `[test]` install the plugin to compile for GPUs that are elsewhere. It otherwise prints a traceback
-    about libraries that this machine need not have, and is then lost. Child processes inherit the setting.
-    """
-    # /dev/dxg: Windows' subsystem for Linux.
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-    if sys.platform == "linux" and not has_gpu and importlib.util.find_spec("jax_plugins") is not None:
-        plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
-        if any(importlib.util.find_spec(plugin) is not None for plugin in plugins):
-            os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def let_jax_fill_the_gpu() -> None:
-    """Let JAX, if it is not loaded yet, take a GPU's memory but for what the planner sets aside.
-
-    Of itself it takes three quarters, and a run that was planned to fit would not.
-    """
-    variable = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    if variable in os.environ or shutil.which("nvidia-smi") is None:
-        return
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        smallest = min(int(mebibytes) for mebibytes in listed.split()) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):  # a driver that does not answer has no GPU to fill
-        return
-    os.environ[variable] = f"{1 - CONTEXT_BYTES / smallest - RESERVE_FRACTION / 2:.3f}"
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:

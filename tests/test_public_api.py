@@ -18,19 +18,18 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
-    ("defaults", "errors", "formatting"),
-    ("cli", "gpus", "quantization"),
-    ("kernels",),
-    ("attention", "layers", "rotary"),
-    ("remat",),
-    ("tiling",),
+    ("defaults", "device_memory", "errors", "formatting"),
+    ("environment", "gpus", "quantization"),
+    ("cli", "kernels"),
+    ("nn",),
     ("models",),
     ("checkpoints",),
     ("data",),
     ("generation",),
     ("optimizers",),
-    ("memory",),
     ("training",),
+    ("planner",),
+    ("finetuning",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

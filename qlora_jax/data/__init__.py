@@ -1,7 +1,7 @@
 """Data: rows from files and the hub, row formats, token masks, and batches of bounded shapes that can be resumed."""
 
 from qlora_jax.data.batching import Batch, Batches, bucket_lengths, evaluation_batches
-from qlora_jax.data.default import default_prompts, follows_style
+from qlora_jax.data.demo import default_prompts, follows_style
 from qlora_jax.data.formats import FORMATS
 from qlora_jax.data.loading import HUB_NAMES, Rows, load_rows, split_rows
 from qlora_jax.data.tokenization import IGNORED, DataReport, Example, encode_prompt, tokenize_rows

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.errors import UserError
-from qlora_jax.layers import Precision
 from qlora_jax.models import llama
-from qlora_jax.models.base import (
+from qlora_jax.models.common import (
     TensorSpec,
     fill_base,
     flatten,
@@ -17,6 +16,7 @@ from qlora_jax.models.base import (
 )
 from qlora_jax.models.llama import KVCache, Llama, LlamaConfig
 from qlora_jax.models.presets import PRESETS
+from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 
 __all__ = [
@@ -56,14 +56,14 @@ def model_config(config: Mapping[str, Any]) -> LlamaConfig:
     return _family(config).CONFIG.from_hf(config)
 
 
-def abstract_model(config: Mapping[str, Any], precision: Precision) -> Llama:
+def abstract_model(config: Mapping[str, Any], qlora: QLoRAConfig) -> Llama:
     """The model without its weights: every leaf of its variables is a `jax.ShapeDtypeStruct`."""
-    return _family(config).MODEL(model_config(config), precision)
+    return _family(config).MODEL(model_config(config), qlora)
 
 
 def base_tensors(config: Mapping[str, Any]) -> list[TensorSpec]:
     """Every base tensor of the model, one per layer, in the order a checkpoint is read: embedding, layers, the rest."""
-    bare = Precision(quantization=QuantizationConfig(quant_type="none"))
+    bare = QLoRAConfig(quantization=QuantizationConfig(quant_type="none"))
     _, _, frozen = split_model(abstract_model(config, bare))
     return _family(config).tensor_specs(frozen)
 

@@ -14,13 +14,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax import tiling
-from qlora_jax.attention import attend, attend_xla
 from qlora_jax.errors import UserError
-from qlora_jax.layers import Precision, QLoRALinear, RMSNorm, frozen_array
-from qlora_jax.models.base import TensorSpec, flatten, layer_of, split_model, split_stacks
-from qlora_jax.remat import LAYER_INPUT, Remat, rematerialised
-from qlora_jax.rotary import RotaryConfig, apply_rotary, rotary_tables
+from qlora_jax.models.common import TensorSpec, flatten, layer_of, split_model, split_stacks
+from qlora_jax.nn import long_sequence
+from qlora_jax.nn.attention import attend, attend_xla
+from qlora_jax.nn.linear import QLoRAConfig, QLoRALinear, RMSNorm, frozen_array
+from qlora_jax.nn.remat import LAYER_INPUT, Remat, rematerialised
+from qlora_jax.nn.rotary import RotaryConfig, apply_rotary, rotary_tables
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 LINEARS = {
@@ -169,12 +169,12 @@ def _dropout_keys(key: Array | None) -> DropoutKeys:
 class Attention(nnx.Module):
     """Grouped-query causal self-attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, precision: Precision, stack: tuple[int, ...]):
+    def __init__(self, config: LlamaConfig, qlora: QLoRAConfig, stack: tuple[int, ...]):
         self.config = config
         heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
         def linear(name: str, n_in: int, n_out: int) -> QLoRALinear:
-            return QLoRALinear(n_in, n_out, name=name, precision=precision, bias=config.attention_bias, stack=stack)
+            return QLoRALinear(n_in, n_out, name=name, qlora=qlora, bias=config.attention_bias, stack=stack)
 
         self.q_proj = linear("q_proj", config.hidden_size, heads)
         self.k_proj = linear("k_proj", config.hidden_size, kv_heads)
@@ -218,9 +218,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig, precision: Precision, stack: tuple[int, ...]):
+    def __init__(self, config: LlamaConfig, qlora: QLoRAConfig, stack: tuple[int, ...]):
         def linear(name: str, n_in: int, n_out: int) -> QLoRALinear:
-            return QLoRALinear(n_in, n_out, name=name, precision=precision, bias=config.mlp_bias, stack=stack)
+            return QLoRALinear(n_in, n_out, name=name, qlora=qlora, bias=config.mlp_bias, stack=stack)
 
         self.gate_proj = linear("gate_proj", config.hidden_size, config.intermediate_size)
         self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size)
@@ -235,11 +235,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One transformer layer; declared with a leading axis L, called on one slice of it."""
 
-    def __init__(self, config: LlamaConfig, precision: Precision, stack: tuple[int, ...]):
+    def __init__(self, config: LlamaConfig, qlora: QLoRAConfig, stack: tuple[int, ...]):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, stack=stack)
-        self.self_attn = Attention(config, precision, stack)
+        self.self_attn = Attention(config, qlora, stack)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, stack=stack)
-        self.mlp = MLP(config, precision, stack)
+        self.mlp = MLP(config, qlora, stack)
 
     def __call__(
         self,
@@ -289,23 +289,23 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding [V, D], frozen."""
 
-    def __init__(self, config: LlamaConfig, precision: Precision, kind: str):
-        self.weight = frozen_array((config.vocab_size, config.hidden_size), precision.dtype, kind)
+    def __init__(self, config: LlamaConfig, qlora: QLoRAConfig, kind: str):
+        self.weight = frozen_array((config.vocab_size, config.hidden_size), qlora.dtype, kind)
 
 
 class Llama(nnx.Module):
     """A LLaMA-family causal language model with frozen base weights and optional adapters.
 
-    Built without weights (see `qlora_jax.layers`); fill it with `qlora_jax.models.fill_base` and `init_lora`.
+    Built without weights (see `qlora_jax.nn.linear`); fill it with `qlora_jax.models.fill_base` and `init_lora`.
     """
 
-    def __init__(self, config: LlamaConfig, precision: Precision):
+    def __init__(self, config: LlamaConfig, qlora: QLoRAConfig):
         self.config = config
-        self.dtype = precision.dtype
-        self.embed_tokens = Embedding(config, precision, "embedding")
-        self.layers = Block(config, precision, (config.num_hidden_layers,))
+        self.dtype = qlora.dtype
+        self.embed_tokens = Embedding(config, qlora, "embedding")
+        self.layers = Block(config, qlora, (config.num_hidden_layers,))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Embedding(config, precision, "head")
+        self.lm_head = None if config.tie_word_embeddings else Embedding(config, qlora, "head")
 
     def __call__(
         self,
@@ -328,8 +328,8 @@ class Llama(nnx.Module):
             cache: keys and values so far; the tokens are appended to it.
             valid: with a cache, False for the padding on the left of a prompt.
             dropout_key: key for adapter dropout, or None for none.
-            remat: what of a layer is kept for the backward pass, see `qlora_jax.remat`. With any policy but `none`,
-                long sequences pass through all but attention by tiles (`qlora_jax.tiling`).
+            remat: what of a layer is kept for the backward pass, see `qlora_jax.nn.remat`. With any policy but `none`,
+                long sequences pass through all but attention by tiles (`qlora_jax.nn.long_sequence`).
         """
         h = jnp.take(self.embed_tokens.weight.get_value(), input_ids, axis=0).astype(self.dtype)
         rotary = rotary_tables(self.config.rotary, positions)
@@ -363,7 +363,7 @@ class Llama(nnx.Module):
             return self.norm(h), KVCache(keys, values, seen, cache.length + seq)
 
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
-        if remat != "none" and tiling.tile_size(batch * seq) < batch * seq:
+        if remat != "none" and long_sequence.tile_size(batch * seq) < batch * seq:
             h = self._layers_by_tiles(h, rotary, mask, layer_keys, remat)
             return self.norm(h), None
 
@@ -382,7 +382,7 @@ class Llama(nnx.Module):
         layer_keys: Array | None,
         remat: Remat,
     ) -> Float[Array, "B S D"]:
-        """The layers on a long sequence, see `qlora_jax.tiling`."""
+        """The layers on a long sequence, see `qlora_jax.nn.long_sequence`."""
         graphdef, lora, frozen = split_model(self.layers)
         stacks, frozen = split_stacks(frozen)
 
@@ -411,8 +411,8 @@ class Llama(nnx.Module):
             one, keys = block(place, lora, sliced, stacks)
             return one.finish(h[None], attended[None], keys)[0]
 
-        layer = tiling.Layer(before, after, self.layers.window(mask))
-        return tiling.run(layer, remat, lora, (frozen, layer_keys), stacks, rotary, mask, h)
+        layer = long_sequence.Layer(before, after, self.layers.window(mask))
+        return long_sequence.run(layer, remat, lora, (frozen, layer_keys), stacks, rotary, mask, h)
 
     def _mask(self, queries: Int[Array, " S"], slots: Int[Array, " T"]) -> Bool[Array, "1 1 S T"]:
         """Causal, and within the sliding window if the config has one."""

@@ -1,6 +1,6 @@
 """Optimizers: what they do to one adapter matrix, and where its state lives, in chunks of layers."""
 
-from qlora_jax.optimizers.paged import CHUNK_BYTES, Chunk, PagedOptimizer, Traffic, device_limit, device_peak
+from qlora_jax.optimizers.paged import CHUNK_BYTES, Chunk, PagedOptimizer, TransferStats
 from qlora_jax.optimizers.transformations import OPTIMIZERS, Optimizer, find_optimizer, transformation
 
 __all__ = [
@@ -9,9 +9,7 @@ __all__ = [
     "Chunk",
     "Optimizer",
     "PagedOptimizer",
-    "Traffic",
-    "device_limit",
-    "device_peak",
+    "TransferStats",
     "find_optimizer",
     "transformation",
 ]

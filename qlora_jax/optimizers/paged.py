@@ -35,16 +35,6 @@ _IN_FLIGHT = 3
 Placement = Literal["device", "host", "auto"]
 
 
-def device_limit(device: jax.Device) -> int | None:
-    """Bytes that JAX may allocate on a device; None if it has no limit of its own, as a CPU."""
-    return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def device_peak(device: jax.Device) -> int | None:
-    """Most bytes that were allocated on a device at once, so far; None where nobody counts, as on a CPU."""
-    return (device.memory_stats() or {}).get("peak_bytes_in_use")
-
-
 class Chunk(NamedTuple):
     """Consecutive layers of one adapter leaf, whose state moves as one.
 
@@ -74,7 +64,7 @@ class ChunkState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class TransferStats:
     """What paging moved. Bytes cross the link once each.
 
     Attributes:
@@ -91,9 +81,9 @@ class Traffic:
     seconds: float = 0.0
     peak_bytes: int = 0
 
-    def __add__(self, other: "Traffic") -> "Traffic":
+    def __add__(self, other: "TransferStats") -> "TransferStats":
         """Both, one after the other."""
-        return Traffic(
+        return TransferStats(
             self.evicted_bytes + other.evicted_bytes,
             self.returned_bytes + other.returned_bytes,
             self.paged_bytes + other.paged_bytes,
@@ -190,18 +180,18 @@ class PagedOptimizer:
                 leaf.delete()
         return jax.tree.unflatten(self._structure, working), state
 
-    def evict(self, state: Sequence[ChunkState], resident: int) -> tuple[list[ChunkState], Traffic]:
+    def evict(self, state: Sequence[ChunkState], resident: int) -> tuple[list[ChunkState], TransferStats]:
         """Move all but the first `resident` chunks to the host, and wait for it; `state` is donated."""
         leaving = [i for i in range(resident, len(state)) if not _on_host(state[i])]
         state = list(state)
         if not leaving:
-            return state, Traffic()
+            return state, TransferStats()
         begin = time.perf_counter()
         for i in leaving:
             state[i] = _moved(state[i], "pinned_host")
         jax.block_until_ready([state[i] for i in leaving])
         evicted = sum(self.chunks[i].nbytes for i in leaving)
-        return state, Traffic(evicted_bytes=evicted, seconds=time.perf_counter() - begin)
+        return state, TransferStats(evicted_bytes=evicted, seconds=time.perf_counter() - begin)
 
     def update(
         self,
@@ -211,7 +201,7 @@ class PagedOptimizer:
         scale: Float[Array, ""],
         finite: Bool[Array, ""],
         resident: int | None = None,
-    ) -> tuple[Any, list[ChunkState], Traffic]:
+    ) -> tuple[Any, list[ChunkState], TransferStats]:
         """One update of the adapters, chunk by chunk, with the same program wherever a chunk lies.
 
         While a chunk is updated the next one arrives and the one before leaves; never are more than three on the device
@@ -278,7 +268,7 @@ class PagedOptimizer:
             if chunk.start + chunk.layers == self._leaves[chunk.leaf].shape[0]:
                 gradient_leaves[chunk.leaf].delete()
         seconds = time.perf_counter() - begin if counts else 0.0
-        traffic = Traffic(counts["evicted"], counts["returned"], counts["paged"], seconds, peak)
+        traffic = TransferStats(counts["evicted"], counts["returned"], counts["paged"], seconds, peak)
         return jax.tree.unflatten(self._structure, leaves), chunk_states, traffic
 
     def host_bytes(self, state: Sequence[ChunkState]) -> int:

@@ -12,16 +12,16 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax import models
+from qlora_jax.device_memory import device_limit
 from qlora_jax.gpus import CHIPS
 from qlora_jax.kernels import roofline
 from qlora_jax.kernels.static import Row
 from qlora_jax.kernels.timing import IMPLEMENTATIONS, Measurement
-from qlora_jax.layers import LoRAConfig, Precision
-from qlora_jax.optimizers import device_limit
+from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
+from qlora_jax.nn.remat import Remat
 from qlora_jax.quantization import QuantizationConfig
-from qlora_jax.remat import Remat
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
@@ -115,14 +115,14 @@ def time_step(
         quantization: of the linear weights.
         dtype: compute dtype.
         rank: of the adapters.
-        remat: what of a layer is kept for the backward pass, see `qlora_jax.remat`.
+        remat: what of a layer is kept for the backward pass, see `qlora_jax.nn.remat`.
         kernel: implementation of the 4-bit ops.
         steps: timed steps, after one that compiles and `warmup` more.
         warmup: steps run before the timed ones.
     """
     config = workload.config
     lora_config = LoRAConfig(rank, float(rank), 0.0, models.lora_modules(config, "all"))
-    precision = Precision(quantization, dtype, lora_config, kernel)
+    precision = QLoRAConfig(quantization, dtype, lora_config, kernel)
     graphdef, lora, frozen = models.split_model(models.abstract_model(config, precision))
     frozen = random_base(frozen)
     defaults = TrainConfig()

@@ -179,12 +179,12 @@ class TrainConfig:
 
     @property
     def remat_policy(self) -> Literal["full", "save_attention", "offload", "none"]:
-        """What of a layer is kept for the backward pass, see `qlora_jax.remat`."""
+        """What of a layer is kept for the backward pass, see `qlora_jax.nn.remat`."""
         return self.remat or ("full" if self.gradient_checkpointing else "none")
 
 
 # What `finetune.py` runs when neither a model nor a data set is named: small enough for two CPU cores.
-DEMO: Mapping[str, Any] = {
+EXAMPLE_FLAGS: Mapping[str, Any] = {
     "bits": 4,
     "lora_r": 16,
     "lora_alpha": 32.0,
@@ -207,7 +207,7 @@ DEMO: Mapping[str, Any] = {
 }
 
 # Flags of the reference program (or of its trainer) that are not flags here, and what to do instead.
-UNAVAILABLE: Mapping[str, str] = {
+UNSUPPORTED_FLAGS: Mapping[str, str] = {
     **dict.fromkeys(
         ("do_mmlu_eval", "mmlu_dataset", "mmlu_split", "max_mmlu_samples"), "MMLU comes in a later release."
     ),

@@ -28,7 +28,7 @@ class MetricsLog:
     Training lines hold step, loss, learning_rate, grad_norm, tokens, tokens_per_second, seconds; evaluation lines hold
     step, eval_loss, eval_perplexity, eval_tokens. Losses are nats a token, tokens and seconds are totals of the run.
     Where the optimizer pages, training lines also hold optimizer_on_host_bytes, evicted_bytes, returned_bytes,
-    paged_bytes and paging_seconds (see `qlora_jax.optimizers.Traffic`), since the last line that did; a step that
+    paged_bytes and paging_seconds (see `qlora_jax.optimizers.TransferStats`), since the last line that did; a step that
     evicts or brings back chunks between two training lines has a line of these alone.
     Lines beyond `resume_step` belong to work that was lost with the process that did it; they are removed.
     `evaluated` holds the steps that have an evaluation line.

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.layers import GradientSlot
+from qlora_jax.nn.linear import GradientSlot
+from qlora_jax.nn.remat import Remat
 from qlora_jax.optimizers import PagedOptimizer
-from qlora_jax.remat import Remat
 from qlora_jax.training.losses import next_token_loss
 
 
@@ -101,7 +101,7 @@ def make_gradient_step(
     Args:
         graphdef: of the model, from `split_model`.
         packed: rows hold several documents, told apart by `segment_ids`.
-        remat: what of a layer is kept for the backward pass, see `qlora_jax.remat`.
+        remat: what of a layer is kept for the backward pass, see `qlora_jax.nn.remat`.
         dropout: draw dropout masks, keyed by (seed, step, micro-batch, device): a resumed run draws the same ones.
         seed: of the dropout.
         max_grad_norm: clip the mean gradient to this global norm (Pascanu et al. 2013); 0 for no clipping.
@@ -215,7 +215,7 @@ def make_train_step(
 
     The other arguments and the batch are those of `make_gradient_step`: the loss is the mean over all trained tokens of
     the A*B sequences, so that accumulating equals one large batch. Metrics: loss (nats a token), grad_norm (before
-    clipping), trained_tokens, and traffic (`qlora_jax.optimizers.Traffic`: what paging moved). If loss or gradient is
+    clipping), trained_tokens, and traffic (`qlora_jax.optimizers.TransferStats`). If loss or gradient is
     not finite the state comes back unchanged but for `step`: the last good adapters survive.
     """
     gradient_step = make_gradient_step(

@@ -23,7 +23,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoint_helpers import add_tokenizer
+from fixtures.checkpoint_helpers import add_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "smollm2_tokenizer.json"
 MERGES = 400

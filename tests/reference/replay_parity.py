@@ -19,11 +19,11 @@ from random_weights import random_adapter
 from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.models import base_tensors
-from qlora_jax.training.assembly import compute_dtype
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.loop import load_model, make_mesh
-from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.schedule import make_optimizer
+from qlora_jax.training.setup import compute_dtype
 from qlora_jax.training.step import TrainState, make_train_step
+from qlora_jax.training.trainer import load_model, make_mesh
 
 
 def load_rows(path: Path) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:

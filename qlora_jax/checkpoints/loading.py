@@ -1,0 +1,132 @@
+"""The frozen base model in memory, loaded from a checkpoint or a converted directory into stacked arrays.
+
+Memory: `load_base` holds one tensor of a checkpoint, or one part of a converted directory, and the model it returns,
+whose stacked buffers are allocated once, never copied.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.checkpoints.conversion import open_converted
+from qlora_jax.checkpoints.files import is_converted
+from qlora_jax.checkpoints.sources import TensorSource, open_source
+from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, check_source, stream_tensors
+from qlora_jax.models import TensorSpec
+from qlora_jax.quantization import QuantizationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base model in memory.
+
+    Attributes:
+        config: Hugging Face config.json contents.
+        tensors: {path: QuantizedTensor or jax.Array}, the layers of one path stacked on axis 0.
+        quantization: how the linear weights are stored.
+        description: one line for people: where the weights come from and how precise they are.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[TensorPath, Any]
+    quantization: QuantizationConfig
+    description: str
+
+
+def load_base(
+    path: str | Path, *, quantization: QuantizationConfig, dtype: Any, progress: Progress | None = None
+) -> LoadedBase:
+    """Load a base model into stacked device arrays.
+
+    Args:
+        path: converted directory, Hugging Face safetensors directory or GGUF file; the last two are quantised on the
+            fly.
+        quantization: how linear weights are to be stored.
+        dtype: element type of all other weights but norms, and of dequantised linear weights.
+        progress: see `Progress`.
+
+    Raises:
+        UserError: a converted directory that is damaged or quantised otherwise than asked, and whatever `open_source`
+            and `stream_base` refuse.
+    """
+    dtype = jnp.dtype(dtype)
+    path = Path(path)
+    if is_converted(path):
+        config, description, chunks = open_converted(path, quantization, dtype, progress)
+    else:
+        source = open_source(path)
+        config, description = source.config, source.description
+        chunks = _source_chunks(source, check_source(source, quantization), quantization, dtype, progress)
+    stacks = {key: _Stack(abstract) for key, abstract in abstract_stacks(config, quantization, dtype).items()}
+    for key, layer, value in chunks:
+        stacks[key].write(layer, value)
+    tensors = {key: stack.finish() for key, stack in stacks.items()}
+    return LoadedBase(config, tensors, quantization, description)
+
+
+def _source_chunks(
+    source: TensorSource,
+    specs: list[TensorSpec],
+    quantization: QuantizationConfig,
+    dtype: np.dtype,
+    progress: Progress | None,
+) -> Iterator[Chunk]:
+    for done, (spec, value) in enumerate(stream_tensors(source, specs, quantization, dtype), 1):
+        yield spec.path, spec.layer, value
+        if progress is not None:
+            progress(done, len(specs))
+
+
+class _Stack:
+    """One path's destination: every buffer is allocated once and filled layer by layer.
+
+    On CPU the buffers are host memory that jax then uses where it lies; on an accelerator they are device memory
+    updated in place, so that the host never holds more than the layers being written.
+    """
+
+    def __init__(self, abstract: Any):
+        leaves, self._structure = jax.tree.flatten(abstract)
+        self._on_host = jax.default_backend() == "cpu"
+        allocate = _aligned_empty if self._on_host else jnp.empty
+        self._buffers = [allocate(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def write(self, first_layer: int | None, value: Any) -> None:
+        for i, leaf in enumerate(jax.tree.leaves(value)):
+            buffer = self._buffers[i]
+            if first_layer is None:
+                if self._on_host:
+                    buffer[...] = leaf
+                else:
+                    self._buffers[i] = jax.device_put(leaf)
+                continue
+            rows = leaf if leaf.ndim == buffer.ndim else leaf[None]
+            if self._on_host:
+                buffer[first_layer : first_layer + len(rows)] = rows
+            else:
+                self._buffers[i] = _write_rows(buffer, rows, first_layer)
+
+    def finish(self) -> Any:
+        buffers, self._buffers = self._buffers, []
+        if self._on_host:
+            # The alignment makes this free of copies; nothing else keeps a reference to the memory.
+            buffers = [jax.device_put(buffer, may_alias=True) for buffer in buffers]
+        return jax.tree.unflatten(self._structure, buffers)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Uninitialised host memory at an address jax accepts without copying (a multiple of 64 bytes)."""
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+_write_rows = jax.jit(
+    lambda buffer, rows, start: jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis=0), donate_argnums=0
+)

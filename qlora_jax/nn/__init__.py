@@ -1,0 +1,1 @@
+"""Building blocks of the models: linears with adapters, norms, rotary positions, attention, layers of a stack."""

@@ -1,0 +1,191 @@
+"""Causal self-attention for training: cuDNN's flash attention where a GPU has it, few copies of q, k and v anywhere."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+# Name of what a rematerialisation policy keeps to have attention computed once (see qlora_jax.nn.remat).
+ATTENTION = "attention"
+# Rows of one head that a flash-attention block works on, and blocks that keep the largest GPU busy several times over:
+# a group of heads smaller than that would leave it idle.
+_BLOCK_ROWS, _BUSY_BLOCKS = 128, 1024
+
+
+def head_groups(tokens: int, heads: int, kv_heads: int) -> int:
+    """Groups of heads that attend one after the other: as many as leave every group enough work for a large GPU."""
+    divisors = (n for n in range(kv_heads, 0, -1) if kv_heads % n == 0)
+    return next((n for n in divisors if tokens * (heads // n) >= _BLOCK_ROWS * _BUSY_BLOCKS), 1)
+
+
+def attend(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    mask: Bool[Array, "B 1 S S"] | None = None,
+    window: tuple[int, int] | None = None,
+) -> Float[Array, "B S H E"]:
+    """Self-attention: causal, within `window`; or, given a mask, wherever that allows it (it must be causal itself).
+
+    Compiled for CUDA in 16 bits this is cuDNN's flash attention, which keeps no scores [B, H, S, S] in memory; anywhere
+    else, and for what cuDNN cannot do, XLA's. Long sequences attend by groups of heads (`head_groups`): besides q, k,
+    v, the output and its cotangent, only one group's arrays exist, and the gradients take the place of q, k and v.
+    """
+    if _groups(q, k) == 1 and not _cudnn_can(q, k, v, mask, window):
+        return checkpoint_name(attend_xla(q, k, v, mask, window), ATTENTION)
+    return _attend(window, q, k, v, mask)
+
+
+def attend_xla(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> Array:
+    """The same as products and a softmax that XLA compiles; the scores exist."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, local_window_size=window)
+
+
+def _attend_cudnn(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> Array:
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
+
+
+def _cudnn_can(q: Array, k: Array, v: Array, mask: Array | None, window: tuple[int, int] | None) -> bool:
+    """Whether tracing finds no obstacle: cuDNN is not installed, the head is too wide, a mask has odd length."""
+    if q.dtype.itemsize != 2:
+        return False
+    attention = functools.partial(_attend_cudnn, mask=mask, window=window)
+    try:
+        jax.eval_shape(jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum()), q, k, v)
+    except RuntimeError:
+        return False
+    return True
+
+
+def forward(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    mask: Bool[Array, "B 1 S S"] | None,
+    window: tuple[int, int] | None,
+) -> tuple[Float[Array, "B S H E"], Float[Array, "B H S"]]:
+    """What `attend` returns, and the statistics of the rows of scores that `backward` needs."""
+    groups, (batch, seq, heads, _) = _groups(q, k), q.shape
+
+    def on_cuda(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
+        out, vjp = jax.vjp(lambda q, k, v: _attend_cudnn(q, k, v, mask, window), q, k, v)
+        return out, _statistics(vjp, out)
+
+    def elsewhere(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
+        # The backward pass recomputes the scores and asks for no statistics.
+        return attend_xla(q, k, v, mask, window), jnp.zeros((q.shape[0], q.shape[2], seq), jnp.float32)
+
+    one = _on_platform(on_cuda, elsewhere, _cudnn_can(q, k, v, mask, window))
+    if groups == 1:
+        return one(q, k, v, mask)
+
+    def group(g: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, statistics = done
+        new, new_statistics = one(*(_heads(x, g, groups) for x in (q, k, v)), mask)
+        return _with_heads(out, new, g), _with_heads(statistics, new_statistics, g, axis=1)
+
+    empty = (jnp.zeros_like(q), jnp.zeros((batch, heads, seq), jnp.float32))
+    return jax.lax.fori_loop(0, groups, group, empty)
+
+
+def backward(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    mask: Bool[Array, "B 1 S S"] | None,
+    out: Float[Array, "B S H E"],
+    statistics: Float[Array, "B H S"],
+    d_out: Float[Array, "B S H E"],
+    window: tuple[int, int] | None,
+) -> tuple[Float[Array, "B S H E"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+    """Gradients of q, k and v from what `forward` returned and the cotangent of its output."""
+    groups = _groups(q, k)
+
+    def on_cuda(
+        q: Array, k: Array, v: Array, out: Array, statistics: Array, d_out: Array, mask: Array | None
+    ) -> tuple[Array, Array, Array]:
+        again, vjp = jax.vjp(lambda q, k, v: _attend_cudnn(q, k, v, mask, window), q, k, v)
+        return _restored(vjp, again, out, statistics)(d_out)
+
+    def elsewhere(
+        q: Array, k: Array, v: Array, out: Array, statistics: Array, d_out: Array, mask: Array | None
+    ) -> tuple[Array, Array, Array]:
+        return jax.vjp(lambda q, k, v: attend_xla(q, k, v, mask, window), q, k, v)[1](d_out)
+
+    one = _on_platform(on_cuda, elsewhere, _cudnn_can(q, k, v, mask, window))
+    if groups == 1:
+        return one(q, k, v, out, statistics, d_out, mask)
+
+    def group(g: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        # What has been attended already holds gradients.
+        mine = [_heads(x, g, groups) for x in (*carry, out)]
+        new = one(*mine, _heads(statistics, g, groups, axis=1), _heads(d_out, g, groups), mask)
+        dq, dk, dv = (_with_heads(x, dx, g) for x, dx in zip(carry, new, strict=True))
+        return dq, dk, dv
+
+    return jax.lax.fori_loop(0, groups, group, (q, k, v))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(window: tuple[int, int] | None, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    return forward(q, k, v, mask, window)[0]
+
+
+def _attend_forward(
+    window: tuple[int, int] | None, q: Array, k: Array, v: Array, mask: Array | None
+) -> tuple[Array, Any]:
+    out, statistics = (checkpoint_name(x, ATTENTION) for x in forward(q, k, v, mask, window))
+    return out, (q, k, v, mask, out, statistics)
+
+
+def _attend_backward(window: tuple[int, int] | None, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, mask, out, statistics = residuals
+    return *backward(q, k, v, mask, out, statistics, d_out, window), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _groups(q: Array, k: Array) -> int:
+    return head_groups(q.shape[0] * q.shape[1], q.shape[2], k.shape[2])
+
+
+def _statistics(vjp: Any, out: Array) -> Array:
+    """The log-sum-exp of every row of scores, [B, H, S], which cuDNN's forward pass keeps for its backward pass."""
+    return next(x for x in vjp.opaque_residuals if _is_statistics(x, out))
+
+
+def _is_statistics(x: Array, out: Array) -> bool:
+    batch, seq, heads, _ = out.shape
+    # A mask is kept too, as a bias [B, 1, S, S].
+    return x.shape == (batch, heads, seq)
+
+
+def _restored(vjp: Any, again: Array, out: Array, statistics: Array) -> Any:
+    """`vjp` with the residuals of an earlier forward pass: the one it was made with is then not computed."""
+
+    def restored(x: Array) -> Array:
+        return out if x is again else statistics if _is_statistics(x, again) else x
+
+    return vjp.replace(opaque_residuals=[restored(x) for x in vjp.opaque_residuals])
+
+
+def _on_platform(on_cuda: Callable[..., Any], elsewhere: Callable[..., Any], cudnn: bool) -> Callable[..., Any]:
+    if not cudnn:
+        return elsewhere
+    return functools.partial(jax.lax.platform_dependent, cuda=on_cuda, default=elsewhere)
+
+
+def _heads(x: Array, group: Array, groups: int, axis: int = 2) -> Array:
+    size = x.shape[axis] // groups
+    return jax.lax.dynamic_slice_in_dim(x, group * size, size, axis)
+
+
+def _with_heads(x: Array, new: Array, group: Array, axis: int = 2) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), group * new.shape[axis], axis)

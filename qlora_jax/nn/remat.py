@@ -1,0 +1,41 @@
+"""What the backward pass of a layer finds in memory, and what it computes again."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from qlora_jax.nn.attention import ATTENTION
+from qlora_jax.nn.linear import SAVED
+
+# Name of a layer's input.
+LAYER_INPUT = "layer_input"
+
+Remat = Literal["full", "save_attention", "offload", "none"]
+
+_policies = jax.checkpoint_policies
+POLICIES: dict[str, Any] = {
+    "full": _policies.nothing_saveable,
+    "save_attention": _policies.save_only_these_names(ATTENTION),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "none": _policies.save_only_these_names(SAVED, ATTENTION),
+}
+"""Policy of each name, for the body of a scan over layers:
+
+full: only the layer's input is kept, on the device; the layer is computed twice.
+save_attention: its input and what attention returned (and its row statistics); attention is computed once.
+offload: only its input is kept, in pinned host memory; the device holds one layer's at a time.
+none: the outputs of its linears and of attention are kept. Scores and elementwise results are computed again even so,
+    which is cheaper than writing and reading them.
+"""
+
+
+def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`body`, the body of a scan over layers, with a policy of `POLICIES`."""
+    # prevent_cse is for code outside a scan; inside it only blocks fusion.
+    return jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])

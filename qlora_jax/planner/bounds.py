@@ -1,0 +1,160 @@
+"""A lower bound on the time of a training step: counted work against data-sheet peaks. Not a prediction.
+
+    seconds >= max(FLOPs / tensor peak, device bytes / memory bandwidth, host bytes / link bandwidth)
+
+No program reaches those peaks, nor overlaps all three; nothing here is measured.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from qlora_jax.gpus import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulFlops:
+    """FLOPs of a program's matrix products, two for a multiply-add.
+
+    plain: without batch dimensions, those with weights; batched: with them, those of attention.
+    """
+
+    plain: float = 0.0
+    batched: float = 0.0
+
+    def __add__(self, other: "MatmulFlops") -> "MatmulFlops":
+        """Both."""
+        return MatmulFlops(self.plain + other.plain, self.batched + other.batched)
+
+    def __mul__(self, times: float | int) -> "MatmulFlops":
+        """That many times."""
+        return MatmulFlops(times * self.plain, times * self.batched)
+
+
+def count_products(jaxpr: core.ClosedJaxpr, *, trips: float) -> MatmulFlops:
+    """Count the matrix products of a program, loops included, without those whose results nothing reads.
+
+    Where a program differs by platform the portable variant counts; of other branches the cheapest does.
+
+    Args:
+        jaxpr: the program, traced in a form that has no custom kernels: what they compute would not be seen.
+        trips: of `while` loops, whose number of iterations no program states.
+    """
+    live, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return _count(live, trips)
+
+
+def _count(jaxpr: core.Jaxpr, trips: float) -> MatmulFlops:
+    total = MatmulFlops()
+    for equation in jaxpr.eqns:
+        params = equation.params
+        match equation.primitive.name:
+            case "dot_general":
+                total += _dot(equation)
+            case "cond":
+                total += _branch(params, trips)
+            case "scan":
+                total += _count(params["jaxpr"].jaxpr, trips) * params["length"]
+            case "while":
+                total += (_count(params["cond_jaxpr"].jaxpr, trips) + _count(params["body_jaxpr"].jaxpr, trips)) * trips
+            case "custom_vjp_call" | "custom_jvp_call":
+                # The rules for derivatives are parameters too; they are not run.
+                total += _count((params.get("call_jaxpr") or params["jaxpr"]).jaxpr, trips)
+            case "shard_map":
+                total += _count(params["jaxpr"], trips) * math.prod(params["mesh"].shape.values())
+            case _:
+                for inner in _inner(params):
+                    total += _count(inner, trips)
+    return total
+
+
+def _branch(params: dict[str, Any], trips: float) -> MatmulFlops:
+    branches = [_count(branch.jaxpr, trips) for branch in params["branches"]]
+    platforms = params.get("branches_platforms")
+    if platforms is not None and None in platforms:
+        return branches[platforms.index(None)]
+    return min(branches, key=lambda products: products.plain + products.batched)
+
+
+def _dot(equation: Any) -> MatmulFlops:
+    (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+    lhs, out = equation.invars[0].aval, equation.outvars[0].aval
+    flops = 2.0 * math.prod(out.shape) * math.prod(lhs.shape[dim] for dim in contracted)
+    return MatmulFlops(batched=flops) if batch else MatmulFlops(plain=flops)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    for value in params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, core.ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, core.Jaxpr):
+                yield each
+
+
+def causal_fraction(queries: int, window: int | None = None) -> float:
+    """Share of the S x S scores that causal attention computes at least, within a window of that many keys."""
+    reach = queries if window is None else min(queries, window)
+    # Query i sees min(i + 1, reach) keys.
+    return (reach * (reach + 1) / 2 + (queries - reach) * reach) / queries**2
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What one training step must do, at least.
+
+    Attributes:
+        tokens: that it trains on.
+        flops: of matrix products.
+        device_bytes: read from or written to device memory.
+        host_bytes: over the link between host and device, in the direction that carries more.
+    """
+
+    tokens: int
+    flops: float
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """No step can be faster than this on the GPU. `limited_by` is compute, memory or host link.
+
+    compute, memory, link: seconds that each takes by itself.
+    """
+
+    tokens: int
+    compute: float
+    memory: float
+    link: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, at least."""
+        return max(self.compute, self.memory, self.link)
+
+    @property
+    def limited_by(self) -> str:
+        """What takes longest."""
+        return max(
+            ("compute", self.compute), ("memory", self.memory), ("host link", self.link), key=lambda pair: pair[1]
+        )[0]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At most."""
+        return self.tokens / self.seconds
+
+
+def bound(chip: Chip, work: StepCost) -> Bound:
+    """The bound of a step's work on a GPU."""
+    return Bound(
+        work.tokens,
+        compute=work.flops / chip.bf16_flops,
+        memory=work.device_bytes / chip.memory_bandwidth,
+        link=work.host_bytes / chip.host_bandwidth,
+    )

@@ -1,0 +1,477 @@
+"""Base weights on their way from a checkpoint into the model: converted or quantised on the fly, always the same."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.checkpoint_helpers import LLAMA, hf_shapes, random_tensors, write_gguf, write_hf, write_large_hf
+
+from qlora_jax import models
+from qlora_jax.checkpoints import conversion, loading
+from qlora_jax.checkpoints.conversion import convert
+from qlora_jax.checkpoints.files import MANIFEST_NAME
+from qlora_jax.checkpoints.loading import load_base
+from qlora_jax.checkpoints.sources import open_source
+from qlora_jax.checkpoints.streaming import check_source, inventory, stream_base
+from qlora_jax.checkpoints.tokenizer import load_tokenizer
+from qlora_jax.errors import UserError
+from qlora_jax.nn.linear import QLoRAConfig
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = json.loads((Path(__file__).parents[1] / "golden" / "smollm2_tokenizer.json").read_text())["small"][
+    "tokenizer"
+]
+CONFIGS = [
+    QuantizationConfig("nf4", 64, True),
+    QuantizationConfig("fp4", 32, False),
+    QuantizationConfig("int8"),
+    QuantizationConfig("none"),
+]
+NF4 = CONFIGS[0]
+
+
+def write_model(directory: Path, config: dict[str, Any] = LLAMA, **changed: np.ndarray) -> Path:
+    return write_hf(directory, config, random_tensors(config) | changed, shards=2)
+
+
+def assert_same(a: dict[tuple[str, ...], Any], b: dict[tuple[str, ...], Any]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        (xs, x_tree), (ys, y_tree) = jax.tree.flatten(a[key]), jax.tree.flatten(b[key])
+        assert x_tree == y_tree, key
+        for x, y in zip(xs, ys, strict=True):
+            assert (x.dtype, x.shape) == (y.dtype, y.shape), key
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), key
+
+
+# --- what comes out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
+def test_loaded_equals_quantised_tensor_by_tensor(tmp_path: Path, config: QuantizationConfig):
+    tensors = random_tensors(LLAMA)
+    model = load_base(write_hf(tmp_path, LLAMA, tensors), quantization=config, dtype=jnp.bfloat16)
+    for spec in models.base_tensors(LLAMA):
+        value = model.tensors[spec.path]
+        if spec.layer is not None:
+            value = jax.tree.map(lambda leaf, layer=spec.layer: leaf[layer], value)
+        weight = tensors[spec.name]
+        if spec.quantized and config.quant_type != "none":
+            options = {"block_size": config.block_size, "double_quant": config.double_quant}
+            want: Any = quantize(weight, quant_type=config.quant_type, **options)
+        else:
+            want = weight.astype(np.float32) if spec.kind == "norm" else weight
+        assert_same({spec.path: value}, {spec.path: want})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
+@pytest.mark.parametrize("part_bytes", [conversion._PART_BYTES, 9000])
+def test_converted_equals_loaded(
+    tmp_path: Path, config: QuantizationConfig, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(conversion, "_PART_BYTES", part_bytes)
+    source = write_model(tmp_path / "hf")
+    result = convert(source, tmp_path / "out", config, "bfloat16")
+    direct = load_base(source, quantization=config, dtype="bfloat16")
+    converted = load_base(tmp_path / "out", quantization=config, dtype="bfloat16")
+    assert_same(converted.tensors, direct.tensors)
+    assert converted.config == direct.config == LLAMA
+    assert converted.quantization == config
+    assert result.bytes_by_class == inventory(direct.tensors) == inventory(converted.tensors)
+    parts = [entry for entry in (tmp_path / "out").iterdir() if entry.name.startswith("part-")]
+    assert len(parts) == 1 if part_bytes > 9000 else len(parts) > 8
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_fill_the_model(tmp_path: Path, dtype: str):
+    source = write_model(tmp_path / "hf")
+    loaded = load_base(source, quantization=NF4, dtype=dtype)
+    abstract = models.abstract_model(LLAMA, QLoRAConfig(dtype=jnp.dtype(dtype), quantization=NF4))
+    _, _, frozen = models.split_model(abstract)
+    filled = models.fill_base(frozen, loaded.tensors)
+    assert_same(models.flatten(filled), loaded.tensors)
+
+
+def test_inventory_counts_buffers(tmp_path: Path):
+    source = write_model(tmp_path / "hf")
+    loaded = load_base(source, quantization=NF4, dtype="bfloat16")
+    shapes = hf_shapes(LLAMA)
+    linear = [np.prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
+    norms = sum(shape[0] for name, shape in shapes.items() if "norm" in name)
+    rest = sum(np.prod(s) for n, s in shapes.items() if n.endswith(".bias") or "embed" in n or "lm_head" in n)
+    blocks = [-(-n // 64) for n in linear]
+    scales = sum(n + 4 * -(-n // 256) + 4 for n in blocks)
+    assert inventory(loaded.tensors) == {
+        "base_packed": sum(linear) // 2,
+        "scales": scales,
+        "unquantised": 4 * norms + 2 * rest,
+    }
+    result = convert(source, tmp_path / "out", NF4, "bfloat16")
+    assert result.bits_per_parameter == pytest.approx(8 * (sum(linear) // 2 + scales) / sum(linear))
+    assert result.quantized_parameters == sum(linear)
+    assert result.parameters == sum(np.prod(shape) for shape in shapes.values())
+
+
+def test_quantised_from_the_checkpoints_own_precision(tmp_path: Path):
+    tensors = random_tensors(LLAMA, "float32")
+    model = load_base(write_hf(tmp_path, LLAMA, tensors), quantization=NF4, dtype="bfloat16")
+    value = model.tensors["layers", "mlp", "up_proj", "weight"]
+    assert value.dtype == "bfloat16"
+    want = quantize(tensors["model.layers.0.mlp.up_proj.weight"])
+    assert np.array_equal(value.codes[0], want.codes)
+
+
+def test_another_dtype_than_stored_is_cast_and_said(tmp_path: Path):
+    convert(write_model(tmp_path / "hf"), tmp_path / "out", NF4, "bfloat16")
+    model = load_base(tmp_path / "out", quantization=NF4, dtype="float32")
+    assert model.tensors["embed_tokens", "weight"].dtype == jnp.float32
+    assert model.tensors["layers", "mlp", "up_proj", "weight"].dtype == "float32"
+    assert "stored as bfloat16, used as float32" in model.description
+
+
+def test_gguf_converts_with_its_tokenizer(tmp_path: Path):
+    config = {**LLAMA, "vocab_size": len(TOKENIZER["tokens"])}
+    source = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, "float32"), TOKENIZER)
+    convert(source, tmp_path / "out", NF4, "bfloat16")
+    direct = load_base(source, quantization=NF4, dtype="bfloat16")
+    converted = load_base(tmp_path / "out", quantization=NF4, dtype="bfloat16")
+    assert_same(converted.tensors, direct.tensors)
+    assert converted.config == direct.config
+    text = "Some text, 123 <|im_end|>"
+    assert load_tokenizer(tmp_path / "out")(text).input_ids == load_tokenizer(source)(text).input_ids
+
+
+def test_companion_files_are_kept(tmp_path: Path):
+    source = write_model(tmp_path / "hf")
+    kept = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
+    for name in kept:
+        (source / name).write_text(name)
+    (source / "training_args.txt").write_text("no")
+    convert(source, tmp_path / "out", NF4, "bfloat16")
+    names = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert names == {*kept, "config.json", MANIFEST_NAME, "part-00000"}
+    assert all((tmp_path / "out" / name).read_text() == name for name in kept)
+
+
+def test_loaded_buffers_are_not_copied():
+    stack = loading._Stack(jax.ShapeDtypeStruct((3, 5), jnp.bfloat16))
+    if jax.default_backend() != "cpu":
+        pytest.skip("host memory is used in place on CPU only")
+    address = stack._buffers[0].ctypes.data
+    for layer in range(3):
+        stack.write(layer, np.full(5, layer, jnp.bfloat16))
+    value = stack.finish()
+    assert value.unsafe_buffer_pointer() == address
+    assert np.array_equal(np.asarray(value)[:, 0], [0, 1, 2])
+
+
+def test_device_buffers_are_filled_in_place(monkeypatch: pytest.MonkeyPatch):
+    # The path of accelerators, run on whatever there is.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    stack = loading._Stack(jax.ShapeDtypeStruct((3, 5), jnp.float32))
+    stack.write(0, np.zeros(5, np.float32))
+    stack.write(1, np.full((2, 5), 7, np.float32))
+    assert np.array_equal(stack.finish(), [[0] * 5, [7] * 5, [7] * 5])
+    single = loading._Stack(jax.ShapeDtypeStruct((2,), jnp.float32))
+    single.write(None, np.ones(2, np.float32))
+    assert np.array_equal(single.finish(), [1, 1])
+
+
+# --- what is refused
+
+
+def test_missing_extra_and_misshaped_tensors_are_named(tmp_path: Path):
+    tensors = random_tensors(LLAMA)
+
+    def refused(changed: dict[str, np.ndarray], message: str) -> None:
+        shutil.rmtree(tmp_path / "hf", ignore_errors=True)
+        source = open_source(write_hf(tmp_path / "hf", LLAMA, changed))
+        with pytest.raises(UserError, match=message):
+            stream_base(source, NF4, "bfloat16")
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "hf", tmp_path / "out", NF4, "bfloat16")
+        assert not (tmp_path / "out").exists()
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    refused({k: v for k, v in tensors.items() if k != name}, rf"hf lacks 1 tensor \({name}\)")
+    without_mlp = {k: v for k, v in tensors.items() if ".mlp." not in k}
+    refused(without_mlp, r"hf lacks 9 tensors \(model\.layers\.0\.mlp\..*, \.\.\.\)")
+    refused(tensors | {"model.extra.weight": tensors[name]}, r"safetensors holds 1 tensor \(model\.extra\.weight\)")
+    refused(tensors | {name: tensors[name].T.copy()}, rf"{name} \[64, 192\] instead of \[192, 64\]")
+
+
+def test_tensors_that_carry_nothing_are_passed_over(tmp_path: Path):
+    config = {**LLAMA, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+    specs = check_source(open_source(write_hf(tmp_path, config, tensors)))
+    assert {spec.name for spec in specs} == set(hf_shapes(config))
+
+
+def test_block_size_that_does_not_divide_a_row(tmp_path: Path):
+    source = write_model(tmp_path / "hf")
+    message = r"block_size 128 does not divide the \d+ inputs of model\.layers\.0\..*; choose a power of two that does"
+    with pytest.raises(UserError, match=message):
+        convert(source, tmp_path / "out", QuantizationConfig("nf4", 128), "bfloat16")
+    with pytest.raises(UserError, match=message):
+        load_base(source, quantization=QuantizationConfig("nf4", 128), dtype="bfloat16")
+    load_base(source, quantization=QuantizationConfig("int8", 128), dtype="bfloat16")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path):
+    name = "model.layers.2.self_attn.o_proj.weight"
+    bad = random_tensors(LLAMA)[name]
+    bad[3, 5] = np.nan
+    source = write_model(tmp_path / "hf", **{name: bad})
+    with pytest.raises(UserError, match=rf"model-.*safetensors: .*{name}.* NaN or infinity"):
+        convert(source, tmp_path / "out", NF4, "bfloat16")
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_overflow_of_float16_is_named(tmp_path: Path):
+    name = "model.embed_tokens.weight"
+    source = write_model(tmp_path, **{name: np.full(hf_shapes(LLAMA)[name], 1e5).astype("bfloat16")})
+    with pytest.raises(UserError, match=rf"tensor {name} .* do not fit float16; use bfloat16"):
+        load_base(source, quantization=NF4, dtype="float16")
+
+
+def test_other_quantisation_than_asked(tmp_path: Path):
+    convert(write_model(tmp_path / "hf"), tmp_path / "out", NF4, "bfloat16")
+    wanted = r"converted to nf4 in blocks of 64 with double quantisation, but {} is asked for"
+    for config, text in (
+        (QuantizationConfig("nf4", 64, False), "nf4 in blocks of 64 without double quantisation"),
+        (QuantizationConfig("nf4", 128, True), "nf4 in blocks of 128 with double quantisation"),
+        (QuantizationConfig("none"), "16-bit weights"),
+        (QuantizationConfig("int8"), "int8"),
+    ):
+        with pytest.raises(UserError, match=wanted.format(text)):
+            load_base(tmp_path / "out", quantization=config, dtype="bfloat16")
+
+
+def test_damaged_conversion(tmp_path: Path):
+    good = tmp_path / "good"
+    convert(write_model(tmp_path / "hf"), good, NF4, "bfloat16")
+    manifest = json.loads((good / MANIFEST_NAME).read_text())
+
+    def refused(message: str, **changes: Any) -> None:
+        directory = tmp_path / "bad"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(good, directory)
+        for name, content in changes.pop("files", {}).items():
+            if content is None:
+                shutil.rmtree(directory / name)
+            else:
+                (directory / name).write_text(content)
+        if changes:
+            (directory / MANIFEST_NAME).write_text(json.dumps({**manifest, **changes}))
+        with pytest.raises(UserError, match=message):
+            load_base(directory, quantization=NF4, dtype="bfloat16")
+
+    refused(r"qlora_jax\.json is not valid JSON", files={MANIFEST_NAME: "{"})
+    refused(r"version 99, not", format_version=99)
+    refused(r"qlora_jax\.json is malformed", quantization={"bits": 4})
+    refused(r"disagree about", parts=[])
+    refused(r"disagree about", files={"config.json": json.dumps({**LLAMA, "num_hidden_layers": 2})})
+    smaller = json.dumps({**LLAMA, "vocab_size": 95})
+    refused(r"tensor embed_tokens\.weight in .*part-00000 is bfloat16\[96, 64\] instead of bfloat16\[95, 64\]",
+            files={"config.json": smaller})  # fmt: skip
+    refused(r"bad/part-00000/.* is missing or does not have its \d+ bytes", files={"part-00000": None})
+    for file in (file for file in good.rglob("part-00000/**/*") if file.is_file() and file.stat().st_size):
+        name = str(file.relative_to(good))
+        refused(rf"bad/{name} is missing or does not have its \d+ bytes", files={name: "cut"})
+    empty = {**manifest["parts"][0], "files": {}}
+    refused(r"bad/part-00000 is damaged or missing", parts=[empty], files={"part-00000": None})
+
+
+def test_a_conversion_is_not_converted_again(tmp_path: Path):
+    convert(write_model(tmp_path / "hf"), tmp_path / "out", NF4, "bfloat16")
+    with pytest.raises(UserError, match="out is already converted"):
+        convert(tmp_path / "out", tmp_path / "again", NF4, "bfloat16")
+
+
+def test_output_directory_in_use(tmp_path: Path):
+    source = write_model(tmp_path / "hf")
+    out = tmp_path / "out"
+    out.mkdir()
+    convert(source, out, NF4, "bfloat16")
+    with pytest.raises(UserError, match="out already holds a converted model; pass --overwrite"):
+        convert(source, out, NF4, "bfloat16")
+    fp4 = CONFIGS[1]
+    convert(source, out, fp4, "bfloat16", overwrite=True)
+    assert load_base(out, quantization=fp4, dtype="bfloat16").quantization == fp4
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="hf exists and is not a converted model"):
+            convert(source, source, NF4, "bfloat16", overwrite=overwrite)
+
+
+def test_two_conversions_at_once(tmp_path: Path):
+    source = write_model(tmp_path / "hf")
+    staging = tmp_path / ".out.incomplete"
+    staging.mkdir()
+    other = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another conversion is writing"):
+            convert(source, tmp_path / "out", NF4, "bfloat16")
+    finally:
+        os.close(other)
+    convert(source, tmp_path / "out", NF4, "bfloat16")
+
+
+def test_too_little_space_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Usage(NamedTuple):
+        free: int
+
+    source = write_model(tmp_path / "hf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000))
+    with pytest.raises(UserError, match=r"needs 0\.00 GB, but the disk of .*out has only 0\.00 GB left"):
+        convert(source, tmp_path / "out", NF4, "bfloat16")
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+# --- interruption, space and memory, in processes of their own
+
+RUNNER = """
+import os, resource, signal, sys
+from qlora_jax.checkpoints import conversion, loading, streaming
+from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.errors import UserError
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+baseline = peak()
+source, out = sys.argv[1:3]
+"""
+
+
+def run_python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RUNNER + textwrap.dedent(code), *map(str, arguments)]
+    # The CPU backend: what a GPU driver maps into the process is not ours to bound.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment)
+
+
+def test_killed_at_any_point_leaves_nothing_that_looks_complete(tmp_path: Path):
+    source, out = write_model(tmp_path / "hf"), tmp_path / "out"
+    kill = """
+    conversion._PART_BYTES = 9000
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+    when = sys.argv[3]
+    if when == "manifest":
+        conversion._publish = die
+    def progress(done, total):
+        if when.isdigit() and done == int(when):
+            die()
+    conversion.convert(source, out, QuantizationConfig(), "bfloat16", progress=progress)
+    """
+    total = len(hf_shapes(LLAMA))
+    for when in (1, total // 2, total, "manifest"):
+        done = run_python(kill, source, out, when)
+        assert done.returncode == -9, done.stderr
+        assert not out.exists()
+        assert os.listdir(tmp_path / ".out.incomplete")
+        with pytest.raises(UserError, match="does not exist"):
+            load_base(out, quantization=NF4, dtype="bfloat16")
+    convert(source, out, NF4, "bfloat16")
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+    assert_same(
+        load_base(out, quantization=NF4, dtype="bfloat16").tensors,
+        load_base(source, quantization=NF4, dtype="bfloat16").tensors,
+    )
+
+
+def test_disk_that_fills_up(tmp_path: Path):
+    done = run_python(
+        """
+        # A limit on the size of files is the full disk that a test can have.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            conversion.convert(source, out, QuantizationConfig(), "bfloat16")
+        except UserError as error:
+            print(error)
+        """,
+        write_model(tmp_path / "hf"),
+        tmp_path / "out",
+    )
+    assert re.search(r"cannot write .*part-00000: .*; free some space", done.stdout), done.stdout + done.stderr
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+MEASURE = """
+mib = 1 << 20
+result = conversion.convert(source, out, QuantizationConfig(), "bfloat16")
+converting = peak()
+loaded = loading.load_base(out, quantization=QuantizationConfig(), dtype="bfloat16")
+print((converting - baseline) / mib, (peak() - baseline) / mib, sum(streaming.inventory(loaded.tensors).values()) / mib)
+"""
+
+
+def large_config(hidden: int, ffn: int, layers: int) -> dict[str, Any]:
+    shape = {"hidden_size": hidden, "intermediate_size": ffn, "vocab_size": ffn, "num_hidden_layers": layers}
+    return {**LLAMA, **shape, "attention_bias": False, "tie_word_embeddings": True}
+
+
+def measure_memory(tmp_path: Path, config: dict[str, Any], shards: int) -> tuple[float, ...]:
+    """MiB: (model in 16 bits, its largest tensor, peak of convert, peak with load_base after it, model as loaded)."""
+    total = write_large_hf(tmp_path / "hf", config, shards)
+    largest = max(2 * int(np.prod(shape)) for shape in hf_shapes(config).values())
+    done = run_python(MEASURE, tmp_path / "hf", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "hf")
+    shutil.rmtree(tmp_path / "out")
+    return (total / 2**20, largest / 2**20, *map(float, done.stdout.split()))
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path):
+    model, largest, converting, loading, loaded = measure_memory(tmp_path, large_config(1024, 8192, 18), shards=3)
+    assert model > 850
+    assert converting < 3 * largest + 448
+    assert loading < loaded + 3 * largest + 448
+
+
+@pytest.mark.slow
+def test_memory_ceiling_of_a_model_several_times_its_size(tmp_path: Path):
+    model, largest, converting, loading, loaded = measure_memory(tmp_path, large_config(2048, 16384, 26), shards=5)
+    ceiling = 3 * largest + 1024
+    assert largest == 64
+    assert model > 4 * ceiling
+    assert converting < ceiling
+    assert loading < loaded + ceiling
+
+
+# --- the command
+
+
+def test_command_line(tmp_path: Path):
+    source = write_model(tmp_path / "hf")
+
+    def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        script = [sys.executable, str(ROOT / "scripts" / "convert.py"), *map(str, arguments)]
+        return subprocess.run(script, capture_output=True, text=True, timeout=120)
+
+    done = command(source, tmp_path / "out", "--quant_type", "fp4", "--double_quant", "False", "--block_size", 32)
+    assert done.returncode == 0, done.stderr
+    assert "5.000 bits a quantised parameter" in done.stdout
+    assert "base packed" in done.stdout
+    model = load_base(tmp_path / "out", quantization=QuantizationConfig("fp4", 32, False), dtype="bfloat16")
+    assert isinstance(model.tensors["layers", "mlp", "up_proj", "weight"], QuantizedTensor)
+    done = command(source, tmp_path / "out")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*out already holds a converted model; pass --overwrite.*\n", done.stderr), done.stderr

@@ -1,0 +1,379 @@
+"""Adapters in PEFT's format: round trips, refusals, atomic writing, equality with a file written by PEFT."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures import tiny_model
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax import models
+from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.peft import AdapterConfig, load_adapter, save_adapter
+from qlora_jax.errors import UserError
+from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "peft_tiny"  # written by tests/reference/make_peft_golden.py
+LAYERS, RANK, IN, OUT = 3, 4, 6, 10
+LINEARS = {("layers", "self_attn", "q_proj"): (LAYERS, OUT, IN), ("layers", "mlp", "down_proj"): (LAYERS, IN, OUT)}
+A_NAME = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+B_NAME = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+
+
+def random_adapter(seed=0):
+    rng = np.random.default_rng(seed)
+    lora = {}
+    for module, (layers, fan_out, fan_in) in LINEARS.items():
+        lora[(*module, "lora_a")] = rng.standard_normal((layers, RANK, fan_in), dtype=np.float32)
+        lora[(*module, "lora_b")] = rng.standard_normal((layers, fan_out, RANK), dtype=np.float32)
+    return lora
+
+
+def save(directory, lora=None, **changes):
+    settings = {
+        "rank": RANK,
+        "alpha": 16,
+        "dropout": 0.05,
+        "target_modules": ("q_proj", "down_proj"),
+        "base_model_name": "some/model",
+    }
+    return save_adapter(directory, random_adapter() if lora is None else lora, **{**settings, **changes})
+
+
+def edit_config(directory, **fields):
+    path = directory / peft.CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit_tensors(directory, change):
+    path = directory / peft.WEIGHTS_NAME
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_round_trip(tmp_path):
+    lora = random_adapter()
+    assert save(tmp_path / "a" / "adapter", lora) == tmp_path / "a" / "adapter"
+    again, config = load_adapter(tmp_path / "a" / "adapter", base_shapes=LINEARS)
+    assert again.keys() == lora.keys()
+    for path, values in lora.items():
+        assert again[path].dtype == np.float32
+        np.testing.assert_array_equal(again[path], values)
+    assert config == AdapterConfig(4, 16.0, 0.05, ("down_proj", "q_proj"), "some/model")
+    assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == [
+        "adapter",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_keys_and_shapes_are_pefts(tmp_path):
+    save(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / peft.WEIGHTS_NAME)
+    assert len(tensors) == LAYERS * len(LINEARS) * 2
+    assert tensors[A_NAME].shape == (RANK, IN)
+    assert tensors[B_NAME].shape == (OUT, RANK)
+    np.testing.assert_array_equal(tensors[B_NAME], random_adapter()[("layers", "self_attn", "q_proj", "lora_b")][1])
+    config = json.loads((tmp_path / "adapter" / peft.CONFIG_NAME).read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["target_modules"] == ["down_proj", "q_proj"]
+    assert config["lora_alpha"] == 16
+    assert isinstance(config["lora_alpha"], int)
+
+
+def test_other_stacks_of_layers(tmp_path):
+    """The name table is an argument: a family with its layers elsewhere needs no other code."""
+    stacks = {"gpt_neox.layers": ("layers",)}
+    lora = random_adapter()
+    save(tmp_path / "adapter", lora, stacks=stacks)
+    name = "base_model.model.gpt_neox.layers.2.mlp.down_proj.lora_A.weight"
+    assert name in load_file(tmp_path / "adapter" / peft.WEIGHTS_NAME)
+    again, _ = load_adapter(tmp_path / "adapter", stacks=stacks)
+    assert again.keys() == lora.keys()
+    with pytest.raises(UserError, match="not a LoRA matrix"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_jax_arrays_and_half_precision(tmp_path):
+    lora = {path: jnp.asarray(values, jnp.bfloat16) for path, values in random_adapter().items()}
+    save(tmp_path / "adapter", lora)
+    again, _ = load_adapter(tmp_path / "adapter")
+    for path, values in lora.items():
+        np.testing.assert_array_equal(again[path], np.asarray(values, np.float32))
+
+    edit_tensors(tmp_path / "adapter", lambda t: t.update({A_NAME: np.asarray(jnp.asarray(t[A_NAME], jnp.bfloat16))}))
+    np.testing.assert_array_equal(
+        load_adapter(tmp_path / "adapter")[0][("layers", "self_attn", "q_proj", "lora_a")],
+        again[("layers", "self_attn", "q_proj", "lora_a")],
+    )
+
+
+def test_reads_what_peft_wrote():
+    lora, config = load_adapter(GOLDEN)
+    assert config.rank == 4
+    assert config.alpha == 6.0
+    assert config.dropout == 0.05
+    assert config.base_model_name == "tiny-random-llama"
+    assert config.target_modules == tuple(
+        sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    )
+    assert len(lora) == 14
+    assert lora[("layers", "mlp", "down_proj", "lora_a")].shape == (3, 4, 56)
+    assert lora[("layers", "self_attn", "k_proj", "lora_b")].shape == (3, 16, 4)
+    file = load_file(GOLDEN / peft.WEIGHTS_NAME)
+    np.testing.assert_array_equal(lora[("layers", "self_attn", "q_proj", "lora_a")][1], file[A_NAME])
+
+
+def test_writes_pefts_bytes_again(tmp_path):
+    """Read PEFT's file, write it: every tensor under the same name, and no config field PEFT gave another value."""
+    lora, config = load_adapter(GOLDEN)
+    save_adapter(
+        tmp_path / "adapter",
+        lora,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        target_modules=config.target_modules,
+        base_model_name=config.base_model_name,
+    )
+    theirs, ours = load_file(GOLDEN / peft.WEIGHTS_NAME), load_file(tmp_path / "adapter" / peft.WEIGHTS_NAME)
+    assert theirs.keys() == ours.keys()
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values)
+    written = json.loads((tmp_path / "adapter" / peft.CONFIG_NAME).read_text())
+    expected = json.loads((GOLDEN / peft.CONFIG_NAME).read_text())
+    expected["target_modules"] = sorted(expected["target_modules"])
+    assert written == {name: expected[name] for name in written}
+
+
+def test_logits_equal_pefts():
+    """The adapter PEFT wrote, on the same base weights, moves our logits as it moves PEFT's."""
+    golden = np.load(GOLDEN / "golden.npz")
+    config, seed = json.loads(str(golden["config"])), int(golden["seed"])
+    values, adapter = load_adapter(GOLDEN)
+    graphdef, lora, frozen = tiny_model.build(config, seed=seed, modules=None)
+    base = tiny_model.logits(graphdef, lora, frozen, golden["input_ids"])
+    np.testing.assert_allclose(base, golden["base_logits"], atol=1e-4, rtol=0)
+
+    lora_config = LoRAConfig(adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules)
+    precision = QLoRAConfig(tiny_model.PLAIN, jnp.float32, lora_config)
+    graphdef, lora, _ = models.split_model(models.abstract_model(config, precision))
+    lora = models.unflatten_like(lora, {path: jnp.asarray(value) for path, value in values.items()}, what="adapter")
+    adapted = tiny_model.logits(graphdef, lora, frozen, golden["input_ids"])
+    np.testing.assert_allclose(adapted, golden["logits"], atol=1e-4, rtol=0)
+    assert np.abs(adapted - base).max() > 1
+
+
+def test_base_shapes_are_checked(tmp_path):
+    save(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"no linear layers\.mlp\.down_proj"):
+        load_adapter(tmp_path / "adapter", base_shapes={("layers", "self_attn", "q_proj"): (LAYERS, OUT, IN)})
+    for shape in ((LAYERS + 1, OUT, IN), (LAYERS, OUT + 1, IN), (LAYERS, OUT, IN + 1)):
+        with pytest.raises(UserError, match=r"layers\.self_attn\.q_proj.*belongs to another model"):
+            load_adapter(tmp_path / "adapter", base_shapes={**LINEARS, ("layers", "self_attn", "q_proj"): shape})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"task_type": "SEQ_CLS"}, "task_type"),
+        ({"use_dora": True}, "use_dora"),
+        ({"use_rslora": True}, r"use_rslora.*sqrt\(r\)"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"some_future_field": 7}, "some_future_field"),
+        ({"r": 0}, "r=0"),
+        ({"r": "4"}, "r="),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_dropout": 1.5}, "lora_dropout"),
+        ({"target_modules": ["q_proj"]}, r"mlp\.down_proj, which target_modules does not name"),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, "target_modules names v_proj"),
+        ({"target_modules": None}, "target_modules"),
+        ({"r": 8}, r"lora_A.weight has shape \[4, 10\], but r=8"),
+    ],
+)
+def test_refuses_config(tmp_path, fields, message):
+    save(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", **fields)
+    with pytest.raises(UserError, match=message):
+        load_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|down_proj)", ["self_attn.q_proj", "mlp.down_proj"]])
+def test_accepts_other_ways_to_name_targets(tmp_path, targets):
+    save(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", target_modules=targets)
+    assert load_adapter(tmp_path / "adapter")[1].target_modules == ("down_proj", "q_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(A_NAME), f"{A_NAME} is missing"),
+        (lambda t: t.pop(B_NAME), f"{B_NAME} is missing"),
+        (lambda t: [t.pop(name) for name in list(t) if ".q_proj." in name and ".1." in name], f"{A_NAME} is missing"),
+        (lambda t: t.update({A_NAME: t[A_NAME][:2]}), rf"{A_NAME} has shape \[2, 6\]"),
+        (lambda t: t.update({A_NAME: t[A_NAME][:, :2].copy()}), rf"{A_NAME} has shape \[4, 2\], but layer 0"),
+        (lambda t: t.update({B_NAME: t[B_NAME].T.copy()}), rf"{B_NAME} has shape \[4, 10\]"),
+        (lambda t: t[A_NAME].__setitem__((0, 0), np.nan), f"{A_NAME} holds NaN or Inf"),
+        (lambda t: t[B_NAME].__setitem__((0, 0), -np.inf), f"{B_NAME} holds NaN or Inf"),
+        (lambda t: t.update({A_NAME: t[A_NAME].astype(np.int32)}), f"{A_NAME} is int32"),
+        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.ones((4, 6), np.float32)}), "lm_head"),
+        (lambda t: t.update({A_NAME.replace("lora_A", "lora_C"): np.ones((4, 6), np.float32)}), "lora_C"),
+        (lambda t: t.clear(), "holds no tensors"),
+    ],
+)
+def test_refuses_tensors(tmp_path, change, message):
+    save(tmp_path / "adapter")
+    edit_tensors(tmp_path / "adapter", change)
+    with pytest.raises(UserError, match=message):
+        load_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 500, -1])
+def test_refuses_empty_and_truncated_files(tmp_path, keep):
+    path = save(tmp_path / "adapter") / peft.WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is empty, truncated or corrupt"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_refuses_missing_files(tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_adapter(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no PEFT adapter"):
+        load_adapter(tmp_path)
+
+    directory = save(tmp_path / "adapter")
+    (directory / peft.WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=r"has adapter_config\.json but no adapter_model\.safetensors"):
+        load_adapter(directory)
+    (directory / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle.*refused"):
+        load_adapter(directory)
+
+    for text in ("{", "[]", ""):
+        (directory / peft.CONFIG_NAME).write_text(text)
+        with pytest.raises(UserError, match=r"adapter_config\.json"):
+            load_adapter(directory)
+
+
+def replaced(key, values):
+    return {**random_adapter(), key: values}
+
+
+Q = ("layers", "self_attn", "q_proj")
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes", "message"),
+    [
+        ({}, {}, "no matrices"),
+        (replaced((*Q, "lora_a"), np.full((LAYERS, RANK, IN), np.nan, np.float32)), {}, "NaN or Inf"),
+        (replaced((*Q, "lora_a"), np.ones((LAYERS, RANK + 1, IN), np.float32)), {}, r"q_proj has lora_a \(3, 5, 6\)"),
+        (replaced((*Q, "lora_b"), np.ones((LAYERS - 1, OUT, RANK), np.float32)), {}, "q_proj has lora_a"),
+        (replaced((*Q, "lora_b"), np.ones((OUT, RANK), np.float32)), {}, "q_proj has lora_a"),
+        (replaced((*Q, "lora_c"), np.ones((LAYERS, OUT, RANK), np.float32)), {}, "lora_c is no LoRA matrix"),
+        ({(*Q, "lora_a"): np.ones((LAYERS, RANK, IN), np.float32)}, {}, r"q_proj\.lora_b is missing"),
+        (random_adapter(), {"target_modules": ("q_proj",)}, "target_modules"),
+        (random_adapter(), {"stacks": {"encoder.block": ("encoder",)}}, "no stack of layers"),
+    ],
+)
+def test_refuses_to_save(tmp_path, lora, changes, message):
+    with pytest.raises(UserError, match=message):
+        save(tmp_path / "adapter", lora, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrites_and_leaves_other_files_alone(tmp_path):
+    directory = save(tmp_path / "adapter")
+    (directory / "notes.txt").write_text("mine")
+    second = random_adapter(seed=1)
+    save(directory, second, alpha=8.5)
+    again, config = load_adapter(directory)
+    np.testing.assert_array_equal(again[(*Q, "lora_a")], second[(*Q, "lora_a")])
+    assert config.alpha == 8.5
+    assert (directory / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
+    directory = save(tmp_path / "adapter")
+    old = random_adapter()
+
+    def disk_full(tensors, path, metadata):
+        Path(path).write_bytes(b"part of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(peft, "save_file", disk_full)
+    with pytest.raises(UserError, match=r"Cannot write the adapter to .*No space left on device"):
+        save(directory, random_adapter(seed=1))
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path / "new", random_adapter(seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    np.testing.assert_array_equal(load_adapter(directory)[0][(*Q, "lora_a")], old[(*Q, "lora_a")])
+
+
+def test_what_a_failing_disk_wrote_is_not_kept(tmp_path, monkeypatch):
+    """The empty and the altered adapter are caught by reading back."""
+    write = peft.save_file
+
+    def empty(tensors, path, metadata):
+        write({}, path, metadata=metadata)
+
+    def altered(tensors, path, metadata):
+        write({name: values + 1 for name, values in tensors.items()}, path, metadata=metadata)
+
+    monkeypatch.setattr(peft, "save_file", empty)
+    with pytest.raises(UserError, match="adapter is empty"):
+        save(tmp_path / "adapter")
+    monkeypatch.setattr(peft, "save_file", altered)
+    with pytest.raises(UserError, match="reads back differently"):
+        save(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("killed_at", [0, 1])
+def test_killed_while_replacing_leaves_nothing_that_loads(tmp_path, monkeypatch, killed_at):
+    """Never the old matrices under the new configuration, or the reverse."""
+    directory = save(tmp_path / "adapter")
+    replace, calls = peft.os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) > killed_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(directory, random_adapter(seed=1), alpha=8)
+    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
+        load_adapter(directory)
+
+    (directory / ".adapter.partial").mkdir()  # as SIGKILL would have left it
+    save(directory, random_adapter(seed=1), alpha=8)
+    assert load_adapter(directory)[1].alpha == 8.0
+    assert sorted(path.name for path in directory.iterdir()) == [peft.CONFIG_NAME, peft.WEIGHTS_NAME]
+
+
+def test_save_to_a_file_is_an_error(tmp_path):
+    (tmp_path / "adapter").write_text("in the way")
+    with pytest.raises(UserError, match="Cannot write the adapter"):
+        save(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+    assert (tmp_path / "adapter").read_text() == "in the way"

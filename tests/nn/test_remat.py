@@ -1,0 +1,156 @@
+"""Rematerialisation policies, sequence tiles and groups of heads: less memory, the same numbers."""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures import tiny_model
+from flax import nnx
+
+from qlora_jax.nn import attention, long_sequence, remat
+from qlora_jax.planner import count_products
+from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import make_gradient_step
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Tiles and groups of heads small enough that a tiny model's sequence falls into several."""
+    monkeypatch.setattr(long_sequence, "TILE", 32)
+    monkeypatch.setattr(long_sequence, "_MULTIPLE", 8)
+    monkeypatch.setattr(attention, "_BUSY_BLOCKS", 1)
+
+
+def loss_and_gradient(policy: str, *, packed: bool = False, dropout: float = 0.0):
+    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig(), dropout=dropout)
+    lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, tiny_model.CONFIG["vocab_size"], (2, 96)))
+    positions = jnp.tile(jnp.arange(96), (2, 1))
+    segments = jnp.where(positions < 40, 1, 2) if packed else None
+
+    def loss(lora):
+        model = nnx.merge(graphdef, lora, frozen)
+        key = jax.random.key(1) if dropout else None
+        hidden, _ = model(ids, positions, segment_ids=segments, dropout_key=key, remat=policy)
+        return jnp.sum(jnp.sin(model.logits(hidden)))
+
+    return jax.jit(jax.value_and_grad(loss))(lora)
+
+
+def assert_same(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 0
+        np.testing.assert_allclose(a / scale, b / scale, atol=2e-5)
+
+
+def test_the_flag_offers_every_policy():
+    (flag, _) = typing.get_args(typing.get_type_hints(TrainConfig)["remat"])
+    assert set(typing.get_args(flag)) == set(remat.POLICIES) == set(typing.get_args(remat.Remat))
+    assert TrainConfig().remat_policy == "full"
+    assert TrainConfig(gradient_checkpointing=False).remat_policy == "none"
+    assert TrainConfig(remat="offload").remat_policy == "offload"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("policy", ["full", "save_attention", "offload"])
+def test_policies_agree(policy, packed):
+    assert_same(loss_and_gradient(policy, packed=packed), loss_and_gradient("none", packed=packed))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("policy", ["full", "save_attention", "offload"])
+def test_tiles_and_groups_of_heads_change_nothing(policy, packed, request):
+    want = loss_and_gradient("none", packed=packed)
+    request.getfixturevalue("small_pieces")
+    assert long_sequence.tile_size(2 * 96) == 32
+    assert attention.head_groups(2 * 96, 4, 2) == 2
+    assert_same(loss_and_gradient(policy, packed=packed), want)
+
+
+def test_tiles_draw_their_own_dropout(small_pieces):
+    """Every policy draws the same masks; no two tiles draw the same."""
+    full = loss_and_gradient("full", dropout=0.5)
+    assert_same(loss_and_gradient("offload", dropout=0.5), full)
+    assert_same(loss_and_gradient("save_attention", dropout=0.5), full)
+    assert abs(full[0] - loss_and_gradient("full")[0]) > 1e-3
+
+
+class TestAttention:
+    """`attend` against the plain product of scores."""
+
+    def arrays(self, seq: int = 24):
+        shapes = {"q": (2, seq, 8, 16), "k": (2, seq, 4, 16), "v": (2, seq, 4, 16), "d": (2, seq, 8, 16)}
+        return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes.values())]
+
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    @pytest.mark.parametrize("window", [None, (5, 0)])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_groups(self, groups, window, masked, monkeypatch):
+        q, k, v, d = self.arrays()
+        segments = jnp.asarray([[1] * 10 + [2] * 14, [1] * 24])
+        mask = (segments[:, None, :, None] == segments[:, None, None, :]) & jnp.tril(jnp.ones((24, 24), bool))
+        mask = mask if masked else None
+        want, want_vjp = jax.vjp(lambda *qkv: attention.attend_xla(*qkv, mask, window), q, k, v)
+        monkeypatch.setattr(attention, "head_groups", lambda *_: groups)
+        got, got_vjp = jax.vjp(lambda *qkv: attention._attend(window, *qkv, mask), q, k, v)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        for a, b in zip(got_vjp(d), want_vjp(d), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("tokens", "heads", "kv_heads", "groups"),
+        [(512, 32, 32, 1), (16384, 32, 8, 4), (65536, 32, 8, 8), (1 << 20, 64, 8, 8), (1 << 20, 9, 3, 3)],
+    )
+    def test_every_group_fills_a_large_gpu(self, tokens, heads, kv_heads, groups):
+        assert attention.head_groups(tokens, heads, kv_heads) == groups
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"),
+    [(512, 512), (4096, 4096), (8192, 2048), (262144, 2048), (49152, 2048), (5120, 1280), (4099, 4099)],
+)
+def test_tile_sizes(tokens, size):
+    assert long_sequence.tile_size(tokens) == size
+
+
+@pytest.mark.parametrize("working", [jnp.float32, jnp.bfloat16])
+def test_tiles_add_to_the_gradients_of_earlier_micro_batches(working, request):
+    """The hand-written backward pass adds where the step keeps its totals, and asks for no gradient of the matrices."""
+    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig())
+    lora = jax.tree.map(lambda leaf: (leaf + 0.01).astype(working), lora)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, tiny_model.CONFIG["vocab_size"], (3, 2, 96)))
+    positions = jnp.broadcast_to(jnp.arange(96), ids.shape)
+    batch = {"input_ids": ids, "labels": ids, "positions": positions, "segment_ids": jnp.ones_like(ids)}
+
+    def gradients(policy: str):
+        sums, metrics = make_gradient_step(graphdef, remat=policy)(lora, frozen, batch, jnp.zeros((), jnp.int32))
+        return metrics["loss"], sums
+
+    want = gradients("none")
+    request.getfixturevalue("small_pieces")
+    for policy in ("full", "save_attention", "offload"):
+        got = gradients(policy)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got[1]))
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("policy", ["full", "save_attention", "offload"])
+def test_tiles_add_no_products_with_weights(policy, request):
+    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig())
+    batch = dict.fromkeys(
+        ("input_ids", "labels", "positions", "segment_ids"), jax.ShapeDtypeStruct((1, 2, 96), jnp.int32)
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def products():
+        traced = make_gradient_step(graphdef, remat=policy).trace(lora, frozen, batch, step)
+        return count_products(traced.jaxpr, trips=1.0).plain
+
+    whole = products()
+    request.getfixturevalue("small_pieces")
+    assert whole <= products() <= 1.05 * whole

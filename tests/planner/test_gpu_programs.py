@@ -1,0 +1,39 @@
+"""Whole programs, compiled for GPUs that are not here, with the kernels inside them."""
+
+import pytest
+from fixtures.compile_in_child import call, needs_plugin
+
+# Function, model, kernel, rows (of a GPU), tokens a row, GPUs.
+PROGRAMS = [
+    ["training_step", "smollm2", "fused", 4, 256, 1],
+    ["training_step", "llama-7b", "fused", 1, 512, 1],
+    ["training_step", "smollm2", "fused", 2, 256, 2],
+    ["training_step", "smollm2", "dequantize", 4, 256, 1],
+    ["training_step", "smollm2", "xla", 4, 256, 1],
+    ["long_step", "smollm2", "fused", 1, 8192],
+    ["decoding", "llama-7b", "fused", 1, 64],
+]
+
+
+@needs_plugin
+@pytest.mark.parametrize("chip", ["a6000", "h100", "b200"])
+def test_no_weight_is_decoded_to_memory_or_copied(chip):
+    """On the fused path: no array of a whole base weight in 16 or 32 bits, and no codes but the stored ones."""
+    results = call("fixtures.compiled_programs:compiled", chip, PROGRAMS, timeout=600)
+    for (program, _, kernel, *_rest), result in zip(PROGRAMS, results, strict=True):
+        if kernel == "xla":  # what is asserted below would fail if a weight were decoded
+            assert result["kernels"] == 0
+            assert result["decoded"]
+            continue
+        # Forward, recomputed forward (but for the last linear, whose output nothing needs), backward; tiles add none.
+        # Decoding: the prompt, then one token at a time.
+        assert result["kernels"] == (7 + 7 if program == "decoding" else 7 + 6 + 7)
+        assert not result["moved"]
+        assert not result["gathers"]
+        assert bool(result["decoded"]) == (kernel == "dequantize")
+        if program == "long_step":
+            assert result["host_bytes"] == 30 * 8192 * 576 * 2  # the layers' inputs, bfloat16, once
+            assert not result["host_computations"]
+        if program == "decoding":
+            cache = 2 * 32 * (64 + 64) * 4096 * 2  # keys and values, bfloat16
+            assert result["temporary_bytes"] < 2.5 * cache

@@ -1,0 +1,532 @@
+"""Plans of training steps: what the compiler says adds up, what is advised helps, and how it is all asked for."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures import compile_in_child
+from fixtures.finetune_helpers import make_model, make_rows, write_jsonl
+
+from qlora_jax import finetuning, gpus, models
+from qlora_jax.checkpoints.hub import resolve_config
+from qlora_jax.errors import UserError
+from qlora_jax.gpus import CHIPS, ahead_of_time, chip_named
+from qlora_jax.planner import Phase, Plan, Program, StepCost, advice, compiler, planning
+from qlora_jax.planner.compiler import CompilationFailed, CompiledStep, Compiler
+from qlora_jax.planner.planning import Planner
+from qlora_jax.training.config import STEP_FLAGS, TrainConfig
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
+SMALL = {
+    **models.PRESETS["smollm2-135m"],
+    "num_hidden_layers": 2,
+    "vocab_size": 1024,
+}
+GIB = 2**30
+
+
+def script() -> Any:
+    """scripts/plan.py as a module."""
+    spec = importlib.util.spec_from_file_location("plan_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plan_script"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- models
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-7b", 6.738), ("llama-13b", 13.016), ("llama-33b", 32.529), ("llama-65b", 65.286),
+        ("llama-2-70b", 68.977), ("llama-3.1-8b", 8.030), ("llama-3.3-70b", 70.554), ("smollm2-135m", 0.134515),
+    ],
+)  # fmt: skip
+def test_presets_have_the_parameters_of_their_models(name, billions):
+    counted = sum(math.prod(spec.shape) for spec in models.base_tensors(models.PRESETS[name]))
+    assert counted / 1e9 == pytest.approx(billions, abs=1e-3 if billions > 1 else 1e-6)
+    models.model_config(models.PRESETS[name])
+
+
+def test_a_model_is_a_file_a_directory_or_a_preset(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    assert resolve_config(tmp_path) == resolve_config(str(tmp_path / "config.json")) == SMALL
+    assert resolve_config("llama-7b") == models.PRESETS["llama-7b"]
+
+
+def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    asked = []
+
+    def download(name, file, local_files_only=False, **_):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        asked.append((name, file))
+        return str(tmp_path / file)
+
+    class Hub:
+        def model_info(self, name, timeout):
+            pass
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert resolve_config("some/model") == SMALL
+    assert asked == [("some/model", "config.json")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llama-9b", r"^llama-9b is neither a file nor a directory; .* or one of llama-7b, .*smollm2-135m\.$"),
+        ("some/model", r"hub cannot be reached .* give its config\.json, or one of llama-7b"),
+        (".", r"config\.json is missing; give a model directory"),
+        ("broken.json", r"broken\.json is not valid JSON"),
+    ],
+)
+def test_a_model_that_is_none_is_told_in_one_sentence(name, message, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class Nowhere:
+        def model_info(self, name, timeout):
+            raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Nowhere)
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    with pytest.raises(UserError, match=message):
+        resolve_config(name)
+
+
+# --- what the compiler says
+
+
+def measurements(gpu: str, cases: list[dict[str, Any]]) -> list[Any]:
+    """Of a small model; runs in a child."""
+    found = []
+    for case in cases:
+        flags = {"gradient_accumulation_steps": 1, "lora_r": 16, **case}
+        length = flags.pop("length", 256)
+        measured = compiler.compile_step(TrainConfig(**flags), SMALL, chip_named(gpu), length)
+        found.append(dataclasses.asdict(measured))
+    return found
+
+
+CASES = [
+    {},
+    {"length": 1024},
+    {"per_device_train_batch_size": 4},
+    {"lora_r": 64},
+    {"bits": 16, "optim_placement": "host", "gradient_accumulation_steps": 2, "packing": True, "lora_dropout": 0.1},
+]
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[CompiledStep]:
+    """One for each of CASES."""
+    with ThreadPoolExecutor(2) as pool:  # of children
+        parts = [
+            pool.submit(compile_in_child.call, "test_planner:measurements", "a6000", CASES[start::2], timeout=600)
+            for start in (0, 1)
+        ]
+        first, second = (part.result() for part in parts)
+    in_order = [value for pair in itertools.zip_longest(first, second) for value in pair if value is not None]
+    return [CompiledStep.from_json(value) for value in in_order]
+
+
+@compile_in_child.needs_plugin
+def test_totals_are_the_sum_of_the_compiled_parts(measured):
+    for found in measured:
+        plan = Plan(CHIPS["a6000"], found.phases, found.host)
+        gradients, update = found.phases
+        assert plan.device_bytes == sum(plan.by_class.values())
+        assert all(count >= 0 for phase in found.phases for count in phase.by_class.values())
+        # No arguments of the gradients' program: the optimizer's state, and what it does not read of the batch and the
+        # number of the step.
+        rest = gradients.device_bytes - gradients.program.peak - gradients.resident["optimizer_device"]
+        assert 0 <= rest <= (gradients.resident["batch"] - 4) / 4 + 4
+        assert gradients.results["gradients"] <= gradients.program.outputs
+        # The update takes the largest chunk at a time.
+        assert update.program.arguments < update.device_bytes
+        assert update.resident["gradients"] == gradients.results["gradients"]
+
+
+@compile_in_child.needs_plugin
+def test_more_tokens_rows_and_rank_take_more_memory(measured):
+    totals = [Plan(CHIPS["a6000"], found.phases, found.host).device_bytes for found in measured]
+    assert totals[0] < totals[1]
+    assert totals[0] < totals[2]
+    assert totals[0] < totals[3]
+    smallest, longer, wider, *_ = (found.work for found in measured)
+    assert (longer.tokens, wider.tokens) == (4 * smallest.tokens, 4 * smallest.tokens)
+    assert 4 * smallest.flops < longer.flops  # attention grows with the square
+    assert wider.flops == pytest.approx(4 * smallest.flops)
+
+
+@compile_in_child.needs_plugin
+def test_the_classes_are_those_of_the_flags(measured):
+    plain, _, _, higher, on_host = measured
+    linears = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
+    adapters = 2 * sum(16 * (n + k) for n, k in linears)
+    resident = plain.phases[0].resident
+    assert resident["adapters"] == 2 * adapters  # a copy in bfloat16
+    assert plain.phases[0].results["gradients"] == 4 * adapters
+    assert 12 * adapters <= resident["optimizer_device"] < 12.1 * adapters  # two moments and the masters
+    assert higher.phases[0].resident["adapters"] == 4 * resident["adapters"]
+    assert resident["base_packed"] == (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536) * 2 // 2
+    assert resident["unquantised_embedding"] == 2 * 1024 * 576
+    assert on_host.phases[0].resident["optimizer_device"] == 0
+    assert on_host.host["optimizer_host"] == resident["optimizer_device"]
+    assert 0 < on_host.phases[1].resident["optimizer_passing"] < on_host.host["optimizer_host"]
+    assert on_host.work.host_bytes == on_host.host["optimizer_host"]
+    assert plain.work.host_bytes == 0
+    assert on_host.phases[0].resident["unquantised_linear"] == 4 * resident["base_packed"]
+    assert "base_packed" not in on_host.phases[0].resident
+    assert {found.cudnn for found in measured} == {bool(importlib.util.find_spec("nvidia.cudnn"))}
+
+
+def plan_7b(*flags: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), "llama-7b", "--gpu", "rtx4090", "--seq", "512", *flags, "--json"]
+    # Without what tests set: the script finds out by itself that no GPU is here.
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@compile_in_child.needs_plugin
+def test_a_plan_of_a_7b():
+    found = plan_7b("--optim_placement", "host", "--dataset_rows", "52000")
+    assert found["model"] == "llama-7b"
+    assert (found["gpu"], found["seq"], found["batch"]) == ("rtx4090", 512, 1)
+    assert found["device_limit_bytes"] == 24 * GIB
+    assert found["fits"] is True
+    assert found["max_seq"] is None
+    on_device = {name: count for name, count in found["by_class"].items() if not name.startswith("host_")}
+    assert sum(on_device.values()) == found["device_bytes"]
+    on_host = sum(found["by_class"].values()) - found["device_bytes"]
+    assert on_host == found["host_bytes"] > 0
+    assert found["by_class"]["base_packed"] == 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 2
+    assert found["by_class"]["allowance"] == 512 * 2**20 + math.ceil(0.02 * 24 * GIB)
+    # The paper's 6.9 GB, of a run with these flags.
+    assert found["device_bytes"] - found["by_class"]["allowance"] < 6.9e9
+    assert [program["name"] for program in found["programs"]] == ["gradients", "optimizer update"]
+    update = found["programs"][1]["by_class"]
+    assert 0 < update["optimizer_passing"] <= 0.05 * found["by_class"]["host_optimizer_host"]
+    # Two to three passes over 6.5 billion weights, a multiply-add each, by a card of 165 TFLOP/s; adapters too.
+    one_pass = 2 * 6.5e9 * 512 * 16 / 165.2e12
+    assert 2 * one_pass < found["seconds_a_step_at_least"] < 3.2 * one_pass
+    assert found["tokens_per_second_at_most"] == pytest.approx(16 * 512 / found["seconds_a_step_at_least"])
+    assert found["seconds_for_the_dataset_at_least"] == pytest.approx(52000 / 16 * found["seconds_a_step_at_least"])
+    assert (found["attention"] == "cudnn") == (not found["warnings"])
+
+
+# --- the planner, with a compiler that is not there
+
+
+class FakeCompiler:
+    """Memory linear in the tokens, in the rank, and in what a setting costs."""
+
+    def __init__(self, *, a_token=120_000, flash=True, cudnn=True, fails_above=None):
+        self.a_token, self.flash, self.cudnn, self.fails_above = a_token, flash, cudnn, fails_above
+        self.asked: list[tuple[TrainConfig, int]] = []
+
+    def __call__(self, config: TrainConfig, model_config: Any, length: int) -> CompiledStep:
+        self.asked.append((config, length))
+        if self.fails_above is not None and length > self.fails_above:
+            raise CompilationFailed("too long")
+        tokens = config.per_device_train_batch_size * length
+        costs = {"none": 10, "full": 1, "offload": 0.5}[config.remat_policy] * (1 if config.kernel == "fused" else 1.1)
+        state = 100_000_000 * config.lora_r // (1 if "32bit" in config.optim else 4)
+        on_host = config.optim_placement == "host"
+        resident = {"base_packed": 5 * GIB, "optimizer_device": 0 if on_host else state}
+        program = Program("gradients", 5 * GIB, 0, 0, int(costs * self.a_token * tokens), 0, 0)
+        update = Program("optimizer update", 0, 0, 0, 0, 0, 0)
+        host = {"optimizer_host": state if on_host else 0}
+        work = StepCost(tokens * config.gradient_accumulation_steps, 1e12, 1, 1)
+        return CompiledStep((Phase(program, resident), Phase(update, resident)), host, work, self.flash, self.cudnn)
+
+
+def planner(gpu: str = "rtx4090", host_limit: int | None = None, **options: Any) -> tuple[Planner, FakeCompiler]:
+    compiler = FakeCompiler(**options)
+    return Planner(CHIPS[gpu], {}, compiler, host_limit), compiler
+
+
+LEAN = TrainConfig(optim_placement="host", kernel="fused", remat="offload", lora_r=16)
+
+
+def test_the_longest_sequence_is_found_with_few_compilations():
+    plans, compiler = planner()
+    found = plans.longest(LEAN, 1280)
+    assert plans.plan(LEAN, found.length).plan.fits
+    assert not plans.plan(LEAN, found.next_length).plan.fits
+    assert found.next_length == found.length + 1024
+    assert len(compiler.asked) == len(found.evaluations) <= 6
+    said = planning.describe_longest(found, plans.plan(LEAN, found.length))
+    assert re.fullmatch(
+        rf"Longest sequence that fits: {found.length:,} tokens, with [\d.]+ GB of host memory; "
+        rf"{found.next_length:,} do not \({len(found.evaluations)} compiled\)\.",
+        said,
+    )
+
+
+def test_a_host_limit_bounds_the_sequence_too():
+    free, _ = planner()
+    bound, _ = planner(host_limit=10**9)
+    assert bound.longest(LEAN, 1280).length == 0
+    assert free.longest(LEAN, 1280).length > 0
+    assert planning.describe_longest(bound.longest(LEAN, 1280), None) == "Not even 64 tokens a sequence fit."
+
+
+def test_what_does_not_compile_does_not_fit():
+    plans, _ = planner(fails_above=9000)
+    assert plans.longest(LEAN, 1280).length == 8192
+
+
+def test_advice_keeps_what_helps_and_stops_at_what_fits():
+    plans, compiler = planner()
+    config = TrainConfig(gradient_checkpointing=False, per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    advice = plans.advice(config, 90_000)
+    assert advice.planned.plan.fits
+    # On the host, recomputed, fused: and still the batch is too large.
+    names = ["optim_placement", "gradient_checkpointing", "remat", "kernel", "per_device_train_batch_size"]
+    assert list(advice.changes)[:5] == names
+    assert advice.changes["remat"] == "offload"
+    with_less = plans.advice(dataclasses.replace(config, per_device_train_batch_size=1), 1024)
+    assert with_less.changes == {"optim_placement": "host"}
+    sentence = with_less.sentence({})
+    assert re.fullmatch(r"It would fit with --optim_placement host: [\d.]+ of 25\.77 GB\.", sentence)
+    assert len(compiler.asked) <= 12
+
+
+def test_a_smaller_batch_keeps_the_sequences_of_a_step():
+    plans, _ = planner()
+    config = dataclasses.replace(LEAN, per_device_train_batch_size=16, gradient_accumulation_steps=2)
+    advice = plans.advice(config, 30_000)
+    rows = advice.changes["per_device_train_batch_size"]
+    assert rows * advice.changes["gradient_accumulation_steps"] == 32
+    assert "--batch 8 " in plans.advice(config, 20_000).sentence({"per_device_train_batch_size": "batch"})
+
+
+def test_at_last_advice_is_a_shorter_sequence_or_a_larger_gpu():
+    plans, _ = planner(a_token=1_200_000)
+    advice = plans.advice(dataclasses.replace(LEAN, lora_r=8, optim="adamw_8bit"), 100_000)
+    assert list(advice.changes) == ["seq"]
+    assert plans.plan(advice.planned.config, advice.changes["seq"]).plan.fits
+    hopeless, _ = planner("rtx3090", a_token=2 * 10**9)
+    advice = hopeless.advice(LEAN, 256)
+    assert not advice.planned.plan.fits
+    assert advice.sentence({}).endswith("it takes more than any GPU known here has.")
+    larger, _ = planner("rtx3090", a_token=10**9)
+    assert re.search(r"No setting .* it takes a GPU like \S+\.", larger.advice(LEAN, 64).sentence({}))
+
+
+def test_xla_attention_is_warned_of():
+    without, _ = planner(flash=False, cudnn=False)
+    (warning,) = without.plan(LEAN, 512).warnings
+    assert "pip install 'qlora-jax[plan]'" in warning
+    cannot, _ = planner(flash=False)
+    assert cannot.plan(LEAN, 512).warnings != (warning,)
+    assert not planner()[0].plan(LEAN, 512).warnings
+    assert f"Note: {warning}" in planning.describe_run(without.plan(LEAN, 512))
+
+
+def test_more_positions_than_the_model_has_are_noted():
+    plans = Planner(CHIPS["h100"], {"max_position_embeddings": 8192}, FakeCompiler())
+    assert not plans.plan(LEAN, 8192).warnings
+    (warning,) = plans.plan(LEAN, 8256).warnings
+    assert warning.startswith("config.json gives the model 8,192 positions;")
+
+
+def test_tiles_are_told():
+    plans, _ = planner()
+    assert plans.plan(LEAN, 4096).tile is None
+    long = plans.plan(LEAN, 16384)
+    assert planning.as_json(long)["tile"] == long.tile == 2048
+    assert "All but attention takes 2,048 tokens at a time." in planning.describe_run(long)
+    kept = dataclasses.replace(LEAN, gradient_checkpointing=False, remat="none")
+    assert plans.plan(kept, 16384).tile is None
+
+
+def test_json_holds_a_search_and_advice():
+    plans, _ = planner()
+    planned = plans.plan(LEAN, 512_000)
+    longest = plans.longest(LEAN, 512)
+    at_longest = plans.plan(LEAN, longest.length)
+    value = json.loads(json.dumps(planning.as_json(planned, longest, at_longest, plans.advice(LEAN, 512_000))))
+    assert value["fits"] is False
+    assert value["max_seq"] > 100_000
+    assert value["max_seq_device_bytes"] == at_longest.plan.device_bytes <= value["device_limit_bytes"]
+    assert value["max_seq_host_bytes"] == at_longest.plan.host_bytes > 0
+    assert value["advice"]["fits"] is True
+    assert value["advice"]["flags"]
+
+
+# --- the child that compiles
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (
+            "import os, sys; sys.stdin.readline(); sys.stderr.write('LLVM ERROR: no such instruction\\n'); os.abort()",
+            r"ended its process \(SIGABRT: LLVM ERROR: no such instruction\) over the step of 128 tokens for a6000",
+        ),
+        ("import sys; sys.exit(3)", r"ended its process \(exit status 3\)"),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_aborts_is_one_sentence(program, message, monkeypatch):
+    monkeypatch.setattr(compiler, "_COMMAND", (sys.executable, "-c", program))
+    with Compiler(CHIPS["a6000"]) as compile_step:
+        for _ in range(2):  # and is started again
+            with pytest.raises(CompilationFailed, match=message):
+                compile_step(TrainConfig(), SMALL, 128)
+
+
+def test_what_the_child_says_comes_back(monkeypatch):
+    for answer, kind in (({"error": "no plugin"}, UserError), ({"failed": "no memory"}, CompilationFailed)):
+        program = f"import sys; sys.stdin.readline(); print({json.dumps(answer)!r})"
+        monkeypatch.setattr(compiler, "_COMMAND", (sys.executable, "-c", program))
+        with Compiler(CHIPS["a6000"]) as compile_step, pytest.raises(kind, match=next(iter(answer.values()))):
+            compile_step(TrainConfig(), SMALL, 128)
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    config = dataclasses.asdict(TrainConfig(gradient_accumulation_steps=1))
+    return {"config": config, "model": SMALL, "gpu": "a6000", "length": 128, **changes}
+
+
+def test_the_child_answers_what_cannot_be_planned(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "_PLUGINS", ("jax_plugins.no_such_plugin",))
+    ahead_of_time.topology.cache_clear()
+    assert "pip install 'qlora-jax[plan]'" in compiler._answer(request())["error"]
+    assert "vocab_size must be" in compiler._answer(request(model={**SMALL, "vocab_size": 0}))["error"]
+    assert "No GPU is called" in compiler._answer(request(gpu="a5000"))["error"]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: too much\nand a page of it")
+
+    monkeypatch.setattr(compiler, "compile_step", fails)
+    assert compiler._answer(request()) == {"failed": "RESOURCE_EXHAUSTED: too much"}
+
+
+# --- command lines
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["llama-7b"], r"Give --gpu NAME, one of a100, .*, or --all_gpus\."),
+        (["llama-7b", "--gpu", "a6000", "--all-gpus"], "Give --gpu NAME"),
+        (["llama-7b", "--gpu", "a5000"], r"No GPU is called 'a5000' here: choose one of a100"),
+        (["llama-7b", "--gpu", "a6000", "--seq", "0"], r"--seq 0: must be positive\."),
+        (["llama-7b", "--gpu", "a6000", "--bits", "3"], r"--bits 3: choose 4, 8 or 16\."),
+        (["llama-7b", "--gpu", "a6000", "--seqq", "3"], r"unknown flag --seqq\. Did you mean --seq\?"),
+        (["llama-9b", "--gpu", "a6000"], "llama-9b is neither a file nor a directory"),
+        (["llama-7b", "--gpu", "l4", "--dataset_rows", "1", "--dataset_tokens", "1"], "give one of them"),
+    ],
+)
+def test_bad_flags_are_one_sentence(argv, message):
+    with pytest.raises(UserError, match=message):
+        script().main(argv)
+
+
+def test_flags_of_the_step_are_those_of_training():
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    shown = {field.name: field for field in dataclasses.fields(script().schema())}
+    for name in STEP_FLAGS:
+        assert shown[name].default == fields[name].default
+        assert shown[name].metadata == fields[name].metadata
+
+
+def fake_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake(FakeCompiler):
+        def __init__(self, chip: Any):
+            super().__init__()
+            self.chip = chip
+
+        def __enter__(self) -> "Fake":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def __call__(self, *arguments: Any) -> CompiledStep:
+            if self.chip.name == "b200":
+                raise CompilationFailed("the compiler ended its process")
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(compiler, "Compiler", Fake)
+    for module in (advice, finetuning):
+        monkeypatch.setattr(module, "Compiler", Fake)
+
+
+def test_a_table_of_all_gpus(monkeypatch, capsys):
+    fake_compilers(monkeypatch)
+    script().main(["llama-7b", "--all-gpus", "--max-seq", "--lora_r", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "llama-7b: 1 x 1,280 tokens in a forward pass"
+    assert [line.split()[0].rstrip(":") for line in lines[2:]] == [*(n for n in CHIPS if n != "b200"), "b200"]
+    assert lines[-1].endswith("the compiler ended its process")
+    script().main(["llama-7b", "--all-gpus", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == set(CHIPS)
+    assert found["b200"] == {"error": "the compiler ended its process"}
+    assert found["h100"]["device_limit_bytes"] == 80 * GIB
+
+
+def test_what_one_plan_prints(monkeypatch, capsys):
+    fake_compilers(monkeypatch)
+    flags = ["--seq", "9000", "--batch", "64", "--max_seq", "--dataset_tokens", "1000000"]
+    script().main(["llama-7b", "--gpu", "rtx3090", *flags])
+    text = capsys.readouterr().out
+    assert "llama-7b on NVIDIA GeForce RTX 3090: 64 x 9,000 tokens in a forward pass" in text
+    assert "does not fit" in text
+    assert "It would fit with --optim_placement host --kernel fused --remat offload --batch" in text
+    assert "Longest sequence that fits" in text
+    assert "a bound from data-sheet peaks, not a prediction; the dataset at least" in text
+
+
+def test_a_run_is_planned_for_its_longest_batch(tmp_path, monkeypatch):
+    fake_compilers(monkeypatch)
+    model, rows = make_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", make_rows(24))
+    flags = {"model_name_or_path": str(model), "dataset": str(rows), "per_device_train_batch_size": 2}
+    config = TrainConfig(**flags, gradient_accumulation_steps=2, packing=True, sequence_length=128)
+    planned, remedy = finetuning.plan(config, "l4")
+    assert planned.length == 128
+    assert planned.config == config
+    assert remedy is None
+    with pytest.raises(UserError, match="--plan: no GPU that is known by its data sheet is here: give --gpu, one of"):
+        finetuning.plan(config)
+
+
+def test_out_of_memory_is_told_with_the_plan(monkeypatch):
+    fake_compilers(monkeypatch)
+    on = {"a": "rtx3090"}
+    monkeypatch.setattr(gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
+    lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config={})
+    assert any(line.startswith("Device: ") and "does not fit" in line for line in lines)
+    assert lines[-1].startswith("It would fit with --per_device_train_batch_size")
+    packed = dataclasses.replace(LEAN, packing=True, lora_r=8, optim="adamw_8bit")
+    lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config={})
+    assert re.fullmatch(r"It would fit with --sequence_length \d+: .* GB\.", lines[-1])
+    lines = advice.planned_advice(LEAN, (2, 1, 128), model_config={})
+    assert "it had 24.0 GiB of 24.0 GiB, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that" in lines[-1]
+    # Nothing to plan with: what helps in general.
+    for name in ("b200", None):
+        on["a"] = name
+        assert advice.planned_advice(LEAN, (2, 8, 128), model_config={}) == advice.memory_advice(LEAN, (2, 8, 128))

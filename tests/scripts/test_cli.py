@@ -1,0 +1,127 @@
+"""The flags of scripts/finetune.py: types, defaults, errors, help."""
+
+import dataclasses
+import errno
+import os
+
+import pytest
+
+from qlora_jax.cli import parse_flags, run
+from qlora_jax.device_memory import CONTEXT_BYTES
+from qlora_jax.environment import let_jax_fill_the_gpu
+from qlora_jax.errors import UserError
+from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
+
+
+def parse(*argv):
+    return parse_flags(TrainConfig, argv, prog="finetune.py", description="d", unavailable=UNSUPPORTED_FLAGS)
+
+
+def test_defaults_are_the_reference_programs():
+    config, given = parse()
+    assert given == frozenset()
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (64, 16, 0.0)
+    assert (config.source_max_len, config.target_max_len) == (1024, 256)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (1, 16)
+    assert (config.max_steps, config.learning_rate, config.max_grad_norm) == (10000, 2e-4, 0.3)
+    assert (config.warmup_ratio, config.save_steps, config.save_total_limit) == (0.03, 250, 40)
+    assert (config.bits, config.quant_type, config.double_quant, config.output_dir) == (4, "nf4", True, "./output")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--packing"], "packing", True),
+        (["--packing", "True"], "packing", True),
+        (["--packing=false"], "packing", False),
+        (["--no-double_quant"], "double_quant", False),
+        (["--no-double-quant"], "double_quant", False),
+        (["--double-quant", "False"], "double_quant", False),
+        (["--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        (["--max-steps=7"], "max_steps", 7),
+        (["--bf16"], "bf16", True),
+        (["--eval_dataset_size", "3"], "eval_dataset_size", 3),
+        (["--optim", "lion_8bit"], "optim", "lion_8bit"),
+        (["--optim_placement", "host"], "optim_placement", "host"),
+    ],
+)
+def test_values(argv, field, value):
+    config, given = parse(*argv)
+    assert getattr(config, field) == value
+    assert given == {field}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora_modulez", "all"], "unknown flag --lora_modulez. Did you mean --lora_modules?"),
+        (["--learning-rat", "1"], "Did you mean --learning_rate?"),
+        (["--lora", "1"], "unknown flag --lora"),  # no abbreviations: they change meaning when flags are added
+        (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+        (["--packing", "maybe"], "--packing: expected True or False, not 'maybe'"),
+        (["--quant_type", "int4"], "--quant_type: invalid choice: 'int4'"),
+        (["stray"], "'stray' is not a flag"),
+        (["--do_mmlu_eval"], "--do_mmlu_eval is not available: MMLU comes in a later release."),
+        (["--sequence_length", "64"], "--sequence_length is the length of packed sequences; give --packing too."),
+        (["--eval_dataset", "x", "--do_eval", "False"], "--eval_dataset is not read with --do_eval False"),
+        (["--bits", "3"], "--bits 3: choose 4, 8 or 16."),
+        (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
+        (["--optim", "adamw_torch"], "choose from 'paged_adamw_32bit', 'adamw_32bit'"),
+        (["--max_steps", "0"], "--max_steps 0: must be at least 1."),
+        (["--lora_dropout", "1"], "--lora_dropout 1.0: must be at least 0 and below 1."),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be positive."),
+    ],
+)
+def test_errors_name_the_flag(argv, message):
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+
+
+def test_help_describes_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in text
+
+
+def test_demo_is_made_of_real_flags():
+    dataclasses.replace(TrainConfig(), **EXAMPLE_FLAGS)
+
+
+def test_no_flag_is_both_available_and_not():
+    assert not {field.name for field in dataclasses.fields(TrainConfig)} & set(UNSUPPORTED_FLAGS)
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def main(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: metrics.jsonl cannot be written: No space left on device; free space.\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "fraction"),
+    [("24564", 0.969), ("81559\n24564", 0.969), ("8192", 0.927), ("[N/A]", None), ("", None)],
+)
+def test_jax_takes_the_gpu_but_for_the_allowance(answer, fraction, tmp_path, monkeypatch):
+    """Of the smallest GPU: the planner counts on the rest being there."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # so that what it was comes back
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    let_jax_fill_the_gpu()
+    assert os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == (fraction and str(fraction))
+    if fraction:
+        left = (1 - fraction) * min(map(int, answer.split())) * 2**20
+        assert abs(left - CONTEXT_BYTES - 0.01 * min(map(int, answer.split())) * 2**20) < 2**26
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    let_jax_fill_the_gpu()
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"

@@ -1,0 +1,327 @@
+"""A run's directory: checkpoints that are whole or absent, whose run it is, what is cleaned up and when."""
+
+import dataclasses
+import gc
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.errors import UserError
+from qlora_jax.training import run_directory
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.run_directory import RunDirectory, read_json, write_json
+from qlora_jax.training.step import TrainState
+
+IDENTITY = {"data": "abc", "devices": 1}
+
+
+def config_for(path, **changes):
+    return TrainConfig(output_dir=str(path / "run"), **({"save_total_limit": 3} | changes))
+
+
+def open_run(path, identity=IDENTITY, **changes):
+    return RunDirectory.open(config_for(path, **changes), identity)
+
+
+def state_at(step):
+    """A state of odd bits: subnormals, negative zero, the largest float."""
+    rng = np.random.default_rng(step)
+    values = rng.standard_normal((2, 3, 5)).astype(np.float32)
+    values.flat[:4] = [-0.0, 1e-45, np.finfo(np.float32).max, step]
+    return TrainState(
+        {"a": jnp.asarray(values), "b": jnp.asarray(-values)},
+        ({"mu": jnp.asarray(values / 2)}, jnp.asarray(step, jnp.int32)),
+        jnp.asarray(step, jnp.int32),
+    )
+
+
+def write_adapter(directory):
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def save(run, step):
+    return run.save(step, state_at(step), {"data": {"epoch": 0, "index": step}, "tokens": 10 * step}, write_adapter)
+
+
+def check(run, step):
+    abstract = jax.eval_shape(lambda: state_at(0))
+    state, position = run.restore(step, abstract)
+    assert position == {"data": {"epoch": 0, "index": step}, "tokens": 10 * step}
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
+        assert got.dtype == want.dtype
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+def test_a_checkpoint_gives_back_every_bit(tmp_path):
+    run = open_run(tmp_path)
+    assert run.checkpoints() == []
+    path = save(run, 7)
+    assert path == tmp_path / "run" / "checkpoint-000007"
+    assert sorted(entry.name for entry in path.iterdir()) == ["adapter_config.json", "position.json", "state"]
+    check(open_run(tmp_path), 7)
+    # A step that is saved already is left as it is.
+    before = path.stat().st_mtime_ns
+    assert save(run, 7) == path
+    assert path.stat().st_mtime_ns == before
+
+
+def test_the_newest_are_kept(tmp_path):
+    run = open_run(tmp_path, save_total_limit=2)
+    for step in (3, 6, 9, 999_999, 1_000_000):
+        save(run, step)
+    assert run.checkpoints() == [999_999, 1_000_000]
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-1000000", "checkpoint-999999", "run.json"]
+    check(run, 999_999)
+    check(run, 1_000_000)
+    # A lower limit takes effect at the next save, and none is deleted before the new one is whole.
+    run = open_run(tmp_path, save_total_limit=1)
+    assert run.checkpoints() == [999_999, 1_000_000]
+    save(run, 1_000_001)
+    assert run.checkpoints() == [1_000_001]
+
+
+def test_other_entries_are_no_checkpoints(tmp_path):
+    run = open_run(tmp_path)
+    save(run, 2)
+    for name in ("checkpoint-000004.bak", "checkpoint-", "checkpoint-x", "my-checkpoint-000005"):
+        (run.path / name).mkdir()
+    assert run.checkpoints() == [2]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_killed_in_a_save_leaves_old_or_new_but_nothing_half(tmp_path, monkeypatch, at):
+    run = open_run(tmp_path, save_total_limit=2)
+    for step in (1, 2):
+        save(run, step)
+    count = 0
+
+    def kill():
+        nonlocal count
+        count += 1
+        if count > at:
+            raise Killed
+
+    def hooked(real):
+        def call(*args, **kwargs):
+            kill()
+            result = real(*args, **kwargs)
+            kill()
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.os, "replace", hooked(os.replace))
+        patch.setattr(run_directory.shutil, "rmtree", hooked(shutil.rmtree))
+        patch.setattr(run_directory.ocp, "save", hooked(run_directory.ocp.save))
+        with pytest.raises(Killed):
+            save(run, 3)
+            raise AssertionError("fewer operations than thought; lower the range")
+    left = run.checkpoints()
+    assert left in ([1, 2], [1, 2, 3], [2, 3])
+    for step in left:
+        check(run, step)
+    run = open_run(tmp_path, save_total_limit=2)
+    assert not list(run.path.glob(".checkpoint-*"))
+    assert run.checkpoints() == left
+    save(run, 4)
+    assert run.checkpoints() == [left[-1], 4]
+    check(run, 4)
+    assert not list(run.path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (ValueError("RESOURCE_EXHAUSTED: writing [os_error_code='28']\nand more"), "the disk is full"),
+        (ValueError("OUT_OF_RANGE: File too large\nand more"), "OUT_OF_RANGE: File too large"),
+        (UserError("Cannot write the adapter to x: it is broken."), "Cannot write the adapter to x: it is broken"),
+    ],
+    ids=["errno", "tensorstore", "other", "adapter"],
+)
+@pytest.mark.parametrize("where", ["state", "adapter", "position", "rename"])
+def test_a_save_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, error, reason, where):
+    run = open_run(tmp_path)
+    save(run, 1)
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if where == "state":
+            patch.setattr(run_directory.ocp, "save", fail)
+        elif where == "position":
+            patch.setattr(run_directory, "write_json", fail)
+        elif where == "rename":
+            patch.setattr(run_directory.os, "replace", fail)
+        with pytest.raises(UserError) as failure:
+            run.save(2, state_at(2), {}, fail if where == "adapter" else write_adapter)
+    message = str(failure.value)
+    assert message.startswith(f"{run.path / 'checkpoint-000002'} could not be saved: {reason}")
+    assert "earlier checkpoints are intact" in message
+    assert "\n" not in message
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-000001", "run.json"]
+    check(run, 1)
+    save(run, 2)
+    check(run, 2)
+
+
+def test_a_file_size_limit_is_a_failed_save(tmp_path):
+    """The operating system's own refusal, through orbax's threads."""
+    import resource
+
+    run = open_run(tmp_path)
+    save(run, 1)
+    big = dataclasses.replace(state_at(2), lora=jnp.asarray(np.random.default_rng(0).random(200_000, np.float32)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not be saved: .*earlier checkpoints are intact"):
+            run.save(2, big, {}, write_adapter)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.checkpoints() == [1]
+    check(run, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "identity", "said"),
+    [
+        ({"learning_rate": 1e-3}, {}, "--learning_rate was 0.0002, now 0.001"),
+        ({"seed": 1, "lora_r": 8}, {}, "--lora_r was 64, now 8; --seed was 0, now 1"),
+        ({"max_steps": 5}, {}, "--max_steps was 10000, now 5"),
+        ({"quant_type": "fp4"}, {}, "--quant_type was 'nf4', now 'fp4'"),
+        ({}, {"data": "xyz"}, "data was 'abc', now 'xyz'"),
+        ({}, {"devices": 2}, "devices was 1, now 2"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, changes, identity, said):
+    run = open_run(tmp_path)
+    save(run, 1)
+    record = (run.path / "run.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        open_run(tmp_path, IDENTITY | identity, **changes)
+    assert f"holds the checkpoints of another run ({said})" in str(error.value)
+    assert "--overwrite_output_dir" in str(error.value)
+    assert (run.path / "run.json").read_bytes() == record
+    check(open_run(tmp_path), 1)
+    # Without checkpoints there is nothing to protect.
+    shutil.rmtree(run.path / "checkpoint-000001")
+    assert open_run(tmp_path, IDENTITY | identity, **changes).checkpoints() == []
+
+
+def test_flags_that_may_change(tmp_path):
+    save(open_run(tmp_path), 1)
+    changes = {
+        "save_steps": 3, "save_strategy": "no", "save_total_limit": 1, "logging_steps": 1, "eval_steps": 7,
+        "report_to": "none", "run_name": "x", "prompts": "p", "max_new_tokens": 3, "do_sample": True,
+    }  # fmt: skip
+    assert open_run(tmp_path, **changes).checkpoints() == [1]
+
+
+def test_a_constant_schedule_may_be_made_longer(tmp_path):
+    fixed = {"lr_scheduler_type": "constant", "warmup_steps": 2}
+    save(open_run(tmp_path, **fixed), 1)
+    assert open_run(tmp_path, max_steps=20_000, **fixed).checkpoints() == [1]
+    with pytest.raises(UserError, match="--lr_scheduler_type was 'constant', now 'linear'"):
+        open_run(tmp_path, max_steps=20_000, lr_scheduler_type="linear", warmup_steps=2)
+
+
+def test_every_flag_that_may_change_exists():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names >= run_directory._FREE
+
+
+def test_overwrite(tmp_path):
+    run = open_run(tmp_path)
+    save(run, 1)
+    (run.path / "metrics.jsonl").write_text("{}\n")
+    (run.path / "notes.txt").write_text("mine")
+    assert open_run(tmp_path, overwrite_output_dir=True, seed=5).checkpoints() == []
+    assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt", "run.json"]
+
+
+def test_overwrite_spares_a_directory_that_is_no_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    open_run(tmp_path, overwrite_output_dir=True)
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_checkpoints_without_a_record(tmp_path):
+    run = open_run(tmp_path)
+    save(run, 1)
+    (run.path / "run.json").unlink()
+    with pytest.raises(UserError, match=r"holds checkpoints without a run\.json"):
+        open_run(tmp_path)
+    # An overwrite that was killed may have deleted the record first.
+    assert open_run(tmp_path, overwrite_output_dir=True).checkpoints() == []
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"flags": {}}'])
+def test_a_damaged_record(tmp_path, content):
+    run = open_run(tmp_path)
+    save(run, 1)
+    (run.path / "run.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_run(tmp_path)
+    assert str(run.path) in str(error.value)
+    assert run.checkpoints() == [1]
+
+
+def test_damaged_checkpoints(tmp_path):
+    run = open_run(tmp_path)
+    abstract = jax.eval_shape(lambda: state_at(0))
+    for step, damage in enumerate((truncate, remove_state, remove_position, break_position), 1):
+        path = save(run, step)
+        damage(path)
+        with pytest.raises(UserError) as error:
+            run.restore(step, abstract)
+        assert str(path) in str(error.value)
+        shutil.rmtree(path)
+    save(run, 9)
+    wrong = dataclasses.replace(abstract, lora={"a": jax.ShapeDtypeStruct((2, 3, 6), jnp.float32)})
+    with pytest.raises(UserError, match="checkpoint-000009 cannot be restored"):
+        run.restore(9, wrong)
+    gc.collect()  # orbax leaves coroutines behind that must not warn, here or in another test
+
+
+def truncate(path):
+    for file in (path / "state").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+
+
+def remove_state(path):
+    shutil.rmtree(path / "state")
+
+
+def remove_position(path):
+    (path / "position.json").unlink()
+
+
+def break_position(path):
+    (path / "position.json").write_text('{"data"')
+
+
+def test_json_is_whole_or_absent(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_json(file, {"x": [1, None, "é"]})
+    assert read_json(file) == {"x": [1, None, "é"]}
+    assert json.loads(file.read_text()) == {"x": [1, None, "é"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.os, "replace", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            write_json(file, {"x": 2})
+    assert read_json(file) == {"x": [1, None, "é"]}
