@@ -8,19 +8,44 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu
 from qlora_jax.errors import UserError
 
 
-def flag(default: Any, help: str, *, group: str = "flags") -> Any:
-    """A dataclass field that becomes a flag; `help` and `group` are what `--help` prints."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str = "flags",
+    shapes_step: bool = False,
+    resume: Literal["same", "free"] = "same",
+) -> Any:
+    """Declare a dataclass field that becomes a flag.
+
+    Args:
+        default: value when the flag is not given.
+        help: explanation for `--help`.
+        group: heading for `--help`.
+        shapes_step: the flag shapes the programs of a training step, so that a plan has it too.
+        resume: "free" if a resumed run may change the flag, "same" if it has to repeat it.
+    """
+    metadata = {"help": help, "group": group, "shapes_step": shapes_step, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def names_where(schema: type, **metadata: Any) -> tuple[str, ...]:
+    """List the flags of `schema` declared with these values, e.g. `names_where(TrainConfig, resume="free")`."""
+    return tuple(
+        field.name
+        for field in dataclasses.fields(schema)
+        if all(field.metadata.get(key) == value for key, value in metadata.items())
+    )
 
 
 def argument(help: str) -> Any:
-    """A dataclass field that becomes a positional argument."""
+    """Declare a dataclass field that becomes a positional argument."""
     return dataclasses.field(metadata={"help": help, "group": "arguments"})
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from qlora_jax.cli import parse_flags, run
+from qlora_jax.cli import argument, flag, names_where, parse_flags, run
 from qlora_jax.device_memory import CONTEXT_BYTES
 from qlora_jax.environment import let_jax_fill_the_gpu
 from qlora_jax.errors import UserError
@@ -76,6 +76,19 @@ def test_errors_name_the_flag(argv, message):
     with pytest.raises(UserError) as error:
         parse(*argv)
     assert message in str(error.value)
+
+
+def test_flags_are_listed_by_their_properties():
+    @dataclasses.dataclass(frozen=True)
+    class Schema:
+        model: str = argument("A positional argument.")
+        rank: int = flag(1, "", shapes_step=True)
+        remat: str = flag("full", "", shapes_step=True, resume="free")
+        name: str = flag("", "", resume="free")
+
+    assert names_where(Schema, shapes_step=True) == ("rank", "remat")
+    assert names_where(Schema, shapes_step=True, resume="free") == ("remat",)
+    assert names_where(Schema, resume="same") == ("rank",)
 
 
 def test_help_describes_every_flag(capsys):
