@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
     ("defaults", "device_memory", "errors", "formatting"),
-    ("environment", "gpus", "quantization"),
+    ("environment", "files", "gpus", "quantization"),
     ("cli", "kernels"),
     ("nn",),
     ("models",),

@@ -1,0 +1,181 @@
+"""Files and directories that are whole or absent: written under a temporary name, flushed to disk, then renamed.
+
+The temporary name of `name` is `.name.tmp` beside it. It is locked while it is written, and the lock ends with its
+process: what a killed process left behind is cleared by the next one to write there.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the temporary name of a file; what is written there takes the name `path` when the block ends.
+
+    Nothing changes at `path`, and the temporary file is removed, if the block raises. Two processes that write the
+    same file take turns.
+
+    Raises:
+        OSError: the file cannot be written (see `write_errors`).
+    """
+    temporary = _temporary_name(path)
+    with _locked(temporary, os.O_CREAT | os.O_RDWR, wait=True):
+        try:
+            os.truncate(temporary, 0)
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    flush_to_disk(path.parent)
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
+    """Write a JSON file with `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary directory; it takes the name `path` when the block ends.
+
+    Nothing changes at `path`, and the temporary directory is removed, if the block raises.
+
+    Args:
+        path: directory to make; it may exist if it is empty.
+        replace: allow it to exist otherwise too; it is deleted once the new one is complete.
+
+    Raises:
+        UserError: another process is writing it.
+        OSError: it cannot be written (see `write_errors`).
+    """
+    staging, replaced = _temporary_name(path), path.with_name(f".{path.name}.replaced")
+    if staging.is_symlink() or staging.is_file():
+        staging.unlink()
+    staging.mkdir(parents=True, exist_ok=True)
+    with _locked(staging, os.O_RDONLY, wait=False):
+        try:
+            for leftover in staging.iterdir():
+                remove(leftover)
+            yield staging
+            for file in (staging, *staging.rglob("*")):
+                flush_to_disk(file)
+            if replace and path.exists():
+                remove(replaced)
+                os.rename(path, replaced)
+            os.rename(staging, path)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    flush_to_disk(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a symbolic link or a directory with all it holds, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_errors(path: Path, hint: str) -> Iterator[None]:
+    """Turn a failure to write `path` into one sentence that ends with `hint`, "do this to be able to write it".
+
+    Raises:
+        UserError: in place of OSError, and of the ValueError and RuntimeError by which tensorstore reports it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}; {hint}.") from error
+
+
+def reason(error: BaseException) -> str:
+    """Say in one phrase why reading or writing failed.
+
+    Of tensorstore's errors that is the first line, without the pages of settings that follow; a full disk, which it
+    reports with any type of exception, is named as such.
+    """
+    text = str(error)
+    if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+        return "the disk is full"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return lines[0].partition(" [tensorstore_spec")[0]
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """{path within `directory`: bytes} of every file below it, to be kept for `damaged_file`."""
+    return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
+
+
+def damaged_file(directory: Path, sizes: dict[str, int]) -> str | None:
+    """Name the first file that is missing or has another size than `file_sizes` found, or None.
+
+    tensorstore would report such a file with a traceback for each of its arrays.
+    """
+    for name, size in sizes.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            return name
+    return None
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def _locked(temporary: Path, flags: int, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of a temporary file or directory; without `wait`, UserError if another process holds it."""
+    try:
+        descriptor = _open_locked(temporary, flags, wait)
+    except BlockingIOError:
+        path = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
+        raise UserError(f"another process is writing {path}; wait for it or choose another directory.") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_locked(path: Path, flags: int, wait: bool) -> int:
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last owner may have renamed what was opened: the name then stands for another file, or for none.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if not wait:
+            raise BlockingIOError
