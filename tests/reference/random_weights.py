@@ -13,21 +13,27 @@ import numpy as np
 __all__ = ["random_adapter", "random_weights"]
 
 
-def random_weights(specs: Iterable[tuple[str, Sequence[int]]], seed: int) -> dict[str, np.ndarray]:
+def random_weights(
+    specs: Iterable[tuple[str, Sequence[int]]], seed: int, *, norm_mean: float = 1.0, embedding_scale: float = 0.5
+) -> dict[str, np.ndarray]:
     """Make a float32 tensor for every (Hugging Face name, shape) of `specs`.
 
     One-dimensional tensors whose name ends in `bias` are 0.3 * normal, other one-dimensional tensors (norms)
-    1 + 0.2 * normal, embeddings 0.5 * normal and matrices [out, in] 1.25 / sqrt(in) * normal: activations stay near 1,
-    and attention is sharp enough for a wrong position or mask to show.
+    norm_mean + 0.2 * normal, embeddings embedding_scale * normal and matrices [out, in] 1.25 / sqrt(in) * normal:
+    activations stay near 1, and attention is sharp enough for a wrong position or mask to show.
+
+    norm_mean: 0 for models whose norms multiply by 1 + weight.
+    embedding_scale: small for models that multiply embeddings by sqrt(hidden) and use them as the output layer too:
+    the most likely token would be the last one again and again.
     """
     weights = {}
     for name, shape in specs:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = rng.standard_normal(tuple(shape), dtype=np.float32)
         if len(shape) == 1:
-            values = values * np.float32(0.3) if name.endswith("bias") else 1 + np.float32(0.2) * values
+            values = values * np.float32(0.3) if name.endswith("bias") else norm_mean + np.float32(0.2) * values
         elif "embed" in name:
-            values = values * np.float32(0.5)
+            values = values * np.float32(embedding_scale)
         else:
             values = values * np.float32(1.25 / np.sqrt(shape[-1]))
         weights[name] = np.asarray(values, np.float32)
