@@ -59,7 +59,8 @@ class Operands:
             widths[1] = (0, max(0, size - buffer.shape[1]))
             return jnp.pad(buffer, widths)
 
-        blocks = rows * k // self.block_size
+        # Rounded up: rows of padding may end within a block, whose scale every kernel reads.
+        blocks = -(-rows * k // self.block_size)
         absmax, *rest = self.scales
         if rest:
             rest[0] = pad(rest[0], -(-blocks // NESTED_BLOCK_SIZE))

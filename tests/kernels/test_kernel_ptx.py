@@ -3,6 +3,8 @@
 What each output must be is computed in numpy, in the kernels' own order of summation (`ptx_kernels`).
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import compile_in_child
@@ -11,7 +13,7 @@ from fixtures.simulated_kernels import DTYPES, Case, Problem, config_of, differe
 from qlora_jax.gpus import CHIPS
 from qlora_jax.kernels.mosaic import launch as launching
 from qlora_jax.kernels.mosaic.operands import Operands
-from qlora_jax.quantization import QuantizedTensor, dequantize
+from qlora_jax.quantization import QuantizedTensor, dequantize, quantize
 
 pytestmark = compile_in_child.needs_plugin
 
@@ -129,6 +131,31 @@ def check(launch, problem, ctas=None, **options):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case, launch):
     check(launch, Problem(case))
+
+
+# 135 rows, padded to 136: the last block of scales is of padding alone.
+PADDED = [
+    Case("a6000", "mma", 32, 136, 576, transposed=transposed, block_size=4096, double_quant=double_quant)
+    for transposed, double_quant in ((False, True), (True, False), (True, True))
+] + [Case("a6000", "dequantize", 0, 136, 576, block_size=4096, double_quant=False)]
+
+
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_rows_of_padding_have_scales(case, launch):
+    """Nothing is read beyond the end of the scales, which the simulator would refuse."""
+    rows, random = case.n - 1, np.random.default_rng(0)
+    weight = quantize(
+        random.standard_normal((rows, case.k), np.float32), block_size=case.block_size, double_quant=case.double_quant
+    )
+    operands = launching.operands(jax.tree.map(jnp.asarray, weight))
+    problem = Problem(case)
+    problem.codes, problem.scales = np.array(operands.codes), tuple(map(np.array, operands.scales))
+    if case.transposed:
+        problem.x[:, rows:] = 0  # as dy is padded
+    assert operands.shape == (case.n, case.k)
+    out = execute(launch, problem)
+    assert not differences(out, expected(problem))
+    assert np.isfinite(out.astype(np.float32)).all()
 
 
 @pytest.mark.slow
