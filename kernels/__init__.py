@@ -1,78 +1,99 @@
 """The operations on frozen weights that models call: one function an operation, implementations behind it.
 
-`matmul` is differentiable with respect to its activations only: the weights are frozen. What it keeps for the backward
-pass is the weight as it is stored, neither activations nor a decoded copy.
+`matmul` is differentiable with respect to its activations only: the weights are frozen. Its residual for the backward
+pass is the weight as it is stored, neither activations nor a dequantized copy.
 
 Implementations:
 
-- "xla": decode and multiply, both by XLA. The reference; every platform, every weight, float32.
-- "fused": kernels that decode 4-bit codes while they multiply. No 16-bit weight exists in memory. CUDA GPUs.
-- "dequantize": a kernel that decodes the whole weight, then XLA's product. CUDA GPUs.
-- "auto": "xla" off-GPU and for what the kernels cannot take, else what `kernels.roofline` expects to be faster.
+- "xla": dequantize and multiply, both by XLA. The reference; every platform, every weight, float32.
+- "fused": kernels that dequantize 4-bit codes while they multiply. No 16-bit weight exists in memory. CUDA GPUs.
+- "unfused": a kernel that dequantizes the whole weight, then XLA's product. CUDA GPUs. Formerly "dequantize", which is
+  still understood.
+- "auto": "xla" off-GPU and for what the kernels cannot take, else what `kernels.roofline` expects to be faster, or what
+  is pinned, see `kernels.choices`.
 """
 
 import functools
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
 from qlora_jax.errors import UserError
-from qlora_jax.kernels import dequantized, fused, selection, xla
+from qlora_jax.kernels import selection, xla
+from qlora_jax.kernels.choices import Choice, choices_from_json, choices_to_json, describe, pinned
 from qlora_jax.kernels.mosaic import launch
+from qlora_jax.kernels.pallas import Fused, Unfused
+from qlora_jax.kernels.product import Product
 from qlora_jax.kernels.weights import StackedWeight, Weight
 from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.quantization import dequantize as _dequantize
 
-__all__ = ["IMPLEMENTATIONS", "StackedWeight", "check_implementation", "dequantize", "describe", "matmul"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "Product",
+    "StackedWeight",
+    "check_implementation",
+    "choices_from_json",
+    "choices_to_json",
+    "dequantize",
+    "describe",
+    "matmul",
+    "pinned",
+    "resolve",
+]
 
-# Name -> module with matmul(x, w) and matmul_transposed(dy, w).
-IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "fused": fused, "dequantize": dequantized}
+# Name -> matmul(x, w) and matmul_transposed(dy, w).
+IMPLEMENTATIONS: Mapping[str, Any] = MappingProxyType({"xla": xla, "fused": Fused(), "unfused": Unfused()})
+_DEPRECATED = MappingProxyType({"dequantize": "unfused"})
 
 
-def check_implementation(name: str) -> None:
-    """Raise UserError unless an implementation exists and can run on the default device; says why it cannot."""
+def check_implementation(name: str) -> str:
+    """Return the current spelling of an implementation's name.
+
+    Raises:
+        UserError: there is no such implementation, or it cannot run on the default device; gives the reason.
+    """
+    name = _DEPRECATED.get(name, name)
     if name != "auto" and name not in IMPLEMENTATIONS:
         raise UserError(f"Unknown kernel {name!r}; choose one of {', '.join(['auto', *IMPLEMENTATIONS])}.")
     selection.check(name)
+    return name
 
 
-def describe(weights: Mapping[str, Any], m: int, dtype: Any, *, implementation: str = "auto") -> list[str]:
-    """Say which implementation multiplies by each weight, forward and backward, and why: a few lines for people.
+def resolve(
+    weights: Mapping[str, Any], rows: Iterable[int], dtype: Any, *, implementation: str = "auto"
+) -> tuple[Choice, ...]:
+    """Return the implementation of every product of some weights with activations, forward and backward.
+
+    `describe` formats the result, `choices_to_json` makes it a record, `pinned` makes "auto" keep to it: see
+    `kernels.choices` for how a run uses them.
 
     Args:
-        weights: name -> quantised weight (N, K) or a stack of them, abstract or not; other values are left out.
-        m: rows of the activations.
+        weights: name -> quantized weight (N, K) or a stack of them, abstract or not; other values are left out.
+        rows: numbers of rows M of the activations.
         dtype: of the activations.
         implementation: as for `matmul`.
 
     Raises:
         UserError: an implementation that is unknown or cannot run here, or a file of timings that cannot be used.
     """
-    check_implementation(implementation)
-    choices: dict[tuple[str, str], dict[str, list[str]]] = {}
-    total = 0
-    for name, w in weights.items():
-        if not isinstance(w, QuantizedTensor):
-            continue
-        total += 1
-        for direction, width in (("forward", w.shape[1]), ("backward", w.shape[0])):
-            x = jax.ShapeDtypeStruct((m, width), dtype)
-            choice = selection.explain(implementation, x, w, transposed=direction == "backward")
-            shape = f"{name} {w.shape[0]}x{w.shape[1]}"
-            choices.setdefault(choice, {}).setdefault(shape, []).append(direction)
-    lines = []
-    for (chosen, why), shapes in choices.items():
-        where = f"{total} of {total} linears, forward and backward,"
-        if len(choices) > 1:
-            where = "; ".join(
-                f"{shape} {' and '.join(directions)}" if len(directions) < 2 else shape
-                for shape, directions in shapes.items()
-            )
-        auto = f"auto: {why}" if implementation == "auto" else why
-        lines.append(f"kernel: {chosen} ({auto}) for {where} at M={m}")
-    return lines
+    implementation = check_implementation(implementation)
+    found: dict[Product, tuple[str, str]] = {}
+    names: dict[Product, list[str]] = {}
+    quantized = {name: w for name, w in weights.items() if isinstance(w, QuantizedTensor)}
+    for m in dict.fromkeys(rows):
+        for name, w in quantized.items():
+            n, k = w.shape
+            for transposed in (False, True):
+                product = Product(m, n, k, transposed)
+                x = jax.ShapeDtypeStruct((m, product.contracted), dtype)
+                found[product] = selection.explain(implementation, x, w, transposed=transposed)
+                names.setdefault(product, []).append(name)
+    prefix = "auto: " if implementation == "auto" else ""
+    return tuple(Choice(product, name, prefix + why, tuple(names[product])) for product, (name, why) in found.items())
 
 
 def matmul(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Array:
@@ -83,14 +104,14 @@ def matmul(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Arra
 
     Args:
         x: activations [..., K], float32, bfloat16 or float16.
-        w: a quantised weight of shape (N, K), one of a stack, or a plain [N, K] array.
+        w: a quantized weight of shape (N, K), one of a stack, or a plain [N, K] array.
         implementation: "auto" or the name of one, see above.
 
     Raises:
         UserError: an implementation that is unknown or cannot run here.
         ValueError: shapes that do not fit.
     """
-    check_implementation(implementation)
+    implementation = check_implementation(implementation)
     if isinstance(w, QuantizedTensor) and w.stack_shape:
         raise ValueError(f"matmul needs one weight, not a stack of {w.stack_shape}: use StackedWeight, or slice it.")
     if len(w.shape) != 2 or x.shape[-1] != w.shape[1]:
@@ -117,25 +138,25 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def dequantize(w: Weight, dtype: Any, *, implementation: str = "auto") -> jax.Array:
-    """Return a frozen weight, quantised or plain, as an array [*stack, *shape] of `dtype`.
+    """Return a frozen weight, quantized or plain, as an array [*stack, *shape] of `dtype`.
 
     Args:
-        w: a quantised weight, a stack of them, one of a stack, or a plain array.
+        w: a quantized weight, a stack of them, one of a stack, or a plain array.
         dtype: float32, bfloat16 or float16.
-        implementation: as for `matmul`; "fused" and "dequantize" are the same kernel, for one 4-bit [N, K] weight in a
+        implementation: as for `matmul`; "fused" and "unfused" are the same kernel, for one 4-bit [N, K] weight in a
             16-bit dtype.
 
     Raises:
         UserError: an implementation that is unknown or cannot run here.
     """
-    check_implementation(implementation)
+    implementation = check_implementation(implementation)
     if isinstance(w, QuantizedTensor | StackedWeight) and implementation != "xla":
         single = isinstance(w, StackedWeight) or not w.stack_shape
         why_not = launch.why_not(w, dtype) if single else "it is a stack of weights"
         if selection.target_chip() is not None and why_not is None:
             return launch.dequantize(launch.operands(w), dtype)
         if implementation != "auto" and dtype in launch.DTYPES:
-            raise UserError(f"Kernel {implementation!r} cannot decode here: {why_not}. Choose auto or xla.")
+            raise UserError(f"Kernel {implementation!r} cannot dequantize here: {why_not}. Choose auto or xla.")
     if isinstance(w, StackedWeight):
         w = w.take()
     return _dequantize(w, dtype) if isinstance(w, QuantizedTensor) else w.astype(dtype)

@@ -28,6 +28,7 @@ from types import MappingProxyType
 from qlora_jax.gpus import Chip
 from qlora_jax.kernels import tuning
 from qlora_jax.kernels.mosaic import launch
+from qlora_jax.kernels.product import Product
 
 # ALU instructions for each weight in the loop that decodes, the most of all architectures but sm_120a, where integers
 # are not what limits (a test counts them again).
@@ -71,13 +72,13 @@ class Prediction:
 
     Attributes:
         fused: of the fused kernel.
-        dequantize: of decoding the weight and multiplying.
+        unfused: of dequantizing the weight and multiplying.
         kernel: which kernel fuses, see `launch.Plan`.
         bound: what the fused kernel takes most time for: "tensor", "alu" or "memory".
     """
 
     fused: float
-    dequantize: float
+    unfused: float
     kernel: str
     bound: str
 
@@ -88,27 +89,19 @@ def packed_bytes(n: int, k: int, block_size: int = 64) -> float:
     return n * k / 2 + blocks + 4 * math.ceil(blocks / 256)
 
 
-def predict(chip: Chip, m: int, n: int, k: int, *, transposed: bool = False) -> Prediction:
-    """Seconds of both implementations by the model above, for M rows and an (N, K) NF4 weight in bfloat16.
-
-    Args:
-        chip: the GPU.
-        m: rows of x, at least 1.
-        n: rows of the weight.
-        k: columns of the weight.
-        transposed: x @ W instead of x @ W^T.
-    """
-    n_out, k_in = (k, n) if transposed else (n, k)
+def predict(chip: Chip, product: Product) -> Prediction:
+    """Predict the seconds of both implementations by the model above, for an NF4 weight in bfloat16."""
+    m, n, k = product.m, product.n, product.k
     bandwidth = chip.memory_bandwidth * MEMORY_FRACTION
     int32_ops = chip.int32_ops * ALU_FRACTION
-    packed, decoded, activations = packed_bytes(n, k), 2.0 * n * k, 2.0 * m * (n + k)
+    packed, dequantized, activations = packed_bytes(n, k), 2.0 * n * k, 2.0 * m * (n + k)
 
-    plan = launch.plan(chip, m, (n, k), transposed=transposed)
+    plan = launch.plan(chip, m, (n, k), transposed=product.transposed)
     fraction = TENSOR_FRACTION[plan.kernel]
     if plan.kernel in ("streaming", "mma"):
         fraction *= MMA_SYNC_SHARE.get(chip.compute_capability, 1.0)
-    waves = math.ceil(math.ceil(m / plan.block_m) * math.ceil(n_out / plan.block_n) / chip.n_sms)
-    weights = waves * plan.block_n * k_in * chip.n_sms
+    waves = math.ceil(math.ceil(m / plan.block_m) * math.ceil(product.n_out / plan.block_n) / chip.n_sms)
+    weights = waves * plan.block_n * product.contracted * chip.n_sms
     times = {
         "tensor": 2.0 * plan.block_m * weights / (chip.bf16_flops * fraction),
         "alu": weights * ALU_PER_WEIGHT[plan.kernel] / int32_ops,
@@ -117,40 +110,40 @@ def predict(chip: Chip, m: int, n: int, k: int, *, transposed: bool = False) -> 
     shorter, longer = sorted((times["tensor"], times["alu"]))
     fused = LAUNCH + max(times["memory"], longer + (1 - OVERLAP[plan.kernel]) * shorter)
 
-    decode = max((packed + decoded) / bandwidth, n * k * ALU_PER_WEIGHT["dequantize"] / int32_ops)
-    multiply = max(2.0 * m * n * k / (chip.bf16_flops * GEMM_FRACTION), (decoded + activations) / bandwidth)
+    decode = max((packed + dequantized) / bandwidth, n * k * ALU_PER_WEIGHT["dequantize"] / int32_ops)
+    multiply = max(2.0 * m * n * k / (chip.bf16_flops * GEMM_FRACTION), (dequantized + activations) / bandwidth)
     return Prediction(fused, 2 * LAUNCH + decode + multiply, plan.kernel, max(times, key=lambda name: times[name]))
 
 
-def choose(chip: Chip, m: int, n: int, k: int, *, transposed: bool) -> str:
-    """Return "fused" or "dequantize": the faster by timings of this GPU, or by the model with a `MARGIN`.
+def explain(chip: Chip, product: Product, *, timings: bool = True) -> tuple[str, str]:
+    """Return "fused" or "unfused", the faster by timings of this GPU or by the model with a `MARGIN`, and the reason.
+
+    Args:
+        chip: the GPU.
+        product: what is multiplied.
+        timings: consult the file of timings.
 
     Raises:
         UserError: the file of timings cannot be used; names it.
     """
-    return explain(chip, m, n, k, transposed=transposed)[0]
+    if timings and (timed := tuning.nearest(chip.title, product)):
+        return ("unfused" if timed["unfused"] < timed["fused"] else "fused"), f"timings in {tuning.path()}"
+    return _by_model(chip, product), "roofline model"
 
 
-def explain(chip: Chip, m: int, n: int, k: int, *, transposed: bool) -> tuple[str, str]:
-    """What `choose` returns, and what it rests on, as a few words for people."""
-    if timed := tuning.nearest(chip.title, m, n, k, transposed=transposed):
-        return ("dequantize" if timed["dequantize"] < timed["fused"] else "fused"), f"timings in {tuning.path()}"
-    return _by_model(chip, m, n, k, transposed), "roofline model"
-
-
-def _by_model(chip: Chip, m: int, n: int, k: int, transposed: bool) -> str:
-    seconds = predict(chip, m, n, k, transposed=transposed)
-    return "dequantize" if seconds.dequantize * MARGIN < seconds.fused else "fused"
+def _by_model(chip: Chip, product: Product) -> str:
+    seconds = predict(chip, product)
+    return "unfused" if seconds.unfused * MARGIN < seconds.fused else "fused"
 
 
 def crossover(chip: Chip, n: int, k: int, *, transposed: bool = False, largest: int = LARGEST_M) -> int | None:
-    """Smallest M from which on the model chooses "dequantize", up to `largest`; None if it is fused there.
+    """Smallest M from which on the model chooses "unfused", up to `largest`; None if it is fused there.
 
     In steps of 16 rows: tiles round M up anyway.
     """
     found = None
     for m in range(largest - largest % 16, 0, -16):
-        if _by_model(chip, m, n, k, transposed) == "fused":
+        if _by_model(chip, Product(m, n, k, transposed)) == "fused":
             break
         found = m
     return found

@@ -9,7 +9,9 @@ from jax.extend import backend
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS, Chip, chip_of
 from qlora_jax.kernels import roofline
+from qlora_jax.kernels.choices import pinned_implementation
 from qlora_jax.kernels.mosaic import launch
+from qlora_jax.kernels.product import Product
 from qlora_jax.kernels.weights import Weight
 
 # Whose figures stand in for a GPU that is not in the table, by compute capability.
@@ -54,7 +56,7 @@ def check(implementation: str) -> None:
 
 
 def resolve(implementation: str, x: Any, w: Weight, *, transposed: bool) -> str:
-    """The implementation that computes one product: "xla", "fused" or "dequantize".
+    """The implementation that computes one product: "xla", "fused" or "unfused".
 
     "auto" falls back to "xla" where the kernels cannot run. An implementation asked for by name fails there, but
     float32 activations are always multiplied by XLA: the kernels' tensor cores have no such precision.
@@ -88,4 +90,8 @@ def explain(implementation: str, x: Any, w: Weight, *, transposed: bool) -> tupl
     if implementation != "auto":
         return implementation, "asked for"
     n, k = w.shape
-    return roofline.explain(chip, x.size // x.shape[-1], n, k, transposed=transposed)
+    product = Product(x.size // x.shape[-1], n, k, transposed)
+    pinned, recorded = pinned_implementation(product)
+    if recorded in ("fused", "unfused"):
+        return recorded, "recorded choice"
+    return roofline.explain(chip, product, timings=not pinned)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,13 +13,15 @@ import numpy as np
 from jax import lax
 
 from qlora_jax.gpus import Chip
-from qlora_jax.kernels import dequantized, fused, roofline, tuning, xla
+from qlora_jax.kernels import roofline, tuning, xla
+from qlora_jax.kernels.pallas import Fused, Unfused
+from qlora_jax.kernels.product import Product
 from qlora_jax.quantization import abstract_quantized
 
-IMPLEMENTATIONS = ("fused", "dequantize", "xla", "bf16")
+IMPLEMENTATIONS = ("fused", "unfused", "xla", "bf16")
 """What is timed; "bf16" multiplies with a weight that was never quantised."""
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
-_MODULES = MappingProxyType({"fused": fused, "dequantize": dequantized, "xla": xla})
+_IMPLEMENTATIONS: Mapping[str, Any] = MappingProxyType({"fused": Fused(), "unfused": Unfused(), "xla": xla})
 
 # A call lasts about this long, to make its start not count; it is called so many times.
 _SECONDS_A_CALL, _CALLS = 0.02, 5
@@ -28,27 +30,12 @@ TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """What is multiplied: M rows with an (N, K) weight, or with its transpose."""
-
-    m: int
-    n: int
-    k: int
-    transposed: bool
-
-    @property
-    def width(self) -> int:
-        """Columns of x."""
-        return self.n if self.transposed else self.k
-
-
-@dataclasses.dataclass(frozen=True)
 class Measurement:
     """One implementation of one product.
 
     Attributes:
-        layer: whose weight has this shape, such as "7b down".
-        m, n, k, transposed: see `Product`.
+        layer: a layer whose weight has this shape, such as "7b down".
+        product: what is multiplied.
         implementation: one of `IMPLEMENTATIONS`.
         seconds: median; infinite if the GPU's memory was too small.
         roofline_seconds: what the GPU's data sheet allows at best, see `best_seconds`.
@@ -56,10 +43,7 @@ class Measurement:
     """
 
     layer: str
-    m: int
-    n: int
-    k: int
-    transposed: bool
+    product: Product
     implementation: str
     seconds: float
     roofline_seconds: float
@@ -67,8 +51,13 @@ class Measurement:
 
     @property
     def percent(self) -> float:
-        """Of the roofline."""
+        """Percentage of the roofline."""
         return 100 * self.roofline_seconds / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, those of the product among them, and the percentage."""
+        fields = dataclasses.asdict(self)
+        return {**fields.pop("product"), **fields, "percent": self.percent}
 
 
 def best_seconds(chip: Chip, product: Product, implementation: str) -> tuple[float, str]:
@@ -87,14 +76,14 @@ def operation(implementation: str, transposed: bool) -> Callable[[jax.Array, Any
     """The product as a function of x and a weight: a quantised one or, for "bf16", an array."""
     if implementation == "bf16":
         return lambda x, w: xla.multiply(x, w, axis=0 if transposed else 1)
-    module = _MODULES[implementation]
+    module = _IMPLEMENTATIONS[implementation]
     return module.matmul_transposed if transposed else module.matmul
 
 
 def random_operands(product: Product, implementation: str, copies: int, seed: int = 0) -> tuple[jax.Array, list[Any]]:
     """Random x in bfloat16 and `copies` weights: NF4 with double quantisation, or bfloat16 for "bf16"."""
     keys = iter(jax.random.split(jax.random.key(seed), 1 + 5 * copies))
-    x = jax.random.normal(next(keys), (product.m, product.width), jnp.bfloat16)
+    x = jax.random.normal(next(keys), (product.m, product.contracted), jnp.bfloat16)
     if implementation == "bf16":
         return x, [jax.random.normal(next(keys), (product.n, product.k), jnp.bfloat16) for _ in range(copies)]
 
@@ -177,11 +166,11 @@ def layers(models: Iterable[str]) -> dict[tuple[int, int], str]:
 
 
 def tuned(measurements: Iterable[Measurement]) -> list[tuning.Timing]:
-    """What of the measurements the choice between the implementations rests on."""
+    """Return the timings that `auto` uses."""
     return [
-        tuning.Timing(one.m, one.n, one.k, one.transposed, one.implementation, one.seconds)
+        tuning.Timing(one.product, one.implementation, one.seconds)
         for one in measurements
-        if one.implementation in ("fused", "dequantize") and math.isfinite(one.seconds)
+        if one.implementation in ("fused", "unfused") and math.isfinite(one.seconds)
     ]
 
 
@@ -218,4 +207,4 @@ def measure(
                             raise
                         seconds = math.inf
                     best, bound = best_seconds(chip, product, implementation)
-                    yield Measurement(layer, m, n, k, transposed, implementation, seconds, best, bound)
+                    yield Measurement(layer, product, implementation, seconds, best, bound)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import UserError
+from qlora_jax.kernels.product import Product
 
 VARIABLE = "QLORA_JAX_TUNING"
 _FORMAT = "qlora-jax kernel timings 1"
@@ -19,20 +20,15 @@ _REACH = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The time that one implementation took for one product on a GPU.
+    """Time of one implementation of one product on a GPU.
 
     Attributes:
-        m: rows of x.
-        n, k: shape of the weight.
-        transposed: whether x was multiplied by W instead of W^T.
-        implementation: "fused" or "dequantize".
+        product: what was multiplied.
+        implementation: "fused" or "unfused".
         seconds: median of repeated calls.
     """
 
-    m: int
-    n: int
-    k: int
-    transposed: bool
+    product: Product
     implementation: str
     seconds: float
 
@@ -62,22 +58,23 @@ def timings(title: str) -> tuple[Timing, ...]:
     return _read(file, stat.st_mtime_ns, stat.st_size).get(title, ())
 
 
-def nearest(title: str, m: int, n: int, k: int, *, transposed: bool) -> dict[str, float] | None:
-    """Seconds of both implementations at the timed shape nearest to this one, or None if none is near.
+def nearest(title: str, product: Product) -> dict[str, float] | None:
+    """Return the seconds of both implementations at the timed product nearest to this one, or None if none is near.
 
-    Near is measured in logarithms: the factors between the two M, the two N and the two K, multiplied, are at most 16.
+    Distances are in logarithms: the factors between the two M, the two N and the two K, multiplied, are at most 16.
 
     Raises:
         UserError: as `timings`.
     """
-    shapes: dict[tuple[int, int, int], dict[str, float]] = {}
+    products: dict[Product, dict[str, float]] = {}
     for timing in timings(title):
-        if timing.transposed == transposed:
-            shapes.setdefault((timing.m, timing.n, timing.k), {})[timing.implementation] = timing.seconds
-    both = {shape: seconds for shape, seconds in shapes.items() if len(seconds) == 2}
+        if timing.product.transposed == product.transposed:
+            products.setdefault(timing.product, {})[timing.implementation] = timing.seconds
+    both = {product: seconds for product, seconds in products.items() if len(seconds) == 2}
 
-    def distance(shape: tuple[int, int, int]) -> float:
-        return sum(abs(math.log2(ours / theirs)) for ours, theirs in zip((m, n, k), shape, strict=True))
+    def distance(timed: Product) -> float:
+        pairs = ((product.m, timed.m), (product.n, timed.n), (product.k, timed.k))
+        return sum(abs(math.log2(ours / theirs)) for ours, theirs in pairs)
 
     best = min(both, key=distance, default=None)
     return None if best is None or distance(best) > _REACH else both[best]
@@ -99,7 +96,7 @@ def save(title: str, measured: Iterable[Timing]) -> Path:
     chips[title] = tuple(kept.values())
     content = {
         "format": _FORMAT,
-        "chips": {name: [dataclasses.asdict(timing) for timing in each] for name, each in chips.items()},
+        "chips": {name: [_entry(timing) for timing in each] for name, each in chips.items()},
     }
     temporary = file.with_name(f".{file.name}")
     try:
@@ -127,9 +124,20 @@ def _read(file: Path, modified: int, size: int) -> dict[str, tuple[Timing, ...]]
         raise _unusable(file, f"an entry is not a timing ({error!r})") from error
 
 
+def _entry(timing: Timing) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(timing.product),
+        "implementation": timing.implementation,
+        "seconds": timing.seconds,
+    }
+
+
 def _timing(entry: dict[str, Any]) -> Timing:
-    timing = Timing(**entry)
-    sizes, known = (timing.m, timing.n, timing.k), timing.implementation in ("fused", "dequantize")
+    product = Product(entry["m"], entry["n"], entry["k"], entry["transposed"])
+    # Files written before the implementation was renamed.
+    implementation = "unfused" if entry["implementation"] == "dequantize" else entry["implementation"]
+    timing = Timing(product, implementation, entry["seconds"])
+    sizes, known = (product.m, product.n, product.k), implementation in ("fused", "unfused")
     if not (known and all(isinstance(size, int) and size > 0 for size in sizes) and 0 < timing.seconds < math.inf):
         raise ValueError(f"{entry}")
     return timing

@@ -27,7 +27,7 @@ class StepFlags:
     )
     dtype: Literal["float32", "bfloat16", "all"] = flag("all", "Compute dtype.")
     quant_type: Literal["nf4", "fp4", "int8", "none"] = flag("nf4", "Storage of the linear weights.")
-    kernel: Literal["auto", "xla", "fused", "dequantize"] = flag("auto", "Implementation of the 4-bit ops.")
+    kernel: Literal["auto", "xla", "fused", "unfused", "dequantize"] = flag("auto", "Implementation of the 4-bit ops.")
     lora_r: int = flag(16, "Rank of the adapters, on all linears.")
     remat: Literal["full", "save_attention", "offload", "none"] = flag(
         "none", "What the backward pass finds of a layer."
@@ -82,7 +82,7 @@ class KernelsFlags:
     chips: str = flag("all", "Static: GPUs to compile for, by commas; all: one of each architecture.")
     models: str = flag("7b,13b,8b,70b", "Models whose linear layers are timed, by commas.")
     rows: str = flag("1,4,16,64,256,1024,4096,16384", "M, rows of the activations, by commas.")
-    implementations: str = flag("fused,dequantize,xla,bf16", "What is timed, by commas; bf16: an unquantised product.")
+    implementations: str = flag("fused,unfused,xla,bf16", "What is timed, by commas; bf16: an unquantised product.")
     direction: Literal["forward", "backward", "both"] = flag("both", "x W^T, dy W, or both.")
     output_dir: str = flag("output/kernels", "Where kernels.json and, of timings, kernels.png go.")
     tuning: bool = flag(True, "Keep the timings where --kernel auto looks for them (QLORA_JAX_TUNING).")
@@ -162,9 +162,10 @@ def _timed(flags: KernelsFlags, chip: "Chip", output: Path) -> int:
         chip, timing.layers(models), rows=rows, directions=directions, implementations=implementations
     ):
         measured.append(one)
+        product = one.product
         time = f"{1e6 * one.seconds:10.1f} {one.percent:6.1f} % of {one.bound}"
         print(
-            f"{one.layer:14} {one.n:6} {one.k:6} {'x W' if one.transposed else 'x W^T':6} {one.m:6}  "
+            f"{one.layer:14} {product.n:6} {product.k:6} {'x W' if product.transposed else 'x W^T':6} {product.m:6}  "
             f"{one.implementation:11} {time if np.isfinite(one.seconds) else 'not enough memory'}",
             flush=True,
         )
@@ -175,7 +176,7 @@ def _timed(flags: KernelsFlags, chip: "Chip", output: Path) -> int:
         "kind": "timed",
         "gpu": chip.title,
         "jax": jax.__version__,
-        "measurements": [{**dataclasses.asdict(one), "percent": one.percent} for one in measured],
+        "measurements": [one.to_json() for one in measured],
     }
     (output / "kernels.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     plot_kernels(measured, chip.title, output / "kernels.png")

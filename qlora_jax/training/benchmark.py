@@ -200,8 +200,9 @@ def plot_kernels(measurements: Sequence[Measurement], title: str, path: Path) ->
 
     panels: dict[str, list[Measurement]] = {}
     for one in measurements:
-        direction = "x W" if one.transposed else "x W^T"
-        panels.setdefault(f"{one.layer}: {one.n} x {one.k}, {direction}", []).append(one)
+        product = one.product
+        direction = "x W" if product.transposed else "x W^T"
+        panels.setdefault(f"{one.layer}: {product.n} x {product.k}, {direction}", []).append(one)
     columns = min(4, len(panels))
     n_rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 3 * n_rows), layout="constrained")
@@ -210,7 +211,7 @@ def plot_kernels(measurements: Sequence[Measurement], title: str, path: Path) ->
     grid = figure.subplots(n_rows, columns, squeeze=False, sharex=True, sharey=True).flat
     for axes, (name, ones) in zip(grid, panels.items(), strict=False):
         for implementation in IMPLEMENTATIONS:
-            points = sorted((one.m, one.percent) for one in ones if one.implementation == implementation)
+            points = sorted((one.product.m, one.percent) for one in ones if one.implementation == implementation)
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=implementation)
         axes.set_title(name, fontsize=8)

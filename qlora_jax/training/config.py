@@ -29,10 +29,11 @@ class TrainConfig:
         "Compute in bfloat16 (True) or float32 (False); by default bfloat16 on a GPU, float32 on a CPU.",
         group="model",
     )
-    kernel: Literal["auto", "xla", "fused", "dequantize"] = flag(
+    kernel: Literal["auto", "xla", "fused", "unfused", "dequantize"] = flag(
         "auto",
-        "How 4-bit weights are multiplied: xla decodes them with XLA (anywhere); fused decodes inside the product and "
-        "dequantize with a kernel before it (CUDA GPUs); auto takes what should be fastest on the device.",
+        "How 4-bit weights are multiplied: xla dequantizes them with XLA (anywhere); fused dequantizes inside the "
+        "product and unfused with a kernel before it (CUDA GPUs); auto takes what should be fastest on the device. "
+        "dequantize: the former name of unfused.",
         group="model",
     )
 

@@ -167,7 +167,8 @@ def kernel_choices(config: TrainConfig, model: Model, datasets: Datasets) -> lis
         ".".join(name for name in path if name not in ("layers", "weight")): value
         for path, value in models.flatten(model.frozen).items()
     }
-    return kernels.describe(weights, rows * length, setup.compute_dtype(config), implementation=config.kernel)
+    dtype = setup.compute_dtype(config)
+    return kernels.describe(kernels.resolve(weights, [rows * length], dtype, implementation=config.kernel))
 
 
 class Trainer:

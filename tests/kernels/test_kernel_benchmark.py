@@ -15,11 +15,12 @@ from fixtures import compile_in_child
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS, compile_for
 from qlora_jax.kernels import roofline, selection, static, timing, tuning
+from qlora_jax.kernels.product import Product
 from qlora_jax.quantization import abstract_quantized
 from qlora_jax.training.benchmark import crossover_table, plot_kernels
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
-PRODUCT = timing.Product(m=8, n=64, k=128, transposed=False)
+PRODUCT = Product(m=8, n=64, k=128, transposed=False)
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +73,16 @@ def test_unknown_chips(arguments, tmp_path):
 def loop_on_a_gpu(implementation: str) -> str:
     """HLO of the timing loop for an A6000; runs in a child."""
     chip = selection.target_chip = lambda: CHIPS["a6000"]
-    product = timing.Product(64, 1024, 1024, True)
+    product = Product(64, 1024, 1024, True)
     shape = (product.n, product.k)
     weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16) if implementation == "bf16" else abstract_quantized(shape)
-    x = jax.ShapeDtypeStruct((product.m, product.width), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((product.m, product.contracted), jnp.bfloat16)
     run = timing.repeated(timing.operation(implementation, product.transposed), 50)
     return compile_for(chip(), run, x, [weight] * 3).as_text()
 
 
 @compile_in_child.needs_plugin
-@pytest.mark.parametrize(("implementation", "kernels"), [("fused", 3), ("dequantize", 3)])
+@pytest.mark.parametrize(("implementation", "kernels"), [("fused", 3), ("unfused", 3)])
 def test_no_call_leaves_the_timing_loop(implementation, kernels):
     hlo = compile_in_child.call("test_kernel_benchmark:loop_on_a_gpu", implementation)
     computations = hlo.split("\n\n")
@@ -117,7 +118,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 def test_cold_caches_and_calls_long_enough():
     chip = CHIPS["h100"]
-    for product in (timing.Product(1, 1024, 4096, False), timing.Product(16384, 28672, 8192, True)):
+    for product in (Product(1, 1024, 4096, False), Product(16384, 28672, 8192, True)):
         for implementation in timing.IMPLEMENTATIONS:
             copies, trips = timing.plan_repeats(chip, product, implementation)
             assert 1 <= copies <= 8 and trips >= 1
@@ -127,7 +128,7 @@ def test_cold_caches_and_calls_long_enough():
 
 def test_the_roofline_of_a_product():
     chip = CHIPS["a6000"]
-    small, large = timing.Product(1, 4096, 4096, False), timing.Product(16384, 4096, 4096, True)
+    small, large = Product(1, 4096, 4096, False), Product(16384, 4096, 4096, True)
     assert timing.best_seconds(chip, large, "fused") == (2 * 16384 * 4096**2 / chip.bf16_flops, "tensor")
     four, sixteen = (timing.best_seconds(chip, small, name)[0] for name in ("fused", "bf16"))
     assert timing.best_seconds(chip, small, "xla") == (four, "memory")
@@ -142,11 +143,10 @@ def test_equal_shapes_are_timed_once():
 
 def fake_measurements(*_, **__):
     for m in (1, 64):
-        for implementation, seconds in (("fused", 1e-4), ("dequantize", 2e-4), ("xla", 1e-3), ("bf16", math.inf)):
+        for implementation, seconds in (("fused", 1e-4), ("unfused", 2e-4), ("xla", 1e-3), ("bf16", math.inf)):
             for transposed in (False, True):
-                yield timing.Measurement(
-                    "7b q k v o", m, 4096, 4096, transposed, implementation, seconds, 5e-5, "memory"
-                )
+                product = Product(m, 4096, 4096, transposed)
+                yield timing.Measurement("7b q k v o", product, implementation, seconds, 5e-5, "memory")
 
 
 def test_the_script_times(capsys, monkeypatch, tmp_path):
@@ -165,7 +165,7 @@ def test_the_script_times(capsys, monkeypatch, tmp_path):
 
 
 def test_one_panel_plots(tmp_path):
-    plot_kernels([one for one in fake_measurements() if not one.transposed][:2], "GPU", tmp_path / "plot.png")
+    plot_kernels([one for one in fake_measurements() if not one.product.transposed][:2], "GPU", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

@@ -44,9 +44,9 @@ def interpreted(monkeypatch):
     params=[
         "xla",
         "interpreted fused",
-        "interpreted dequantize",
+        "interpreted unfused",
         pytest.param("fused", marks=pytest.mark.gpu),
-        pytest.param("dequantize", marks=pytest.mark.gpu),
+        pytest.param("unfused", marks=pytest.mark.gpu),
     ]
 )
 def implementation(request):
@@ -106,10 +106,10 @@ def test_a_kernel_that_cannot_run_says_why(interpreted, monkeypatch):
             matmul(x, make(kind, 8, 64), implementation="fused")
         assert matmul(x, make(kind, 8, 64)).shape == (3, 8)  # "auto" falls back
     with pytest.raises(UserError, match="no whole runs of 64 codes in a row"):
-        matmul(array(3, 96, dtype=jnp.bfloat16), make("nf4", 8, 96, 32), implementation="dequantize")
-    with pytest.raises(UserError, match="Kernel 'dequantize' cannot decode here: it is a stack of weights"):
+        matmul(array(3, 96, dtype=jnp.bfloat16), make("nf4", 8, 96, 32), implementation="unfused")
+    with pytest.raises(UserError, match="Kernel 'unfused' cannot dequantize here: it is a stack of weights"):
         stack = jax.tree.map(lambda leaf: leaf[None], make("nf4", 8, 64))
-        dequantize(stack, jnp.bfloat16, implementation="dequantize")
+        dequantize(stack, jnp.bfloat16, implementation="unfused")
     monkeypatch.undo()
     if jax.default_backend() == "cpu":
         with pytest.raises(UserError, match=r"needs a CUDA GPU of compute capability .* runs on 'cpu': choose auto"):

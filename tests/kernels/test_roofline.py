@@ -13,11 +13,13 @@ import pytest
 from qlora_jax import kernels
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS
-from qlora_jax.kernels import roofline, selection, tuning
+from qlora_jax.kernels import Choice, roofline, selection, tuning, xla
 from qlora_jax.kernels.mosaic import launch
+from qlora_jax.kernels.product import Product
 from qlora_jax.kernels.tuning import Timing
-from qlora_jax.quantization import quantize
+from qlora_jax.quantization import abstract_quantized, quantize
 
+ENTRY = {"m": 512, "n": 4096, "k": 4096, "transposed": False, "implementation": "fused", "seconds": 1.0}
 TABLED = ("a6000", "rtx4090", "a100", "h100", "b200")
 
 
@@ -35,28 +37,28 @@ def test_more_rows_and_larger_weights_take_longer(name, transposed):
     rows = (1, 8, 16, 17, 33, 64, 65, 128, 300, 1024, 5000, 16384)
     for shapes in roofline.SHAPES.values():
         for n, k in shapes.values():
-            found = [roofline.predict(CHIPS[name], m, n, k, transposed=transposed) for m in rows]
+            found = [roofline.predict(CHIPS[name], Product(m, n, k, transposed)) for m in rows]
             for fewer, more in itertools.pairwise(found):
                 assert 0 < fewer.fused <= more.fused
-                assert 0 < fewer.dequantize <= more.dequantize
-            larger = roofline.predict(CHIPS[name], 512, 2 * n, k, transposed=transposed)
-            assert larger.fused >= roofline.predict(CHIPS[name], 512, n, k, transposed=transposed).fused
+                assert 0 < fewer.unfused <= more.unfused
+            larger = roofline.predict(CHIPS[name], Product(512, 2 * n, k, transposed))
+            assert larger.fused >= roofline.predict(CHIPS[name], Product(512, n, k, transposed)).fused
 
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_no_prediction_beats_the_data_sheet(name):
     chip = CHIPS[name]
     for m, n, k in ((1, 4096, 4096), (100, 8192, 28672), (16384, 11008, 4096)):
-        found = roofline.predict(chip, m, n, k)
+        found = roofline.predict(chip, Product(m, n, k))
         flops = 2 * m * n * k / chip.bf16_flops
         assert found.fused > max(flops, (n * k / 2 + 2 * m * (n + k)) / chip.memory_bandwidth)
-        assert found.dequantize > flops + 2 * n * k / chip.memory_bandwidth
+        assert found.unfused > flops + 2 * n * k / chip.memory_bandwidth
 
 
 def test_reading_is_what_decoding_a_token_takes_on_cards_with_slow_memory():
     n, k = 4096, 4096
     for name in ("a6000", "rtx4090"):
-        found = roofline.predict(CHIPS[name], 1, n, k)
+        found = roofline.predict(CHIPS[name], Product(1, n, k))
         assert (found.kernel, found.bound) == ("streaming", "memory")
         wanted = roofline.packed_bytes(n, k) / (CHIPS[name].memory_bandwidth * roofline.MEMORY_FRACTION)
         np.testing.assert_allclose(found.fused - roofline.LAUNCH, wanted, rtol=0.01)
@@ -71,12 +73,12 @@ def test_one_row_is_fused_and_the_choice_turns_once_at_most(name):
         for transposed in (False, True):
             crossing = roofline.crossover(chip, n, k, transposed=transposed)
             if not transposed:
-                assert roofline.choose(chip, 1, n, k, transposed=False) == "fused"
+                assert roofline.explain(chip, Product(1, n, k))[0] == "fused"
             if crossing is not None:
                 for m in (crossing, crossing + 16, 2 * crossing, roofline.LARGEST_M):
-                    assert roofline.choose(chip, min(m, 16384), n, k, transposed=transposed) == "dequantize"
+                    assert roofline.explain(chip, Product(min(m, 16384), n, k, transposed))[0] == "unfused"
                 if crossing > 16:
-                    assert roofline.choose(chip, crossing - 16, n, k, transposed=transposed) == "fused"
+                    assert roofline.explain(chip, Product(crossing - 16, n, k, transposed))[0] == "fused"
 
 
 def test_decoding_first_pays_earlier_the_faster_the_tensor_cores():
@@ -95,36 +97,36 @@ def test_the_plan_is_what_the_model_knows(name):
 
 
 def timing(implementation, seconds, m=512, n=4096, k=4096, transposed=False):
-    return Timing(m, n, k, transposed, implementation, seconds)
+    return Timing(Product(m, n, k, transposed), implementation, seconds)
 
 
 def test_timings_overrule_the_model_near_what_was_timed(timings_file):
     chip = CHIPS["h100"]
-    product = {"m": 4000, "n": 4096, "k": 11008}
-    assert roofline.choose(chip, **product, transposed=False) == "dequantize"
-    assert tuning.save(chip.title, [timing("fused", 1e-4, m=4096), timing("dequantize", 2e-4, m=4096)]) == timings_file
-    assert roofline.explain(chip, **product, transposed=False) == ("fused", f"timings in {timings_file}")
+    product, backward = Product(4000, 4096, 11008), Product(4000, 4096, 11008, True)
+    assert roofline.explain(chip, product)[0] == "unfused"
+    assert tuning.save(chip.title, [timing("fused", 1e-4, m=4096), timing("unfused", 2e-4, m=4096)]) == timings_file
+    assert roofline.explain(chip, product) == ("fused", f"timings in {timings_file}")
     # Not for the other direction, another chip, or far from there.
-    assert roofline.explain(chip, **product, transposed=True)[1] == "roofline model"
-    assert roofline.explain(CHIPS["h200"], **product, transposed=False)[1] == "roofline model"
-    assert roofline.explain(chip, 64, 4096, 4096, transposed=False)[1] == "roofline model"
+    assert roofline.explain(chip, backward)[1] == "roofline model"
+    assert roofline.explain(CHIPS["h200"], product)[1] == "roofline model"
+    assert roofline.explain(chip, Product(64, 4096, 4096))[1] == "roofline model"
     # Written again: the later timing counts, the others stay, and the cache notices.
     tuning.save(chip.title, [timing("fused", 3e-4, m=4096)])
-    assert roofline.choose(chip, **product, transposed=False) == "dequantize"
+    assert roofline.explain(chip, product)[0] == "unfused"
     tuning.save(CHIPS["h200"].title, [timing("fused", 1e-4)])
-    assert set(tuning.timings(chip.title)) == {timing("fused", 3e-4, m=4096), timing("dequantize", 2e-4, m=4096)}
+    assert set(tuning.timings(chip.title)) == {timing("fused", 3e-4, m=4096), timing("unfused", 2e-4, m=4096)}
     # One implementation alone decides nothing; equal times are fused.
-    assert tuning.nearest(CHIPS["h200"].title, 512, 4096, 4096, transposed=False) is None
-    tuning.save(CHIPS["h200"].title, [timing("dequantize", 1e-4)])
-    assert roofline.choose(CHIPS["h200"], 512, 4096, 4096, transposed=False) == "fused"
+    assert tuning.nearest(CHIPS["h200"].title, Product(512, 4096, 4096)) is None
+    tuning.save(CHIPS["h200"].title, [timing("unfused", 1e-4)])
+    assert roofline.explain(CHIPS["h200"], Product(512, 4096, 4096))[0] == "fused"
 
 
 def test_the_nearest_timed_shape_counts():
     title = CHIPS["a6000"].title
-    tuning.save(title, [timing(i, s, m=m) for m, s in ((64, 1.0), (1024, 2.0)) for i in ("fused", "dequantize")])
+    tuning.save(title, [timing(i, s, m=m) for m, s in ((64, 1.0), (1024, 2.0)) for i in ("fused", "unfused")])
     for m, seconds in ((16, 1.0), (255, 1.0), (257, 2.0), (10000, 2.0)):
-        assert tuning.nearest(title, m, 4096, 4096, transposed=False) == {"fused": seconds, "dequantize": seconds}
-    assert tuning.nearest(title, 3, 4096, 4096, transposed=False) is None
+        assert tuning.nearest(title, Product(m, 4096, 4096)) == {"fused": seconds, "unfused": seconds}
+    assert tuning.nearest(title, Product(3, 4096, 4096)) is None
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_the_nearest_timed_shape_counts():
             json.dumps(
                 {
                     "format": "qlora-jax kernel timings 1",
-                    "chips": {"x": [dataclasses.asdict(timing("fused", 1.0)) | {"seconds": -1}]},
+                    "chips": {"x": [{**ENTRY, "seconds": -1}]},
                 }
             ),
             "an entry is not a timing",
@@ -150,7 +152,7 @@ def test_a_file_that_is_not_timings_is_told_by_name(content, why, timings_file):
     timings_file.parent.mkdir()
     timings_file.write_text(content)
     for attempt in (
-        lambda: roofline.choose(CHIPS["h100"], 512, 4096, 4096, transposed=False),
+        lambda: roofline.explain(CHIPS["h100"], Product(512, 4096, 4096)),
         lambda: tuning.save("x", [timing("fused", 1.0)]),
     ):
         with pytest.raises(UserError, match=f"{timings_file}.*{why}"):
@@ -165,25 +167,120 @@ def test_a_file_named_by_hand_must_exist(monkeypatch, tmp_path):
     assert tuning.timings("x") == (timing("fused", 1.0),)
 
 
-def test_saying_what_was_chosen(monkeypatch):
-    def weight(n, k):
-        return jax.tree.map(jnp.asarray, quantize(np.zeros((n, k), np.float32)))
+def test_files_written_before_a_rename_are_read(timings_file):
+    timings_file.parent.mkdir()
+    entries = [ENTRY, {**ENTRY, "implementation": "dequantize", "seconds": 0.5}]
+    content = {"format": "qlora-jax kernel timings 1", "chips": {CHIPS["h100"].title: entries}}
+    timings_file.write_text(json.dumps(content))
+    assert tuning.nearest(CHIPS["h100"].title, Product(512, 4096, 4096)) == {"fused": 1.0, "unfused": 0.5}
 
-    weights = {"q_proj": weight(128, 128), "down_proj": weight(128, 256), "norm": jnp.zeros(4)}
+
+def weights_named(**shapes):
+    return {name: abstract_quantized(shape) for name, shape in shapes.items()}
+
+
+def test_describing_choices(monkeypatch):
+    weights = {**weights_named(q_proj=(128, 128), down_proj=(128, 256)), "norm": jnp.zeros(4)}
+
+    def lines(rows, dtype):
+        return kernels.describe(kernels.resolve(weights, rows, dtype))
+
     if jax.default_backend() == "cpu":
-        (line,) = kernels.describe(weights, 512, jnp.bfloat16)
+        (line,) = lines([512], jnp.bfloat16)
         assert line == "kernel: xla (auto: this runs on cpu) for 2 of 2 linears, forward and backward, at M=512"
     monkeypatch.setattr(selection, "target_chip", lambda: CHIPS["h100"])
-    (line,) = kernels.describe(weights, 64, jnp.bfloat16)
-    assert line == "kernel: fused (auto: roofline model) for 2 of 2 linears, forward and backward, at M=64"
-    (line,) = kernels.describe(weights, 64, jnp.float32)
+    at_64, at_32 = lines([64, 32], jnp.bfloat16)
+    assert at_64 == "kernel: fused (auto: roofline model) for 2 of 2 linears, forward and backward, at M=64"
+    assert at_32.endswith("at M=32")
+    (line,) = lines([64], jnp.float32)
     assert "xla (auto: the activations are float32" in line
-    assert kernels.describe({}, 64, jnp.float32) == []
-    monkeypatch.setattr(roofline, "explain", lambda chip, m, n, k, transposed: ("fd"[transposed and k > 128], "why"))
-    assert kernels.describe(weights, 64, jnp.bfloat16) == [
+    assert kernels.describe(kernels.resolve({}, [64], jnp.float32)) == []
+
+    def explain(chip, product, timings):
+        return "fd"[product.transposed and product.k > 128], "why"
+
+    monkeypatch.setattr(roofline, "explain", explain)
+    assert lines([64], jnp.bfloat16) == [
         "kernel: f (auto: why) for q_proj 128x128; down_proj 128x256 forward at M=64",
         "kernel: d (auto: why) for down_proj 128x256 backward at M=64",
     ]
+
+
+def test_a_name_that_was_is_understood(monkeypatch):
+    monkeypatch.setattr(selection, "target_chip", lambda: CHIPS["h100"])
+    assert kernels.check_implementation("dequantize") == "unfused"
+    choices = kernels.resolve(weights_named(q=(128, 128)), [64], jnp.bfloat16, implementation="dequantize")
+    assert {choice.implementation for choice in choices} == {"unfused"}
+    with pytest.raises(UserError, match="choose one of auto, xla, fused, unfused"):
+        kernels.check_implementation("decode")
+
+
+def test_pinned_choices_stand_in_for_the_file_of_timings(monkeypatch, timings_file):
+    chip, weights = CHIPS["h100"], weights_named(q_proj=(4096, 4096), up_proj=(11008, 4096))
+    monkeypatch.setattr(selection, "target_chip", lambda: chip)
+    rows = (1, 512)
+    begun = kernels.resolve(weights, rows, jnp.bfloat16)
+    record = json.loads(json.dumps(kernels.choices_to_json(begun)))
+    assert kernels.choices_from_json(record) == tuple(sorted(begun, key=lambda c: dataclasses.astuple(c.product)))
+
+    # Somebody benchmarks: every product would be computed in the other way.
+    swapped = {"fused": "unfused", "unfused": "fused"}
+    for choice in begun:
+        other = swapped[choice.implementation]
+        tuning.save(
+            chip.title, [Timing(choice.product, choice.implementation, 2.0), Timing(choice.product, other, 1.0)]
+        )
+    after = kernels.resolve(weights, rows, jnp.bfloat16)
+    assert all(a.implementation == swapped[b.implementation] for a, b in zip(after, begun, strict=True))
+
+    with kernels.pinned(kernels.choices_from_json(record)):
+        resumed = kernels.resolve(weights, rows, jnp.bfloat16)
+        # A product that the record does not know depends on the GPU alone.
+        (unknown, *_) = kernels.resolve(weights, [500], jnp.bfloat16)
+        # What the kernels cannot take is XLA's, whatever the record says.
+        assert {c.implementation for c in kernels.resolve(weights, rows, jnp.float32)} == {"xla"}
+        named = kernels.resolve(weights, rows, jnp.bfloat16, implementation="unfused")
+        assert {choice.implementation for choice in named} == {"unfused"}
+    assert resumed == begun and {choice.reason for choice in resumed} == {"auto: recorded choice"}
+    assert unknown.reason == "auto: roofline model"
+    assert kernels.resolve(weights, rows, jnp.bfloat16) == after
+
+
+def test_pinned_choices_reach_compiled_functions(monkeypatch):
+    """A jitted function is traced again for other choices, and its backward pass follows them too."""
+    traced = []
+    monkeypatch.setattr(selection, "target_chip", lambda: CHIPS["a6000"])
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def matmul(self, x, w):
+            traced.append((self.name, False))
+            return xla.matmul(x, w)
+
+        def matmul_transposed(self, dy, w):
+            traced.append((self.name, True))
+            return xla.matmul_transposed(dy, w)
+
+    monkeypatch.setattr(kernels, "IMPLEMENTATIONS", {name: Recorder(name) for name in ("xla", "fused", "unfused")})
+    w = jax.tree.map(jnp.asarray, quantize(np.ones((128, 64), np.float32)))
+    x = jnp.ones((4, 64), jnp.bfloat16)
+    step = jax.jit(jax.grad(lambda x, w: kernels.matmul(x, w).sum().astype(jnp.float32), allow_int=True))
+    for forward, backward in (("fused", "unfused"), ("unfused", "fused"), ("fused", "unfused")):
+        choices = [Choice(Product(4, 128, 64, t), name) for t, name in ((False, forward), (True, backward))]
+        with kernels.pinned(choices):
+            step(x, w)
+        assert traced in ([], [(forward, False), (backward, True)])
+        traced.clear()
+
+
+@pytest.mark.parametrize(
+    "value", [{"m": 1}, [1], [{"m": 1}], [{**ENTRY, "m": 0}], [{**ENTRY, "implementation": "magic"}]], ids=str
+)
+def test_a_damaged_record_of_choices_is_refused(value):
+    with pytest.raises(UserError, match="recorded kernel choice"):
+        kernels.choices_from_json(value)
 
 
 def test_a_gpu_that_is_not_in_the_table_is_like_another_under_its_own_name(monkeypatch):

@@ -8,7 +8,7 @@ PROGRAMS = [
     ["training_step", "smollm2", "fused", 4, 256, 1],
     ["training_step", "llama-7b", "fused", 1, 512, 1],
     ["training_step", "smollm2", "fused", 2, 256, 2],
-    ["training_step", "smollm2", "dequantize", 4, 256, 1],
+    ["training_step", "smollm2", "unfused", 4, 256, 1],
     ["training_step", "smollm2", "xla", 4, 256, 1],
     ["long_step", "smollm2", "fused", 1, 8192],
     ["decoding", "llama-7b", "fused", 1, 64],
@@ -30,7 +30,7 @@ def test_no_weight_is_decoded_to_memory_or_copied(chip):
         assert result["kernels"] == (7 + 7 if program == "decoding" else 7 + 6 + 7)
         assert not result["moved"]
         assert not result["gathers"]
-        assert bool(result["decoded"]) == (kernel == "dequantize")
+        assert bool(result["decoded"]) == (kernel == "unfused")
         if program == "long_step":
             assert result["host_bytes"] == 30 * 8192 * 576 * 2  # the layers' inputs, bfloat16, once
             assert not result["host_computations"]
