@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu
+from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu, let_jax_pin_the_hosts_memory
 from qlora_jax.errors import UserError
 
 
@@ -152,6 +152,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
     """Run a script's main: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
     keep_off_cuda_without_a_gpu()
     let_jax_fill_the_gpu()
+    let_jax_pin_the_hosts_memory()
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

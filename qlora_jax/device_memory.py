@@ -1,5 +1,9 @@
-"""Memory of a GPU: what is set aside of it, its limit and its peak. Importing this loads no JAX."""
+"""Memory of a GPU and its host: limits, peaks, and what is set aside. Importing this loads no JAX."""
 
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +16,19 @@ that XLA does not assign."""
 RESERVE_FRACTION = 0.02
 """Of a GPU's memory, set aside for what the driver keeps and what the allocator loses, half of it each."""
 
+PINNED_FRACTION = 0.9
+"""Of the host's memory, the largest part that is pinned; the rest is for the process itself and the system."""
+
+PINNED_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""Environment variable that caps JAX's pool of pinned host memory, in GiB; read when its GPU client is made."""
+_PINNED_LIMIT_DEFAULT = 64
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def allowance_bytes(memory_bytes: int) -> int:
+    """Bytes set aside on a GPU of `memory_bytes`: `CONTEXT_BYTES` and `RESERVE_FRACTION` of its memory."""
+    return CONTEXT_BYTES + math.ceil(RESERVE_FRACTION * memory_bytes)
+
 
 def device_limit(device: "jax.Device") -> int | None:
     """Bytes that JAX may allocate on a device; None if it has no limit of its own, as a CPU."""
@@ -21,3 +38,41 @@ def device_limit(device: "jax.Device") -> int | None:
 def device_peak(device: "jax.Device") -> int | None:
     """Most bytes that were allocated on a device at once, so far; None where nobody counts, as on a CPU."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the control group (container, batch job) the process is in, if less."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_control_group_limits()])
+
+
+def _control_group_limits() -> Iterator[int]:
+    """Memory limits of the process's control group and those above it, of either version."""
+    try:
+        lines = _MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, file = (_CGROUPS, "memory.max") if not controllers else (_CGROUPS / "memory", "memory.limit_in_bytes")
+        group = root / path.lstrip("/")
+        for directory in (group, *group.parents):
+            try:
+                yield int((directory / file).read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # no such file above the root; "max" where there is no limit
+                continue
+
+
+def pinned_share() -> int:
+    """GiB of this host's memory that JAX should be let pin: `PINNED_FRACTION` of it, at least one."""
+    return max(1, int(PINNED_FRACTION * host_memory()) >> 30)
+
+
+def pinned_limit() -> int:
+    """Bytes of pinned host memory that JAX can allocate in this process, and the host has."""
+    try:
+        allowed = int(os.environ[PINNED_LIMIT_VARIABLE])
+    except (KeyError, ValueError):
+        allowed = _PINNED_LIMIT_DEFAULT
+    return min(allowed, pinned_share()) << 30

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qlora_jax.device_memory import CONTEXT_BYTES, RESERVE_FRACTION
+from qlora_jax.device_memory import CONTEXT_BYTES, PINNED_LIMIT_VARIABLE, RESERVE_FRACTION, pinned_share
 
 
 def keep_off_cuda_without_a_gpu() -> None:
@@ -39,3 +39,12 @@ def let_jax_fill_the_gpu() -> None:
     except (OSError, ValueError, subprocess.SubprocessError):  # a driver that does not answer has no GPU to fill
         return
     os.environ[variable] = f"{1 - CONTEXT_BYTES / smallest - RESERVE_FRACTION / 2:.3f}"
+
+
+def let_jax_pin_the_hosts_memory() -> None:
+    """Let JAX, if it is not loaded yet, pin as much host memory as the host can spare.
+
+    Of itself it stops at 64 GiB, and offloaded activations of long sequences take more; on a smaller host the limit
+    makes an allocation fail that would otherwise end in the process being killed.
+    """
+    os.environ.setdefault(PINNED_LIMIT_VARIABLE, str(pinned_share()))

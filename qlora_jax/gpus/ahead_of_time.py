@@ -11,12 +11,16 @@ What comes back cannot run here, but it is the program that would: `memory_analy
 - Without the target as the default device, Pallas guesses another architecture; `compile_for` sets it.
 - All Pallas kernels of a process are assembled for the architecture of its first, which `compile_for` refuses for
   another: one architecture a process.
+- Of the target's `device_memory_size` XLA takes 80 % as its limit, beyond which it rematerialises on its own and makes
+  collectives synchronous; on a GPU that is here the limit is what the allocator may take. `_target` states a size of
+  which 80 % is what the planner gives to a program.
 - JAX drops the plugin, compiler and all, when it looks for CUDA devices and finds none or misses a CUDA library: on a
   machine without a GPU the process needs `JAX_PLATFORMS=cpu` in its environment from the start.
 """
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +29,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from qlora_jax.device_memory import allowance_bytes
 from qlora_jax.errors import UserError
 from qlora_jax.gpus.chips import Chip
 
@@ -41,6 +46,17 @@ def _plugin_installed() -> bool:
         return False
 
 
+_XLA_SHARE = 0.8
+
+
+def _target(chip: Chip) -> str:
+    """The chip's target proto with the memory size that makes XLA's limit the chip's memory less the allowance."""
+    size = round((chip.memory_bytes - allowance_bytes(chip.memory_bytes)) / _XLA_SHARE)
+    target, replaced = re.subn(r"(?<=device_memory_size: )\d+", str(size), chip.target)
+    assert replaced == 1, chip.name
+    return target
+
+
 @functools.cache
 def topology(chip: Chip, n_devices: int = 1) -> topologies.TopologyDescription:
     """`n_devices` GPUs of one model in one machine, to compile for; the same object each time.
@@ -52,7 +68,7 @@ def topology(chip: Chip, n_devices: int = 1) -> topologies.TopologyDescription:
         raise UserError("Compiling for a GPU needs JAX's CUDA plugin: pip install 'qlora-jax[plan]'.")
     try:
         return topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=chip.target, topology=f"1x1x{n_devices}"
+            platform="cuda", topology_name="", target_config=_target(chip), topology=f"1x1x{n_devices}"
         )
     except NotImplementedError as error:
         raise UserError(

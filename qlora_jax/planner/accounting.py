@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qlora_jax.device_memory import CONTEXT_BYTES, RESERVE_FRACTION
+from qlora_jax.device_memory import CONTEXT_BYTES, allowance_bytes
 from qlora_jax.gpus import Chip
 from qlora_jax.quantization import QuantizedTensor
 
@@ -126,7 +126,7 @@ class Allowance:
     @classmethod
     def of(cls, chip: Chip) -> "Allowance":
         """The allowance on a GPU."""
-        return cls(CONTEXT_BYTES, math.ceil(RESERVE_FRACTION * chip.memory_bytes))
+        return cls(CONTEXT_BYTES, allowance_bytes(chip.memory_bytes) - CONTEXT_BYTES)
 
     @property
     def total(self) -> int:
