@@ -1,13 +1,22 @@
-"""Command lines from frozen dataclasses: one schema gives the types, the defaults, `--help` and the errors."""
+"""Command lines from frozen dataclasses: one schema gives the types, the defaults, `--help` and the errors.
+
+Why not tyro (tried: 1.0.17): a boolean is either a bare `--flag` or `--flag False`, not both, and `bool | None` has no
+bare form; it exits by itself, with a box of text and status 2; it does not say which flags were given, and has no
+place for the hints about flags of other programs. To add these around it takes a parser of the same size.
+"""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
+import logging
+import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu, let_jax_pin_the_hosts_memory
@@ -145,18 +154,118 @@ def parse_flags[T](
         near = difflib.get_close_matches(name.removeprefix("no-"), fields, n=1, cutoff=0.5)
         hint = f" Did you mean --{near[0]}?" if near else ""
         raise UserError(f"unknown flag --{name}.{hint} See {prog} --help.")
-    return schema(**vars(found)), frozenset(vars(found))
+    try:
+        return schema(**vars(found)), frozenset(vars(found))
+    except UserError as error:
+        raise UserError(with_dashes(str(error), spellings(schema))) from error
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
-    """Run a script's main: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
+def subcommand(argv: Sequence[str], commands: Mapping[str, str], *, prog: str, description: str) -> str | None:
+    """Return the command named first; without one, or for --help, print them all and return None.
+
+    Args:
+        argv: the command line without the program's name.
+        commands: names and one-line descriptions.
+        prog: the program's name.
+        description: first lines of the help.
+
+    Raises:
+        UserError: no such command (with the nearest match).
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"usage: {prog} COMMAND [FLAGS]\n\n{description}\n")
+        for name, text in commands.items():
+            print(f"  {name:{width}}  {text}")
+        print(f"\n{prog} COMMAND --help lists the flags of a command.")
+        return None
+    if argv[0] in commands:
+        return argv[0]
+    near = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown command {argv[0]!r}; choose from {', '.join(commands)}.{hint} See {prog} --help.")
+
+
+_FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
+
+
+def spellings(schema: type) -> dict[str, str]:
+    """Map the fields of a schema to what the command line calls them: `--field`, or FIELD for a positional argument."""
+    return {
+        field.name: field.name.upper() if field.default is dataclasses.MISSING else f"--{field.name}"
+        for field in dataclasses.fields(schema)
+    }
+
+
+def with_dashes(text: str, spelling: Mapping[str, str]) -> str:
+    """Write fields as flags: "`packing`" as "--packing", "`remat=full`" as "--remat full".
+
+    Args:
+        text: a message of the library.
+        spelling: fields and what the command line calls them; other words in backticks stay.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        field, value = match.groups()
+        if field not in spelling:
+            return match[0]
+        return spelling[field] if value is None else f"{spelling[field]} {value}"
+
+    return _FIELD.sub(written, text)
+
+
+class _Lines(logging.Handler):
+    """Print log records as plain lines, above any progress bar: warnings on stderr, the rest on stdout."""
+
+    def __init__(self, spelling: Mapping[str, str]) -> None:
+        super().__init__()
+        self.spelling = spelling
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        bars = sys.modules.get("tqdm")  # not loaded: there is no bar
+        try:
+            text = with_dashes(record.getMessage(), self.spelling)
+            bars.tqdm.write(text, file=stream) if bars else print(text, file=stream)
+            stream.flush()
+        except Exception:  # as every handler does: logging must not end a run
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def command(spelling: Mapping[str, str]) -> Iterator[None]:
+    """Run the body of a command: set up the process for JAX, print what the library logs, and put errors in flags.
+
+    Args:
+        spelling: fields and what the command line calls them, see `spellings`.
+    """
     keep_off_cuda_without_a_gpu()
     let_jax_fill_the_gpu()
     let_jax_pin_the_hosts_memory()
+    logger, handler = logging.getLogger("qlora_jax"), _Lines(spelling)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    except UserError as error:
+        raise UserError(with_dashes(str(error), spelling)) from error
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
+    """Run a main function: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever reads has had enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

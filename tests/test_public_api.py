@@ -30,6 +30,7 @@ FLOORS = (
     ("training",),
     ("planner",),
     ("finetuning",),
+    ("commands",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -36,12 +36,10 @@ GIB = 2**30
 
 
 def script() -> Any:
-    """scripts/plan.py as a module."""
-    spec = importlib.util.spec_from_file_location("plan_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plan_script"] = module
-    spec.loader.exec_module(module)
-    return module
+    """The command `plan`."""
+    from qlora_jax.commands import plan
+
+    return plan
 
 
 # --- models

@@ -1,16 +1,29 @@
-"""The flags of scripts/finetune.py: types, defaults, errors, help."""
+"""The command line: types of flags, defaults, errors, help, and what it prints for the library."""
 
 import dataclasses
 import errno
+import json
+import logging
 import os
+import pkgutil
+import resource
+import runpy
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from qlora_jax.cli import argument, flag, names_where, parse_flags, run
+from qlora_jax import commands
+from qlora_jax.cli import argument, command, flag, names_where, parse_flags, run, spellings, with_dashes
 from qlora_jax.device_memory import CONTEXT_BYTES
 from qlora_jax.environment import let_jax_fill_the_gpu
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def parse(*argv):
@@ -116,6 +129,147 @@ def test_a_full_disk_is_one_line(capsys):
         run(main)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: metrics.jsonl cannot be written: No space left on device; free space.\n"
+
+
+# --- what the library logs and raises
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("`max_steps=0`: must be at least 1.", "--max_steps 0: must be at least 1."),
+        ("give `packing` too", "give --packing too"),
+        ("`dataset=my rows.jsonl` is missing", "--dataset my rows.jsonl is missing"),
+        (
+            "log in with `hf auth login`; `hidden_size` is missing",
+            "log in with `hf auth login`; `hidden_size` is missing",
+        ),
+        ("`model` is no model", "MODEL is no model"),
+    ],
+)
+def test_fields_are_shown_as_flags(message, shown):
+    assert with_dashes(message, {**spellings(TrainConfig), "model": "MODEL"}) == shown
+
+
+def test_positional_arguments_are_not_given_dashes():
+    @dataclasses.dataclass(frozen=True)
+    class Schema:
+        model: str = argument("")
+        rank: int = flag(1, "")
+
+    assert spellings(Schema) == {"model": "MODEL", "rank": "--rank"}
+
+
+def test_a_command_prints_what_the_library_logs(capsys):
+    logger = logging.getLogger("qlora_jax.somewhere")
+    before = logging.getLogger("qlora_jax").level, list(logging.getLogger("qlora_jax").handlers)
+    with command({"packing": "--packing"}):
+        logger.info("%d rows; see `packing`", 3)
+        logger.warning("odd")
+        logger.debug("never shown")
+    logger.info("after it")
+    captured = capsys.readouterr()
+    assert captured.out == "3 rows; see --packing\n"
+    assert captured.err == "odd\n"
+    assert (logging.getLogger("qlora_jax").level, logging.getLogger("qlora_jax").handlers) == before
+    assert logging.getLogger("qlora_jax").propagate
+
+
+def test_an_error_of_the_library_names_the_flag():
+    class Special(UserError):
+        pass
+
+    with pytest.raises(UserError, match=r"^--remat full is enough$"), command({"remat": "--remat"}):
+        raise Special("`remat=full` is enough")
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    program = "import sys; from qlora_jax.cli import run; run(lambda argv: print('x' * 2**20))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+    process.stderr.close()
+
+
+# --- commands
+
+
+@pytest.mark.parametrize("argv", [(), ("-h",), ("--help",)])
+def test_without_a_command_they_are_listed(argv, capsys):
+    assert commands.main(argv) == 0
+    text = capsys.readouterr().out
+    for name, description in commands.COMMANDS.items():
+        assert f"  {name} " in text and description in text
+
+
+def test_the_version(capsys):
+    assert commands.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qlora-jax {version('qlora-jax')}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["finetun"], r"^unknown command 'finetun'; choose from finetune, .*\. Did you mean finetune\? See qlora-jax"),
+        (["--packing"], r"^unknown command '--packing'; choose from finetune, plan, convert, benchmark\. See"),
+        (
+            ["benchmark", "kernel"],
+            r"^unknown command .*Did you mean kernels\? See qlora-jax benchmark --help",
+        ),
+        (["plan"], r"arguments are required: MODEL\. See qlora-jax plan --help\.$"),
+        (["convert", "a", "b", "--block", "3"], r"^unknown flag --block\. .*See qlora-jax convert --help\.$"),
+    ],
+)
+def test_an_unknown_command_is_told_in_one_sentence(argv, message):
+    with pytest.raises(UserError, match=message):
+        commands.main(argv)
+
+
+def test_the_installed_program_is_the_one_tested_here():
+    project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert pkgutil.resolve_name(project["scripts"]["qlora-jax"]) is commands.entry
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_a_script_is_the_command_of_its_name(name, capsys, monkeypatch):
+    if name == "benchmark":
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "step", "--help"])
+    else:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 0
+    script = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        commands.main([name, *sys.argv[1:]])
+    usage, _, flags = script.partition("\n\n")
+    assert usage.startswith(f"usage: python scripts/{name}.py ")
+    assert flags == capsys.readouterr().out.partition("\n\n")[2]
+
+
+def test_help_is_quick_and_loads_no_jax():
+    program = """
+import json, sys
+from qlora_jax import commands
+for argv in (["finetune"], ["plan"], ["convert"], ["benchmark", "step"], ["benchmark", "kernels"]):
+    try:
+        commands.main([*argv, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+print("\\n" + json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert not loaded & {"jax", "jaxlib", "flax", "numpy", "orbax", "transformers", "datasets", "torch", "matplotlib"}
+    # Of the processor, all five together: a busy machine does not count.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+# --- the process
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ import dataclasses
 import json
 import math
 import re
-import runpy
 import shutil
 import struct
-from pathlib import Path
 
 import fixtures.finetune_helpers as helpers
 import numpy as np
@@ -20,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from qlora_jax.checkpoints.conversion import convert
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
+from qlora_jax.commands.finetune import report
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import TrainState
@@ -166,11 +165,10 @@ def test_summary_counts_what_there_is(finished):
 
 def test_the_planned_peak_is_printed_beside_the_measured_one(finished, capsys):
     summary = json.loads((finished[0] / "summary.json").read_text())
-    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "finetune.py"))
-    script["report"]({**summary, "planned_peak_bytes": 5 * 2**30, "measured_peak_bytes": 6 * 2**30}, [], "out")
+    report({**summary, "planned_peak_bytes": 5 * 2**30, "measured_peak_bytes": 6 * 2**30}, [], "out")
     printed = capsys.readouterr().out
     assert re.search(r"training steps, planned by the compiler +5.0 GiB\n +the whole run, measured +6.0 GiB", printed)
-    script["report"](summary, [], "out")
+    report(summary, [], "out")
     assert "planned by the compiler" not in capsys.readouterr().out
 
 

@@ -1,0 +1,65 @@
+"""`qlora-jax convert`: quantise a model once, for many runs."""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+from qlora_jax.cli import argument, command, flag, parse_flags, spellings
+
+DESCRIPTION = "Quantise a model once: safetensors directory, hub id or GGUF file to a directory that finetune loads."
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertFlags:
+    """Flags of `convert`."""
+
+    model: str = argument("Model directory, .gguf file or hub id.")
+    output_dir: str = argument("Directory to create.")
+    quant_type: Literal["nf4", "fp4", "int8", "none"] = flag("nf4", "How linear weights are stored.")
+    block_size: int = flag(64, "Weights that share a scale (nf4, fp4).")
+    double_quant: bool = flag(True, "Quantise the scales too (nf4, fp4).")
+    dtype: Literal["bfloat16", "float16", "float32"] = flag(
+        "bfloat16", "Type of embedding, head and biases, and of linear weights with --quant_type none."
+    )
+    overwrite: bool = flag(False, "Replace an earlier conversion in OUTPUT_DIR.")
+
+
+def main(argv: Sequence[str], *, prog: str = "qlora-jax convert") -> int:
+    """Convert and print what was written."""
+    flags, _ = parse_flags(ConvertFlags, argv, prog=prog, description=DESCRIPTION)
+    with command(spellings(ConvertFlags)):
+        convert_model(flags)
+    return 0
+
+
+def convert_model(flags: ConvertFlags) -> None:
+    """Convert with a progress bar; print sizes, time and peak memory."""
+    # Imported once the flags are known to be good: loading JAX takes seconds.
+    from tqdm import tqdm
+
+    from qlora_jax.checkpoints.conversion import convert
+    from qlora_jax.checkpoints.hub import resolve_model
+    from qlora_jax.formatting import format_bytes, table
+    from qlora_jax.quantization import QuantizationConfig
+
+    quantization = QuantizationConfig(flags.quant_type, flags.block_size, flags.double_quant)
+    source = resolve_model(flags.model)
+    with tqdm(unit=" tensors", desc="Converting", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = convert(
+            source, flags.output_dir, quantization, flags.dtype, overwrite=flags.overwrite, progress=progress
+        )
+    print(f"Wrote {result.directory}: {result.tensors} tensors, {result.parameters:,} parameters")
+    rows = [(name.replace("_", " "), format_bytes(size)) for name, size in result.bytes_by_class.items()]
+    print(table([*rows, ("total", format_bytes(sum(result.bytes_by_class.values())))]))
+    if result.bits_per_parameter is not None:
+        print(f"  {result.bits_per_parameter:.3f} bits a quantised parameter, scales included")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(f"  {result.seconds:.1f} s, peak memory {format_bytes(peak)}")
