@@ -99,17 +99,23 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def write_errors(path: Path, hint: str) -> Iterator[None]:
-    """Turn a failure to write `path` into one sentence that ends with `hint`, "do this to be able to write it".
+def write_errors(path: Path, hint: str, *, orbax: bool = False) -> Iterator[None]:
+    """Turn a failure to write `path` into one sentence.
+
+    Args:
+        path: named in the sentence.
+        hint: its end: what to do.
+        orbax: catch ValueError and RuntimeError too, by which orbax and tensorstore report a failing disk.
 
     Raises:
-        UserError: in place of OSError, and of the ValueError and RuntimeError by which tensorstore reports it.
+        UserError: in place of OSError.
     """
+    errors = (OSError, ValueError, RuntimeError) if orbax else (OSError,)
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except errors as error:
         raise UserError(f"{path} cannot be written: {reason(error)}; {hint}.") from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from qlora_jax.checkpoints.files import DOWNLOAD_AGAIN, read_exactly
+from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_exactly
 from qlora_jax.errors import UserError
 
 _PLAIN_DTYPES = {

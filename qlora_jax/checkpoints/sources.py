@@ -1,12 +1,13 @@
-"""Where base weights come from: one tensor at a time, under Hugging Face names, whatever the file format."""
+"""Sources of base weights: one tensor at a time, under Hugging Face names, whatever the file format."""
 
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from qlora_jax.checkpoints.files import PICKLE_SUFFIXES, is_converted, pickle_refusal
 from qlora_jax.checkpoints.gguf_source import GGUFSource
+from qlora_jax.checkpoints.manifest import is_converted
+from qlora_jax.checkpoints.model_files import PICKLE_SUFFIXES, pickle_refusal
 from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
 from qlora_jax.errors import UserError
 
@@ -60,9 +61,7 @@ def open_source(path: str | Path) -> TensorSource:
     path = Path(path)
     if path.is_dir():
         if is_converted(path):
-            raise UserError(
-                f"{path} is already converted by scripts/convert.py; give the original checkpoint to convert again."
-            )
+            raise UserError(f"{path} is already converted; give the original checkpoint to convert it again.")
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
             raise UserError(f"{path} is a directory of GGUF files; name one of them, for example {ggufs[0]}.")

@@ -1,6 +1,6 @@
-"""Base tensors on their way from a checkpoint into a model: checked, quantised one at a time, stacked, counted.
+"""Base tensors between checkpoint and model: checked, quantised one at a time, stacked, counted.
 
-Memory: the source is read one tensor at a time; who takes a tensor from the stream decides how long it is kept.
+Memory: the source is read one tensor at a time; the consumer of the stream decides how long a tensor is kept.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.sources import TensorSource
 from qlora_jax.errors import UserError
-from qlora_jax.models import TensorSpec, base_tensors, ignored_tensors
+from qlora_jax.models import TensorSpec, ignored_tensors
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, abstract_quantized, quantize
 
 TensorPath = tuple[str, ...]
@@ -26,17 +26,15 @@ Chunk = tuple[TensorPath, int | None, Any]
 _LEAVES = ("codes", "absmax", "nested_absmax", "offset")
 
 
-def check_source(source: TensorSource, quantization: QuantizationConfig | None = None) -> list[TensorSpec]:
-    """Compare the names, shapes and element types of a checkpoint with those its config asks for.
+def check_source(source: TensorSource, specs: list[TensorSpec], quantization: QuantizationConfig | None = None) -> None:
+    """Compare the names, shapes and element types of a checkpoint with the base tensors its config asks for.
 
-    Reads no tensor data. Returns the model's base tensors, layer by layer. With `quantization`, rows must also be whole
-    blocks.
+    Reads no tensor data. With `quantization`, rows must also be whole blocks.
 
     Raises:
         UserError: missing, unknown or mis-shaped tensors, or an element type that cannot be read; names the first few
             tensors, how many there are, and the file. A block size that does not divide a linear's inputs.
     """
-    specs = base_tensors(source.config)
     present = set(source.names())
     missing = [spec.name for spec in specs if spec.name not in present]
     if missing:
@@ -66,34 +64,25 @@ def check_source(source: TensorSource, quantization: QuantizationConfig | None =
         source.check_readable(spec.name)
     if quantization is not None:
         _check_block_size(specs, quantization)
-    return specs
-
-
-def stream_base(
-    source: TensorSource, quantization: QuantizationConfig, dtype: Any
-) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
-    """Base tensors one after another, layer by layer, as a model stores them.
-
-    Linear weights are quantised from the checkpoint's own precision; norms are float32; embedding, head, biases and,
-    for quant_type "none", linear weights are cast to `dtype`.
-
-    Raises:
-        UserError: at once, for whatever `check_source` refuses; while streaming, for a weight that is not finite or
-            does not fit `dtype` or the block size; names the tensor.
-    """
-    return stream_tensors(source, check_source(source, quantization), quantization, jnp.dtype(dtype))
 
 
 def stream_tensors(
     source: TensorSource, specs: list[TensorSpec], quantization: QuantizationConfig, dtype: np.dtype
 ) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
-    """`stream_base` for the `specs` that `check_source` returned."""
+    """Yield base tensors one after another as a model stores them, for a source that `check_source` accepts.
+
+    Linear weights are quantised from the checkpoint's own precision; norms are float32; embedding, head, biases and,
+    for quant_type "none", linear weights are cast to `dtype`.
+
+    Raises:
+        UserError: while streaming, for a weight that is not finite or does not fit `dtype`; names the tensor.
+    """
     for spec in specs:
         yield spec, _store(source, spec, quantization, dtype)
 
 
 def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: np.dtype, stack: tuple[int, ...]) -> Any:
-    """The value `stream_base` makes of a base tensor, without its data: `jax.ShapeDtypeStruct` for every array.
+    """Declare what `stream_tensors` makes of a base tensor: `jax.ShapeDtypeStruct` for every array.
 
     Args:
         spec: the base tensor.
@@ -114,20 +103,20 @@ def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: n
 
 
 def abstract_stacks(
-    config: dict[str, Any], quantization: QuantizationConfig, dtype: np.dtype
+    specs: list[TensorSpec], quantization: QuantizationConfig, dtype: np.dtype
 ) -> dict[TensorPath, QuantizedTensor | jax.ShapeDtypeStruct]:
-    """All tensors of a loaded base model, without their data: the layers of one path stacked on axis 0."""
+    """Declare all tensors of a loaded base model: the layers of one path stacked on axis 0."""
     by_path: dict[TensorPath, list[TensorSpec]] = {}
-    for spec in base_tensors(config):
+    for spec in specs:
         by_path.setdefault(spec.path, []).append(spec)
     return {
-        path: abstract_tensor(specs[0], quantization, dtype, () if specs[0].layer is None else (len(specs),))
-        for path, specs in by_path.items()
+        path: abstract_tensor(layers[0], quantization, dtype, () if layers[0].layer is None else (len(layers),))
+        for path, layers in by_path.items()
     }
 
 
 def inventory(tensors: Mapping[TensorPath, Any] | Iterable[Any]) -> dict[str, int]:
-    """Bytes of real buffers by class: base_packed (codes), scales (absmax and its own scales), unquantised."""
+    """Count bytes of real buffers by class: base_packed (codes), scales (absmax and its own scales), unquantised."""
     counts = {"base_packed": 0, "scales": 0, "unquantised": 0}
     values: Iterable[Any] = tensors.values() if isinstance(tensors, Mapping) else tensors
     for value in values:
@@ -140,7 +129,7 @@ def inventory(tensors: Mapping[TensorPath, Any] | Iterable[Any]) -> dict[str, in
 
 
 def quantized_leaves(value: QuantizedTensor) -> dict[str, Any]:
-    """The arrays of a quantised tensor by field name, without those it does not have."""
+    """Map the arrays of a quantised tensor by field name, without those it does not have."""
     leaves = {name: getattr(value, name) for name in _LEAVES}
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 

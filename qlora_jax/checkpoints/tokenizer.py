@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.checkpoints.gguf_source import read_metadata
+from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_json_object
 from qlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -169,16 +170,32 @@ def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     _quiet_transformers()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # The file itself, not a class rebuilt from its vocabulary, which may cut text differently.
-    loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = loader.from_pretrained(path, local_files_only=True)
+        if (path / "tokenizer.json").is_file():
+            # The file itself, not a class rebuilt from its vocabulary, which may cut text differently.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        else:
+            _refuse_code(path)
+            # Unless told not to, transformers asks on the terminal if it may run the model's own code.
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # transformers and tokenizers raise many types, some of them bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} has no tokenizer that can be read ({reason}); add its tokenizer.json.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path} has no fast tokenizer; add its tokenizer.json.")
     return tokenizer
+
+
+def _refuse_code(path: Path) -> None:
+    """Refuse a directory whose tokenizer is Python code of its own."""
+    for name in ("tokenizer_config.json", "config.json"):
+        if (path / name).is_file() and "auto_map" in read_json_object(path / name, DOWNLOAD_AGAIN):
+            raise UserError(
+                f"{path / name} has auto_map: its tokenizer is code from the model's repository, which is never run; "
+                f"add its tokenizer.json."
+            )
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | Path) -> tuple[Any, bool]:

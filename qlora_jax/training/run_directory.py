@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from qlora_jax.checkpoints.files import file_sizes
 from qlora_jax.errors import UserError
+from qlora_jax.files import file_sizes
 from qlora_jax.optimizers import OPTIMIZERS
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import TrainState

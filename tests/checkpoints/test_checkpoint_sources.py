@@ -12,7 +12,7 @@ from fixtures.checkpoint_helpers import LLAMA, random_tensors, write_gguf, write
 
 from qlora_jax import models
 from qlora_jax.checkpoints import gguf_source, hub
-from qlora_jax.checkpoints.files import COMPANION_FILES
+from qlora_jax.checkpoints.model_files import COMPANION_FILES
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.errors import UserError
 

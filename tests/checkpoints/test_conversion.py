@@ -15,24 +15,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.checkpoint_helpers import LLAMA, hf_shapes, random_tensors, write_gguf, write_hf, write_large_hf
+from fixtures.checkpoint_helpers import (
+    LLAMA,
+    TINY_CONVERTED,
+    hf_shapes,
+    random_tensors,
+    write_gguf,
+    write_hf,
+    write_large_hf,
+)
 
 from qlora_jax import models
 from qlora_jax.checkpoints import conversion, loading
 from qlora_jax.checkpoints.conversion import convert
-from qlora_jax.checkpoints.files import MANIFEST_NAME
 from qlora_jax.checkpoints.loading import load_base
+from qlora_jax.checkpoints.manifest import MANIFEST_NAME
 from qlora_jax.checkpoints.sources import open_source
-from qlora_jax.checkpoints.streaming import check_source, inventory, stream_base
+from qlora_jax.checkpoints.streaming import check_source, inventory
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = json.loads((Path(__file__).parents[1] / "golden" / "smollm2_tokenizer.json").read_text())["small"][
-    "tokenizer"
-]
+GOLDEN = ROOT / "tests" / "golden"
+TOKENIZER = json.loads((GOLDEN / "smollm2_tokenizer.json").read_text())["small"]["tokenizer"]
 CONFIGS = [
     QuantizationConfig("nf4", 64, True),
     QuantizationConfig("fp4", 32, False),
@@ -154,6 +161,25 @@ def test_gguf_converts_with_its_tokenizer(tmp_path: Path):
     assert load_tokenizer(tmp_path / "out")(text).input_ids == load_tokenizer(source)(text).input_ids
 
 
+def test_a_relative_path_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_model(tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    convert("hf", "out", NF4, "bfloat16")
+    direct = load_base("hf", quantization=NF4, dtype="bfloat16")
+    for path in ("out", "./out", Path("hf", "..", "out")):
+        assert_same(load_base(path, quantization=NF4, dtype="bfloat16").tensors, direct.tensors)
+
+
+def test_conversions_of_earlier_versions_are_read(tmp_path: Path):
+    source = write_hf(tmp_path, TINY_CONVERTED, random_tensors(TINY_CONVERTED))
+    stored = QuantizationConfig("nf4", 32, True)
+    direct = load_base(source, quantization=stored, dtype="bfloat16")
+    # Written by tests/reference/make_converted_golden.py before this code was.
+    earlier = load_base(GOLDEN / "converted_tiny", quantization=stored, dtype="bfloat16")
+    assert_same(earlier.tensors, direct.tensors)
+    assert earlier.config == TINY_CONVERTED
+
+
 def test_companion_files_are_kept(tmp_path: Path):
     source = write_model(tmp_path / "hf")
     kept = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
@@ -200,7 +226,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path: Path):
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
         source = open_source(write_hf(tmp_path / "hf", LLAMA, changed))
         with pytest.raises(UserError, match=message):
-            stream_base(source, NF4, "bfloat16")
+            check_source(source, models.base_tensors(LLAMA), NF4)
         with pytest.raises(UserError, match=message):
             convert(tmp_path / "hf", tmp_path / "out", NF4, "bfloat16")
         assert not (tmp_path / "out").exists()
@@ -218,7 +244,8 @@ def test_tensors_that_carry_nothing_are_passed_over(tmp_path: Path):
     tensors = random_tensors(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
-    specs = check_source(open_source(write_hf(tmp_path, config, tensors)))
+    specs = models.base_tensors(config)
+    check_source(open_source(write_hf(tmp_path, config, tensors)), specs)
     assert {spec.name for spec in specs} == set(hf_shapes(config))
 
 
@@ -293,7 +320,29 @@ def test_damaged_conversion(tmp_path: Path):
     for file in (file for file in good.rglob("part-00000/**/*") if file.is_file() and file.stat().st_size):
         name = str(file.relative_to(good))
         refused(rf"bad/{name} is missing or does not have its \d+ bytes", files={name: "cut"})
-    empty = {**manifest["parts"][0], "files": {}}
+    part = manifest["parts"][0]
+    shutil.copytree(good / part["name"], tmp_path / "elsewhere")
+    for name in ("../elsewhere", str(tmp_path / "elsewhere"), "..", "", ".", "part-00000/..", 7):
+        refused(r"qlora_jax\.json is malformed", parts=[{**part, "name": name}])
+    for file in ("../config.json", str(good / "config.json")):
+        refused(
+            r"qlora_jax\.json is malformed", parts=[{**part, "files": {file: (good / "config.json").stat().st_size}}]
+        )
+    layered = next(i for i, tensor in enumerate(part["tensors"]) if tensor["first_layer"] == 0)
+    for change, message in (
+        ({"first_layer": -1}, "malformed"),
+        ({"first_layer": "0"}, "malformed"),
+        ({"layers": 10**12}, "malformed"),
+        ({"path": []}, "malformed"),
+        ({"path": [0]}, "malformed"),
+        ({"first_layer": None}, "malformed"),
+        ({"first_layer": 1}, r"disagree about layers\."),
+        ({"layers": 2}, r"disagree about layers\."),
+    ):
+        tensors = [{**tensor, **(change if i == layered else {})} for i, tensor in enumerate(part["tensors"])]
+        refused(rf"qlora_jax\.json .*{message}", parts=[{**part, "tensors": tensors}])
+    refused(r"qlora_jax\.json is malformed", parts=[{**part, "tensors": part["tensors"] * 2}])
+    empty = {**part, "files": {}}
     refused(r"bad/part-00000 is damaged or missing", parts=[empty], files={"part-00000": None})
 
 
@@ -308,7 +357,7 @@ def test_output_directory_in_use(tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
     convert(source, out, NF4, "bfloat16")
-    with pytest.raises(UserError, match="out already holds a converted model; pass --overwrite"):
+    with pytest.raises(UserError, match="out already holds a converted model; set overwrite"):
         convert(source, out, NF4, "bfloat16")
     fp4 = CONFIGS[1]
     convert(source, out, fp4, "bfloat16", overwrite=True)
@@ -321,12 +370,12 @@ def test_output_directory_in_use(tmp_path: Path):
 
 def test_two_conversions_at_once(tmp_path: Path):
     source = write_model(tmp_path / "hf")
-    staging = tmp_path / ".out.incomplete"
+    staging = tmp_path / ".out.tmp"
     staging.mkdir()
     other = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another conversion is writing"):
+        with pytest.raises(UserError, match="another process is writing"):
             convert(source, tmp_path / "out", NF4, "bfloat16")
     finally:
         os.close(other)
@@ -348,6 +397,7 @@ def test_too_little_space_is_found_before_writing(tmp_path: Path, monkeypatch: p
 
 RUNNER = """
 import os, resource, signal, sys
+from qlora_jax import files
 from qlora_jax.checkpoints import conversion, loading, streaming
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.errors import UserError
@@ -375,7 +425,8 @@ def test_killed_at_any_point_leaves_nothing_that_looks_complete(tmp_path: Path):
         os.kill(os.getpid(), signal.SIGKILL)
     when = sys.argv[3]
     if when == "manifest":
-        conversion._publish = die
+        flush = files.flush_to_disk
+        files.flush_to_disk = lambda path: die() if str(path).endswith(".out.tmp") else flush(path)
     def progress(done, total):
         if when.isdigit() and done == int(when):
             die()
@@ -386,7 +437,7 @@ def test_killed_at_any_point_leaves_nothing_that_looks_complete(tmp_path: Path):
         done = run_python(kill, source, out, when)
         assert done.returncode == -9, done.stderr
         assert not out.exists()
-        assert os.listdir(tmp_path / ".out.incomplete")
+        assert (MANIFEST_NAME in os.listdir(tmp_path / ".out.tmp")) == (when == "manifest")
         with pytest.raises(UserError, match="does not exist"):
             load_base(out, quantization=NF4, dtype="bfloat16")
     convert(source, out, NF4, "bfloat16")
@@ -410,7 +461,7 @@ def test_disk_that_fills_up(tmp_path: Path):
         write_model(tmp_path / "hf"),
         tmp_path / "out",
     )
-    assert re.search(r"cannot write .*part-00000: .*; free some space", done.stdout), done.stdout + done.stderr
+    assert re.search(r"part-00000 cannot be written: .*; free some space", done.stdout), done.stdout + done.stderr
     assert os.listdir(tmp_path) == ["hf"]
 
 
@@ -474,4 +525,4 @@ def test_command_line(tmp_path: Path):
     assert isinstance(model.tensors["layers", "mlp", "up_proj", "weight"], QuantizedTensor)
     done = command(source, tmp_path / "out")
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*out already holds a converted model; pass --overwrite.*\n", done.stderr), done.stderr
+    assert re.fullmatch(r"error: .*out already holds a converted model; set overwrite.*\n", done.stderr), done.stderr

@@ -10,7 +10,7 @@ import pytest
 from fixtures import tiny_model
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax import models
+from qlora_jax import files, models
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.peft import AdapterConfig, load_adapter, save_adapter
 from qlora_jax.errors import UserError
@@ -202,6 +202,12 @@ def test_base_shapes_are_checked(tmp_path):
         ({"target_modules": ["q_proj"]}, r"mlp\.down_proj, which target_modules does not name"),
         ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, "target_modules names v_proj"),
         ({"target_modules": None}, "target_modules"),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["down_proj"]},
+            "down_proj, which target_modules does",
+        ),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"], "exclude_modules": []}, "target_modules names v_proj"),
+        ({"exclude_modules": [3]}, "exclude_modules must be"),
         ({"r": 8}, r"lora_A.weight has shape \[4, 10\], but r=8"),
     ],
 )
@@ -216,6 +222,21 @@ def test_refuses_config(tmp_path, fields, message):
 def test_accepts_other_ways_to_name_targets(tmp_path, targets):
     save(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", target_modules=targets)
+    assert load_adapter(tmp_path / "adapter")[1].target_modules == ("down_proj", "q_proj")
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded"),
+    [
+        (["q_proj", "down_proj", "v_proj"], ["v_proj"]),
+        (["q_proj", "down_proj", "lm_head"], r"lm_head|.*\.v_proj"),
+        ("all-linear", ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]),
+        (["q_proj", "down_proj"], []),
+    ],
+)
+def test_excluded_modules_are_those_without_matrices(tmp_path, targets, excluded):
+    save(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", target_modules=targets, exclude_modules=excluded)
     assert load_adapter(tmp_path / "adapter")[1].target_modules == ("down_proj", "q_proj")
 
 
@@ -319,9 +340,9 @@ def test_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(peft, "save_file", disk_full)
-    with pytest.raises(UserError, match=r"Cannot write the adapter to .*No space left on device"):
+    with pytest.raises(UserError, match=r"adapter cannot be written: the disk is full"):
         save(directory, random_adapter(seed=1))
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         save(tmp_path / "new", random_adapter(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     np.testing.assert_array_equal(load_adapter(directory)[0][(*Q, "lora_a")], old[(*Q, "lora_a")])
@@ -350,7 +371,7 @@ def test_what_a_failing_disk_wrote_is_not_kept(tmp_path, monkeypatch):
 def test_killed_while_replacing_leaves_nothing_that_loads(tmp_path, monkeypatch, killed_at):
     """Never the old matrices under the new configuration, or the reverse."""
     directory = save(tmp_path / "adapter")
-    replace, calls = peft.os.replace, []
+    replace, calls = files.os.replace, []
 
     def killed(source, target):
         calls.append(target)
@@ -359,13 +380,13 @@ def test_killed_while_replacing_leaves_nothing_that_loads(tmp_path, monkeypatch,
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft.os, "replace", killed)
+        patch.setattr(files.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             save(directory, random_adapter(seed=1), alpha=8)
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         load_adapter(directory)
 
-    (directory / ".adapter.partial").mkdir()  # as SIGKILL would have left it
+    (directory / f".{peft.WEIGHTS_NAME}.tmp").write_text("as SIGKILL would have left it")
     save(directory, random_adapter(seed=1), alpha=8)
     assert load_adapter(directory)[1].alpha == 8.0
     assert sorted(path.name for path in directory.iterdir()) == [peft.CONFIG_NAME, peft.WEIGHTS_NAME]
@@ -373,7 +394,7 @@ def test_killed_while_replacing_leaves_nothing_that_loads(tmp_path, monkeypatch,
 
 def test_save_to_a_file_is_an_error(tmp_path):
     (tmp_path / "adapter").write_text("in the way")
-    with pytest.raises(UserError, match="Cannot write the adapter"):
+    with pytest.raises(UserError, match="adapter cannot be written: File exists"):
         save(tmp_path / "adapter")
     shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
     assert (tmp_path / "adapter").read_text() == "in the way"

@@ -1,5 +1,6 @@
 """Tokenizers rebuilt from GGUF metadata cut text as transformers, llama.cpp and sentencepiece do."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -142,3 +143,29 @@ def test_no_tokenizer(tmp_path: Path):
     with pytest.raises(UserError, match="hf has no tokenizer that can be read"):
         load_tokenizer(tmp_path / "hf")
     shutil.rmtree(tmp_path / "hf")
+
+
+EVIL = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import PreTrainedTokenizerFast as Evil
+"""
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("model_type", ["llama", "evil"])
+def test_code_of_a_model_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, model_type: str
+):
+    marker, model = tmp_path / "evil-ran", tmp_path / "model"
+    model.mkdir()
+    (model / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    auto_map = {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | auto_map))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    with pytest.raises(UserError, match=rf"{file} has auto_map: .* never run; add its tokenizer\.json\.$"):
+        load_tokenizer(model)
+    assert not marker.exists()
+    assert capsys.readouterr().out == ""  # no question

@@ -1,4 +1,4 @@
-"""Files of a model: what a directory holds besides weights, what is refused, and reading either whole or not at all."""
+"""Files of a Hugging Face model: those that travel with its weights, those refused, reads that must be whole."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import UserError
-
-MANIFEST_NAME = "qlora_jax.json"
-"""Written last into a converted directory: its presence is what makes the directory complete."""
 
 COMPANION_FILES = (
     "config.json",
@@ -24,23 +21,18 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What belongs to a Hugging Face model besides its weights."""
+"""Files of a Hugging Face model besides its weights."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 DOWNLOAD_AGAIN = "the file is damaged or its download incomplete: download it again"
-"""What to do, for messages about files that are not whole."""
+"""Advice in messages about files that are not whole."""
 
 
-def is_converted(path: str | Path) -> bool:
-    """Whether `path` is a finished directory of `qlora_jax.checkpoints.conversion.convert`."""
-    return (Path(path) / MANIFEST_NAME).is_file()
-
-
-def pickle_refusal(what: str) -> UserError:
-    """The refusal of pickled weights; `what` is the sentence's beginning, naming the file."""
+def pickle_refusal(subject: str) -> UserError:
+    """Make the refusal of pickled weights; `subject` begins the sentence and names the file."""
     return UserError(
-        f"{what}, which can run arbitrary code when read; convert the model to safetensors "
+        f"{subject}, which can run arbitrary code when read; convert the model to safetensors "
         f"(save_pretrained does) and give that instead."
     )
 
@@ -75,8 +67,3 @@ def read_exactly(file: Path, offset: int, destination: np.ndarray, name: str) ->
             if not count:
                 raise UserError(f"{file} ends inside tensor {name}; {DOWNLOAD_AGAIN}.")
             done += count
-
-
-def file_sizes(directory: Path) -> dict[str, int]:
-    """{path within `directory`: bytes} of every file below it; written beside them, checked before reading."""
-    return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}

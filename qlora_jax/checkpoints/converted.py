@@ -1,0 +1,121 @@
+"""Reading a converted base (`qlora_jax.checkpoints.conversion` writes it): checked against its manifest, part by part.
+
+Memory: one part.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifest, read_manifest
+from qlora_jax.checkpoints.model_files import read_json_object
+from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
+from qlora_jax.errors import UserError
+from qlora_jax.files import damaged_file, reason
+from qlora_jax.models import TensorSpec
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
+
+
+class ConvertedBase:
+    """A converted directory whose manifest and files have been checked, its tensors not yet read.
+
+    Attributes:
+        path: the directory.
+        config: contents of config.json.
+        description: one line for people.
+
+    Raises:
+        UserError: another format version or quantisation than expected, or a damaged file; names it.
+    """
+
+    def __init__(self, path: Path, quantization: QuantizationConfig, dtype: np.dtype):
+        self.path = Path(os.path.abspath(path))  # orbax takes no other
+        self._dtype = dtype
+        self._manifest: Manifest = read_manifest(self.path)
+        self.config = read_json_object(self.path / "config.json", CONVERT_AGAIN)
+        stored = self._manifest.quantization
+        if _describe(stored) != _describe(quantization):
+            raise UserError(
+                f"{path} was converted to {_describe(stored)}, but {_describe(quantization)} is asked for; ask for the "
+                f"quantisation it was converted to, or convert the original model again."
+            )
+        for part in self._manifest.parts:
+            if file := damaged_file(self.path / part.name, part.files):
+                raise UserError(
+                    f"{self.path / part.name / file} is missing or does not have its {part.files[file]} bytes; "
+                    f"{CONVERT_AGAIN}."
+                )
+        self.description = f"converted model {path}, made from {self._manifest.source}"
+        if jnp.dtype(self._manifest.dtype) != dtype:
+            self.description += f"; its unquantised weights are stored as {self._manifest.dtype}, used as {dtype.name}"
+
+    def chunks(self, specs: list[TensorSpec], progress: Progress | None) -> Iterator[Chunk]:
+        """Read the tensors, in the order they are stored; each part is read when it is its turn.
+
+        Raises:
+            UserError: `specs`, the base tensors of the model, are not those stored, or a part cannot be read.
+        """
+        stored = self._manifest.layers()
+        expected: dict[TensorPath, set[int | None]] = {}
+        for spec in specs:
+            expected.setdefault(spec.path, set()).add(spec.layer)
+        if stored != expected:
+            wrong = sorted(".".join(key) for key in stored.keys() | expected if stored.get(key) != expected.get(key))
+            raise UserError(f"{self.path / MANIFEST_NAME} and config.json disagree about {wrong[0]}; {CONVERT_AGAIN}.")
+        abstract = abstract_stacks(specs, self._manifest.quantization, jnp.dtype(self._manifest.dtype))
+        return self._chunks(abstract, len(specs), progress)
+
+    def _chunks(self, abstract: Mapping[TensorPath, Any], total: int, progress: Progress | None) -> Iterator[Chunk]:
+        from orbax.checkpoint import v1 as ocp
+
+        done = 0
+        for part in self._manifest.parts:
+            file = self.path / part.name
+            try:
+                tree = ocp.load(file)
+            except Exception as error:  # orbax and tensorstore raise many types for a part that is missing or damaged
+                raise UserError(f"{file} is damaged or missing ({reason(error)}); {CONVERT_AGAIN}.") from error
+            for tensor in part.tensors:
+                layers = None if tensor.first_layer is None else tensor.layers
+                value = _checked(file, tree, tensor.path, abstract[tensor.path], layers)
+                if not isinstance(value, QuantizedTensor) and abstract[tensor.path].dtype != np.float32:
+                    value = value.astype(self._dtype)
+                yield tensor.path, tensor.first_layer, value
+                done += tensor.layers
+                if progress is not None:
+                    progress(done, total)
+
+
+def _describe(quantization: QuantizationConfig) -> str:
+    if quantization.quant_type == "none":
+        return "16-bit weights"
+    if quantization.quant_type == "int8":
+        return "int8"
+    double = "with" if quantization.double_quant else "without"
+    return f"{quantization.quant_type} in blocks of {quantization.block_size} {double} double quantisation"
+
+
+def _checked(file: Path, tree: dict[str, Any], key: TensorPath, abstract: Any, layers: int | None) -> Any:
+    """Take the value of `key`, with the structure of `abstract`; shapes and types must be the declared ones."""
+    try:
+        node: Any = tree
+        for part in key:
+            node = node[part]
+        if isinstance(abstract, QuantizedTensor):
+            node = dataclasses.replace(abstract, **{name: node[name] for name in quantized_leaves(abstract)})
+    except (KeyError, TypeError):
+        raise UserError(f"{file} lacks tensor {'.'.join(key)}; {CONVERT_AGAIN}.") from None
+    for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(node), strict=True):
+        shape = want.shape if layers is None else (layers, *want.shape[1:])
+        if got.shape != shape or got.dtype != want.dtype:
+            raise UserError(
+                f"tensor {'.'.join(key)} in {file} is {got.dtype}{list(got.shape)} instead of "
+                f"{want.dtype}{list(shape)}; {CONVERT_AGAIN}."
+            )
+    return node
