@@ -1,38 +1,92 @@
-"""Run-time shape checks for every test: the package is imported through jaxtyping with beartype."""
+"""Run-time shape checks for every test: the package is imported through jaxtyping with beartype.
+
+Compiled programs are kept in pytest's cache directory, for test processes and their children alike; `--cache-clear`
+deletes them.
+"""
 
 import os
+import pickle
+import shutil
 from typing import Any
 
+import filelock
 import pytest
 from jaxtyping import install_import_hook
 
 # Must come before the first import of the package.
 _hook = install_import_hook("qlora_jax", "beartype.beartype")
 
+from fixtures.compile_in_child import PLUGIN  # noqa: E402
+
 from qlora_jax.environment import keep_off_cuda_without_a_gpu  # noqa: E402
 
 # Before any test loads JAX.
 keep_off_cuda_without_a_gpu()
 
+# Programs of sources that have changed are never looked up again: from this size on, the cache starts anew.
+_MOST_CACHED_BYTES = 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let JAX, which is not loaded yet, keep what it compiles, unless the caller's environment already says where.
+
+    JAX's key holds the program, the compiler's version and flags, and the processor. Its writes are not atomic, so that
+    each worker has a directory of its own.
+    """
+    starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or starts_workers or not hasattr(config, "cache"):
+        return
+    worker = getattr(config, "workerinput", {"workerid": "main"})["workerid"]
+    directory = config.cache.mkdir("jax") / worker
+    directory.mkdir(exist_ok=True)
+    if sum(entry.stat().st_size for entry in os.scandir(directory)) > _MOST_CACHED_BYTES:
+        shutil.rmtree(directory)
+        directory.mkdir()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    # Most programs of tests are small, and compiling them all the same takes longer than reading them.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a CUDA GPU, `gpu` tests are reported as skipped, never as passed."""
+    """Report `gpu` tests as skipped, never as passed, without a CUDA GPU, and `compile` tests without JAX's plugin."""
     import jax
 
-    if any(device.platform == "gpu" for device in jax.devices()):
-        return
+    missing = {}
+    if not any(device.platform == "gpu" for device in jax.devices()):
+        missing["gpu"] = "needs a CUDA GPU"
+    if not PLUGIN:
+        missing["compile"] = "needs JAX's CUDA plugin: pip install 'qlora-jax[plan]'"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        for mark, reason in missing.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
-def launches(request: pytest.FixtureRequest) -> Any:
-    """Of every `ptx_kernels.Case` that a selected test has as `case`: they are cheap to compile only all at once."""
+def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of every `simulated_kernels.Case` that a selected test has as `case`: they are cheap to compile only all at once.
+
+    Workers share the work: each compiles for the chips that no other compiles for.
+    """
     from fixtures.simulated_kernels import Case, compile_all
 
     params = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
-    return compile_all(found["case"] for found in params if isinstance(found.get("case"), Case))
+    cases = dict.fromkeys(found["case"] for found in params if isinstance(found.get("case"), Case))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+    chips = list(dict.fromkeys(case.chip for case in cases))
+    compiled: dict[str, Any] = {}
+    for timeout in (0, -1):  # whatever nobody is at first, then wait for what others are at
+        for chip in (chip for chip in chips if chip not in compiled):
+            path = shared / f"launches-{chip}.pickle"
+            try:
+                with filelock.FileLock(f"{path}.lock", timeout=timeout):
+                    if not path.exists():
+                        path.write_bytes(pickle.dumps(compile_all(case for case in cases if case.chip == chip)))
+                    compiled[chip] = pickle.loads(path.read_bytes())
+            except filelock.Timeout:
+                continue
+    return {case: launch for of_chip in compiled.values() for case, launch in of_chip.items()}
 
 
 @pytest.fixture

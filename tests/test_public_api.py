@@ -1,10 +1,12 @@
 """The public interface: what it offers, what it loads, and which part of the package may import which."""
 
 import ast
+import dataclasses
 import graphlib
 import importlib.metadata
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ FLOORS = (
     ("defaults", "device_memory", "errors", "formatting"),
     ("environment", "files", "gpus", "quantization"),
     ("cli", "kernels"),
+    ("sharding",),
     ("nn",),
     ("models",),
     ("checkpoints",),
@@ -32,6 +35,8 @@ FLOORS = (
     ("finetuning",),
     ("commands",),
 )
+# Rooms that read a command line and write to the terminal.
+COMMAND_LINE = ("cli", "commands")
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -50,9 +55,31 @@ SOURCES = sources()
 ROOMS = [name for name in SOURCES if name != "qlora_jax"]
 
 
+# Modules below the command line.
+LIBRARY = [name for name in ROOMS if name.split(".")[1] not in COMMAND_LINE]
+PROSE = {
+    str(path.relative_to(ROOT)): path
+    for directory in ("qlora_jax", "kernels", "scripts", "tests/ptx_simulator")
+    for path in sorted((ROOT / directory).rglob("*.py"))
+}
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield node.body[0].lineno, text
+
+
 def imports(module: str) -> Iterator[str]:
     """Dotted name of everything a module imports, wherever in it."""
-    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(SOURCES[module])):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -104,7 +131,7 @@ def test_public_names_resolve_and_are_documented(name):
 
 
 def test_type_checkers_see_every_public_name():
-    tree = ast.parse(SOURCES["qlora_jax"].read_text(encoding="utf-8"))
+    tree = tree_of(SOURCES["qlora_jax"])
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == {name: f"qlora_jax.{module}" for name, module in qlora_jax._MODULES.items()}
@@ -166,3 +193,109 @@ def test_packages_say_what_they_export(module):
         names = imported.__all__
         assert len(set(names)) == len(names)
         assert all(hasattr(imported, name) for name in names)
+
+
+# --- language; the exceptions only shrink, and end empty
+
+
+RIDDLES = {
+    "kernels/mosaic/emit.py",
+    "kernels/mosaic/operands.py",
+    "kernels/mosaic/tiles.py",
+    "kernels/selection.py",
+    "kernels/static.py",
+    "kernels/tuning.py",
+    "qlora_jax/checkpoints/conversion.py",
+    "qlora_jax/checkpoints/files.py",
+    "qlora_jax/checkpoints/hub.py",
+    "qlora_jax/checkpoints/peft.py",
+    "qlora_jax/checkpoints/sources.py",
+    "qlora_jax/data/formats.py",
+    "qlora_jax/data/tokenization.py",
+    "qlora_jax/defaults.py",
+    "qlora_jax/finetuning.py",
+    "qlora_jax/generation.py",
+    "qlora_jax/gpus/ahead_of_time.py",
+    "qlora_jax/gpus/chips.py",
+    "qlora_jax/gpus/sass.py",
+    "qlora_jax/models/common.py",
+    "qlora_jax/models/llama.py",
+    "qlora_jax/nn/attention.py",
+    "qlora_jax/nn/linear.py",
+    "qlora_jax/nn/remat.py",
+    "qlora_jax/optimizers/blockwise8bit.py",
+    "qlora_jax/optimizers/paged.py",
+    "qlora_jax/optimizers/transformations.py",
+    "qlora_jax/planner/__init__.py",
+    "qlora_jax/planner/accounting.py",
+    "qlora_jax/planner/advice.py",
+    "qlora_jax/planner/bounds.py",
+    "qlora_jax/planner/compiler.py",
+    "qlora_jax/planner/planning.py",
+    "qlora_jax/planner/report.py",
+    "qlora_jax/planner/search.py",
+    "qlora_jax/quantization/quantized_tensor.py",
+    "qlora_jax/training/benchmark.py",
+    "qlora_jax/training/config.py",
+    "qlora_jax/training/reporting.py",
+    "qlora_jax/training/run_directory.py",
+    "qlora_jax/training/setup.py",
+    "qlora_jax/training/trainer.py",
+    "tests/ptx_simulator/errors.py",
+    "tests/ptx_simulator/mosaic.py",
+}
+PRINTING = {
+    "qlora_jax.finetuning",
+    "qlora_jax.kernels.static",
+    "qlora_jax.training.trainer",
+}
+DASHED = {
+    "qlora_jax.checkpoints.hub",
+    "qlora_jax.data.formats",
+    "qlora_jax.data.loading",
+    "qlora_jax.data.tokenization",
+    "qlora_jax.finetuning",
+    "qlora_jax.models.common",
+    "qlora_jax.optimizers.transformations",
+    "qlora_jax.planner.advice",
+    "qlora_jax.planner.compiler",
+    "qlora_jax.training.config",
+    "qlora_jax.training.reporting",
+    "qlora_jax.training.run_directory",
+    "qlora_jax.training.trainer",
+}
+
+
+@pytest.mark.parametrize("file", PROSE)
+def test_docstrings_open_with_a_verb_or_a_noun_phrase(file):
+    found = [
+        f"{file}:{line}: {text.splitlines()[0]}"
+        for line, text in docstrings(tree_of(PROSE[file]))
+        if re.match(r"(What|Whether|Where|Who|How)\b", text)
+    ]
+    assert not found or file in RIDDLES, "\n".join(found)
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_the_library_logs_and_does_not_print(module):
+    calls = [node for node in ast.walk(tree_of(SOURCES[module])) if isinstance(node, ast.Call)]
+    prints = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    found = [node.lineno for node in prints if not any(keyword.arg == "file" for keyword in node.keywords)]
+    assert not found or module in PRINTING, f"{module}: print in lines {found}"
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_the_library_names_fields_not_flags(module):
+    names = {field.name for field in dataclasses.fields(qlora_jax.TrainConfig)}
+    tree = tree_of(SOURCES[module])
+    explained = {text for _, text in docstrings(tree)}
+    found = [
+        f"{module}:{node.lineno}: --{flag}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and inspect.cleandoc(node.value) not in explained
+        for flag in re.findall(r"--(\w+)", node.value)
+        if flag in names
+    ]
+    assert not found or module in DASHED, "\n".join(found)

@@ -105,7 +105,7 @@ def compile_everywhere(names: list[str]) -> dict[str, Any]:
     return found
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 def test_compiles_for_every_chip_without_one():
     found = compile_in_child.call("test_gpus:compile_everywhere", list(CHIPS))
     for name in CHIPS:

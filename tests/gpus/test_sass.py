@@ -281,7 +281,7 @@ def test_dumping_needs_the_disassembler_and_leaves_the_environment_as_it_was(mon
         pass
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 @pytest.mark.parametrize(("chip", "tensor_cores", "products"), [("a6000", "mma", 32), ("h100", "wgmma", 4)])
 def test_a_kernel_compiled_here(chip, tensor_cores, products, tmp_path):
     report = compile_in_child.call("test_sass:compile_and_report", chip, tensor_cores, str(tmp_path))

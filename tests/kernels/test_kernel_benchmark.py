@@ -39,7 +39,7 @@ def test_one_chip_of_each_architecture_is_compiled_for():
     assert architectures == {chip.arch for chip in CHIPS.values()}
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 @pytest.mark.parametrize("chip", static.ARCHITECTURES)
 def test_the_static_table(chip):
     """Every kernel compiles for every architecture; limits on its loop, and the model's figures, by machine code."""
@@ -54,7 +54,7 @@ def test_the_static_table(chip):
         assert 3 < row.alu_per_weight <= most
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 def test_the_script_counts_without_a_gpu(capsys, tmp_path):
     assert benchmark("--static", "--chips", "rtx4090", "--output_dir", str(tmp_path)) == 0
     said = capsys.readouterr().out
@@ -81,7 +81,7 @@ def loop_on_a_gpu(implementation: str) -> str:
     return compile_for(chip(), run, x, [weight] * 3).as_text()
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 @pytest.mark.parametrize(("implementation", "kernels"), [("fused", 3), ("unfused", 3)])
 def test_no_call_leaves_the_timing_loop(implementation, kernels):
     hlo = compile_in_child.call("test_kernel_benchmark:loop_on_a_gpu", implementation)

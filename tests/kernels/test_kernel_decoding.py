@@ -4,10 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from fixtures import compile_in_child
 from fixtures.simulated_kernels import Case, Problem, differences, execute, expected
 
-pytestmark = compile_in_child.needs_plugin
+pytestmark = pytest.mark.compile
 
 COLUMNS, RUN = 1024, 64
 # Rows with all codes: 2^16 words of eight codes. Rows with all scales: one a run.

@@ -7,12 +7,11 @@ missing wait or barrier.
 import re
 
 import pytest
-from fixtures import compile_in_child
 from fixtures.simulated_kernels import Case, Problem, differences, execute, expected
 from ptx_simulator import PtxError, RaceError
 from ptx_simulator.programs import nth
 
-pytestmark = compile_in_child.needs_plugin
+pytestmark = pytest.mark.compile
 
 MMA = Case("a6000", "mma", 32, 128, 256)
 STREAMING = Case("a6000", "streaming", 5, 16, 1088)

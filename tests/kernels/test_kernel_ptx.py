@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import compile_in_child
 from fixtures.simulated_kernels import DTYPES, Case, Problem, config_of, differences, execute, expected, owned
 
 from qlora_jax.gpus import CHIPS
@@ -15,7 +14,7 @@ from qlora_jax.kernels.mosaic import launch as launching
 from qlora_jax.kernels.mosaic.operands import Operands
 from qlora_jax.quantization import QuantizedTensor, dequantize, quantize
 
-pytestmark = compile_in_child.needs_plugin
+pytestmark = pytest.mark.compile
 
 # Kernels for many rows: (chip, module, config for a transposed product of an odd multiple of 64 columns), the config
 # empty if `launch` chooses it.

@@ -101,7 +101,7 @@ def compile_and_report(directory, shape, transposed, options):
     }
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("shape", "transposed", "options"),
     [

@@ -253,7 +253,7 @@ def test_names():
         find_optimizer("adam")
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 def test_updates_compile_for_a_gpu():
     shape = (4, 64, 4096)
     programs = [["optimizer_update", name, *shape] for name in golden.OPTIMIZERS]

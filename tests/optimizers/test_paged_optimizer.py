@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fixtures.compile_in_child import call, needs_plugin
+from fixtures.compile_in_child import call
 
 from qlora_jax.device_memory import device_limit
 from qlora_jax.optimizers import OPTIMIZERS, PagedOptimizer, TransferStats, transformation
@@ -249,7 +249,7 @@ def test_a_cpu_has_no_limit():
     assert device_limit(jax.devices("cpu")[0]) is None
 
 
-@needs_plugin
+@pytest.mark.compile
 def test_gradients_of_micro_batches_add_up_in_one_buffer():
     """Compiled for a GPU: four micro-batches take no more memory than one, and no second tree of gradients."""
     result = call("fixtures.compiled_programs:gradient_bytes", "a6000", "wide", [1, 4])
@@ -261,7 +261,7 @@ def test_gradients_of_micro_batches_add_up_in_one_buffer():
     assert abs(four - one) < tree / 2
 
 
-@needs_plugin
+@pytest.mark.compile
 @pytest.mark.parametrize("name", RULES)
 def test_an_update_on_a_gpu_is_in_place(name):
     """A chunk's update writes adapters and state where they were; its temporaries are below a chunk."""

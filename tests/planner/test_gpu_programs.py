@@ -1,7 +1,7 @@
 """Whole programs, compiled for GPUs that are not here, with the kernels inside them."""
 
 import pytest
-from fixtures.compile_in_child import call, needs_plugin
+from fixtures.compile_in_child import call
 
 # Function, model, kernel, rows (of a GPU), tokens a row, GPUs.
 PROGRAMS = [
@@ -15,7 +15,7 @@ PROGRAMS = [
 ]
 
 
-@needs_plugin
+@pytest.mark.compile
 @pytest.mark.parametrize("chip", ["a6000", "h100", "b200"])
 def test_no_weight_is_decoded_to_memory_or_copied(chip):
     """On the fused path: no array of a whole base weight in 16 or 32 bits, and no codes but the stored ones."""
@@ -39,7 +39,7 @@ def test_no_weight_is_decoded_to_memory_or_copied(chip):
             assert result["temporary_bytes"] < 2.5 * cache
 
 
-@needs_plugin
+@pytest.mark.compile
 def test_xla_rematerialises_nothing_in_a_plan_that_fits():
     """On a 48 GiB card; with the sheet's size in the target XLA stops at 80 % of it and computes 47 things twice."""
     found = call("fixtures.compiled_programs:rematerialised", "a6000", "llama-65b", "fused", 1, 512, 64)

@@ -146,7 +146,7 @@ def measured() -> list[CompiledStep]:
     return [CompiledStep.from_json(value) for value in in_order]
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 def test_totals_are_the_sum_of_the_compiled_parts(measured):
     for found in measured:
         plan = Plan(CHIPS["a6000"], found.phases, found.host)
@@ -163,7 +163,7 @@ def test_totals_are_the_sum_of_the_compiled_parts(measured):
         assert update.resident["gradients"] == gradients.results["gradients"]
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 def test_more_tokens_rows_and_rank_take_more_memory(measured):
     totals = [Plan(CHIPS["a6000"], found.phases, found.host).device_bytes for found in measured]
     assert totals[0] < totals[1]
@@ -175,7 +175,7 @@ def test_more_tokens_rows_and_rank_take_more_memory(measured):
     assert wider.flops == pytest.approx(4 * smallest.flops)
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 def test_the_classes_are_those_of_the_flags(measured):
     plain, _, _, higher, on_host = measured
     linears = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
@@ -206,7 +206,7 @@ def plan_7b(*flags: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@compile_in_child.needs_plugin
+@pytest.mark.compile
 def test_a_plan_of_a_7b():
     found = plan_7b("--optim_placement", "host", "--dataset_rows", "52000")
     assert found["model"] == "llama-7b"

@@ -6,6 +6,8 @@ import pytest
 from ptx_simulator import PtxError, RaceError, TensorMap
 from ptx_simulator.programs import COPY, TMA, addr, go, hopper, ints
 
+pytestmark = pytest.mark.simulator
+
 CPA = "mov.u32 %r9, sm; shl.b32 %r8, %t, 4; add.u32 %r9, %r9, %r8;" + addr(0, 16) + addr(1, 16)
 OUT4 = "ld.shared.v4.u32 {%r1,%r2,%r3,%r4}, [%r9]; st.global.v4.u32 [%A1], {%r1,%r2,%r3,%r4};"
 

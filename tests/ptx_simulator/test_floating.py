@@ -9,7 +9,7 @@ import pytest
 from ptx_simulator.programs import BF, RNG, ew, floats, ints
 
 # References overflow on purpose; the simulator silences its own.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.simulator, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def round_fraction(x, p, emin, emax):

@@ -7,6 +7,8 @@ import pytest
 
 from ptx_simulator.programs import RNG, SUF, ew, ints, pyints
 
+pytestmark = pytest.mark.simulator
+
 
 @pytest.mark.parametrize("dt", [np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64])
 @pytest.mark.parametrize(

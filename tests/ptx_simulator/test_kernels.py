@@ -10,6 +10,8 @@ import pytest
 from ptx_simulator import PtxError, mosaic_args
 from ptx_simulator.programs import BF, DATA, FAULTS, RNG, agrees, nth
 
+pytestmark = pytest.mark.simulator
+
 NF4 = np.array(
     [
         -1.0,

@@ -6,6 +6,8 @@ import pytest
 from ptx_simulator import PtxError
 from ptx_simulator.programs import addr, go
 
+pytestmark = pytest.mark.simulator
+
 
 def test_global_bounds_and_alignment():
     x, o = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)

@@ -6,6 +6,8 @@ import pytest
 from ptx_simulator import PtxError, run, unsupported
 from ptx_simulator.programs import ew, floats, ints, kernel
 
+pytestmark = pytest.mark.simulator
+
 
 def test_setp_selp_bool():
     a, b = ints(np.int32), ints(np.int32)

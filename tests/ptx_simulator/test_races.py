@@ -6,6 +6,8 @@ import pytest
 from ptx_simulator import DeadlockError, PtxError, RaceError
 from ptx_simulator.programs import addr, go
 
+pytestmark = pytest.mark.simulator
+
 XCHG = (
     (
         "mov.u32 %r9, sm; shl.b32 %r8, %t, 2; add.u32 %r7, %r9, %r8; xor.b32 %r6, %r8, 256; "

@@ -12,6 +12,8 @@ import pytest
 from ptx_simulator import PtxError, RaceError, mosaic_args
 from ptx_simulator.programs import BF, DATA, FAULTS, RNG, agrees, go, nth
 
+pytestmark = pytest.mark.simulator
+
 WIDTHS = dict(b200_nt=128, b200_bn=128, b200_tn64=128, b200_atmem=128, b200_ws=256)
 
 

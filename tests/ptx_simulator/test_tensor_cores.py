@@ -6,6 +6,8 @@ import pytest
 from ptx_simulator import PtxError, TensorMap
 from ptx_simulator.programs import BF, COPY, RNG, TMA, addr, go, hopper, ints
 
+pytestmark = pytest.mark.simulator
+
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("trans", ["", ".trans"])

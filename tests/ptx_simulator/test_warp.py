@@ -5,6 +5,8 @@ import pytest
 
 from ptx_simulator.programs import addr, ew, go, ints
 
+pytestmark = pytest.mark.simulator
+
 
 @pytest.mark.parametrize("width", [32, 16, 8])
 @pytest.mark.parametrize("mode,arg", [("idx", 3), ("up", 5), ("down", 6), ("bfly", 5)])
