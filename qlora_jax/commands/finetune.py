@@ -98,6 +98,9 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
         "summary": "summary.json",
     }
     print(table((name, pattern) for name, pattern in written.items() if any(Path(output_dir).glob(pattern))))
+    adapter = Path(output_dir) / "adapter"
+    if adapter.exists():
+        print(f'Use it: PeftModel.from_pretrained(model, "{adapter}"), or --do_train False --adapter {adapter} here')
 
 
 def plan_run(config: TrainConfig, gpu: str | None) -> None:

@@ -225,6 +225,7 @@ def test_what_a_person_sees(finished):
     for name in ("adapter", "checkpoint-*", "metrics.jsonl", "loss.png", "answers.json", "summary.json"):
         assert re.search(rf" {re.escape(name)}$", listing, re.MULTILINE)
         assert list(directory.glob(name))
+    assert f"--do_train False --adapter {directory / 'adapter'} here" in out.splitlines()[-1]
     assert "Warning" not in err
     assert "Traceback" not in err
     assert "12/12" in err  # the progress bar
