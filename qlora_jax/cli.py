@@ -151,7 +151,7 @@ def parse_flags[T](
         name = argument[2:].partition("=")[0]
         if unavailable and name in unavailable:
             raise UserError(f"--{name} is not available: {unavailable[name]}")
-        near = difflib.get_close_matches(name.removeprefix("no-"), fields, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name.removeprefix("no-"), fields, n=1, cutoff=0.6)
         hint = f" Did you mean --{near[0]}?" if near else ""
         raise UserError(f"unknown flag --{name}.{hint} See {prog} --help.")
     try:
@@ -181,7 +181,7 @@ def subcommand(argv: Sequence[str], commands: Mapping[str, str], *, prog: str, d
         return None
     if argv[0] in commands:
         return argv[0]
-    near = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(f"unknown command {argv[0]!r}; choose from {', '.join(commands)}.{hint} See {prog} --help.")
 

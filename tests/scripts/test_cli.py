@@ -70,6 +70,7 @@ def test_values(argv, field, value):
         (["--lora_modulez", "all"], "unknown flag --lora_modulez. Did you mean --lora_modules?"),
         (["--learning-rat", "1"], "Did you mean --learning_rate?"),
         (["--lora", "1"], "unknown flag --lora"),  # no abbreviations: they change meaning when flags are added
+        (["--merge"], "unknown flag --merge. See"),  # like no flag at all
         (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
         (["--packing", "maybe"], "--packing: expected True or False, not 'maybe'"),
         (["--quant_type", "int4"], "--quant_type: invalid choice: 'int4'"),
