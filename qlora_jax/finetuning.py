@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,18 +29,20 @@ from qlora_jax.training.trainer import (
     make_mesh,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def read_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """Prompts to answer before and after training: --prompts, or the embedded ones for the embedded data."""
+    """Return the prompts to answer before and after training: those of `prompts`, or the embedded data's own."""
     if config.prompts is None:
         return data.default_prompts() if config.dataset == DEFAULT_DATASET else ()
     try:
         lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {config.prompts} cannot be read: {error}.") from error
+        raise UserError(f"`prompts={config.prompts}` cannot be read: {error}.") from error
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
-        raise UserError(f"--prompts {config.prompts} holds no prompt; write one a line.")
+        raise UserError(f"`prompts={config.prompts}` holds no prompt; write one a line.")
     return prompts
 
 
@@ -55,12 +58,12 @@ def finetune(config: TrainConfig) -> Result:
     tokenizer = ensure_pad(load_tokenizer(path))
     datasets = load_datasets(config, tokenizer)
     for report in datasets.reports:
-        print(report)
+        logger.info("%s", report)
     mesh = make_mesh()
     model = load_model(config, path, mesh)
-    print(f"base model: {model.base.description}")
+    logger.info("base model: %s", model.base.description)
     for line in kernel_choices(config, model, datasets):
-        print(line)
+        logger.info("%s", line)
     advise = functools.partial(planned_advice, model_config=model.base.config)
     trainer = Trainer(config, model, datasets, tokenizer, mesh, advise)
     # Closed however the run ends: TensorBoard and W&B hold lines back.
@@ -84,7 +87,7 @@ def plan(config: TrainConfig, gpu: str | None = None) -> tuple[StepPlan, Advice 
     chip = gpus.chip_of(jax.devices()[0]) if gpu is None else gpus.chip_named(gpu)
     if chip is None:
         names = ", ".join(gpus.CHIPS)
-        raise UserError(f"--plan: no GPU that is known by its data sheet is here: give --gpu, one of {names}.")
+        raise UserError(f"no GPU that is known by its data sheet is here: give `gpu`, one of {names}.")
     path = resolve_model(config.model_name_or_path, weights=False)
     tokenizer = ensure_pad(load_tokenizer(path))
     _, length = longest_batch(config, load_datasets(config, tokenizer))
@@ -96,7 +99,9 @@ def plan(config: TrainConfig, gpu: str | None = None) -> tuple[StepPlan, Advice 
 
 def _train_and_save(trainer: Trainer, prompts: Sequence[str]) -> Result:
     if trainer.start_step:
-        print(f"resuming {trainer.config.output_dir} after step {trainer.start_step} of {trainer.total_steps}")
+        logger.info(
+            "resuming %s after step %d of %d", trainer.config.output_dir, trainer.start_step, trainer.total_steps
+        )
     trainer.summary_file.unlink(missing_ok=True)  # of a shorter run that this one continues
     before_file = trainer.directory.path / "answers_before.json"
     if trainer.start_step and before_file.exists():

@@ -11,7 +11,7 @@ from fixtures.batches import adapters_with_b, batch_of, random_ids
 
 from qlora_jax import kernels
 from qlora_jax.quantization import QuantizationConfig, quantize
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
 
@@ -22,12 +22,12 @@ def losses_on(device: jax.Device, dtype: str, remat: str) -> list[float]:
         graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig(), dtype=dtype)
         optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, warmup_ratio=0.0), 4, lora, dtype=dtype)
         state = TrainState.create(adapters_with_b(lora), optimizer)
-        step = make_train_step(graphdef, optimizer, remat=remat, max_grad_norm=0.3)
+        step = make_train_step(graphdef, optimizer, StepConfig(remat=remat, max_grad_norm=0.3))
         batch = batch_of(random_ids(1, 2, 64))
         losses = []
         for _ in range(4):
-            state, metrics = step(state, frozen, batch)
-            losses.append(float(metrics["loss"]))
+            state, report = step(state, frozen, batch)
+            losses.append(float(report.loss))
     return losses
 
 

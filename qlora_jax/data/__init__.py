@@ -1,6 +1,14 @@
 """Data: rows from files and the hub, row formats, token masks, and batches of bounded shapes that can be resumed."""
 
-from qlora_jax.data.batching import Batch, Batches, bucket_lengths, evaluation_batches
+from qlora_jax.data.batching import (
+    TOKEN_FIELDS,
+    Batch,
+    Batches,
+    Field,
+    abstract_batch,
+    bucket_lengths,
+    evaluation_batches,
+)
 from qlora_jax.data.demo import default_prompts, follows_style
 from qlora_jax.data.formats import FORMATS
 from qlora_jax.data.loading import HUB_NAMES, Rows, load_rows, split_rows
@@ -10,11 +18,14 @@ __all__ = [
     "FORMATS",
     "HUB_NAMES",
     "IGNORED",
+    "TOKEN_FIELDS",
     "Batch",
     "Batches",
     "DataReport",
     "Example",
+    "Field",
     "Rows",
+    "abstract_batch",
     "bucket_lengths",
     "default_prompts",
     "encode_prompt",

@@ -1,7 +1,7 @@
 """Examples to batches of a bounded set of shapes: packed, grouped by length or plain; resumable and deterministic."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,46 +14,83 @@ from qlora_jax.errors import UserError
 Mode = Literal["packing", "group_by_length", "plain"]
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One batch, a pytree of four arrays of one shape.
+@dataclass(frozen=True)
+class Field:
+    """One array of a batch.
 
-    input_ids, labels, positions, segment_ids: int32 [B, S]. segment_ids count a row's documents from 1 and are 0 on
-    padding; positions restart at 0 with every document; labels are as in `Example` and IGNORED on padding.
-    example_ids: the rows that the batch was made of, in order. They are for reports and no part of the pytree (a
-    static field would compile the step anew for every batch), so a batch rebuilt by JAX has none.
+    Attributes:
+        name: key in `Batch`.
+        dtype: NumPy's name of it.
+        axes: "B S" for a value a token, "B" for a value a row.
+        padding: value where a batch has no token or no row; that of "input_ids" is the tokenizer's padding token.
     """
 
-    input_ids: Any
-    labels: Any
-    positions: Any
-    segment_ids: Any
+    name: str
+    dtype: str = "int32"
+    axes: Literal["B S", "B"] = "B S"
+    padding: int | float = 0
+
+    def shape(self, *shape: int) -> tuple[int, ...]:
+        """Return the part of [..., B, S] that this array has."""
+        return shape if self.axes == "B S" else shape[:-1]
+
+
+TOKEN_FIELDS = (Field("input_ids"), Field("labels", padding=IGNORED), Field("positions"), Field("segment_ids"))
+"""Arrays of documents: segment_ids count a row's documents from 1 and are 0 on padding; positions restart at 0 with
+every document; labels are as in `Example`."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, eq=False)
+class Batch(Mapping[str, Any]):
+    """Arrays of one batch by the names of their fields; a pytree.
+
+    Attributes:
+        arrays: field name -> array [B, S] or [B].
+        n_tokens: tokens that are not padding.
+        example_ids: the rows that the batch was made of, in order.
+
+    Only the arrays are part of the pytree (a static value would compile the step anew for every batch): a batch rebuilt
+    by JAX has neither count nor ids.
+    """
+
+    arrays: Mapping[str, Any]
+    n_tokens: int = 0
     example_ids: tuple[str, ...] = ()
 
-    def tree_flatten(self) -> tuple[tuple[Any, Any, Any, Any], None]:
-        """Split into arrays and (no) static data, for JAX."""
-        return (self.input_ids, self.labels, self.positions, self.segment_ids), None
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, name: str) -> Any:
+        """Return an array by the name of its field."""
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the fields."""
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        """Count the fields."""
+        return len(self.arrays)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
+        """Split into named arrays and their names, for JAX."""
+        return tuple((jax.tree_util.DictKey(name), array) for name, array in self.items()), tuple(self)
 
     @classmethod
-    def tree_unflatten(cls, static: None, arrays: Sequence[Any]) -> "Batch":
-        """Rebuild from arrays, for JAX."""
-        return cls(*arrays)
+    def tree_unflatten(cls, names: tuple[str, ...], arrays: Sequence[Any]) -> "Batch":
+        """Rebuild from names and arrays, for JAX."""
+        return cls(dict(zip(names, arrays, strict=True)))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """The batch's (B, S)."""
-        return tuple(self.input_ids.shape)
+    def shape(self) -> tuple[int, ...]:
+        """Shape [B, S] of the token arrays."""
+        return max((tuple(array.shape) for array in self.values()), key=len)
 
-    @property
-    def n_tokens(self) -> int:
-        """Count the tokens that are not padding."""
-        return int(np.count_nonzero(self.segment_ids))
 
-    @property
-    def n_trained(self) -> int:
-        """Count the tokens that are trained."""
-        return int(np.count_nonzero(np.asarray(self.labels) != IGNORED))
+def abstract_batch(fields: Sequence[Field], *shape: int) -> Batch:
+    """Return a batch of shapes and dtypes; `shape` is that of the token arrays, [..., B, S]."""
+    return Batch({f.name: jax.ShapeDtypeStruct(f.shape(*shape), f.dtype) for f in fields})
 
 
 def bucket_lengths(max_length: int, *, multiple: int = 64, max_buckets: int = 8) -> tuple[int, ...]:
@@ -127,10 +164,12 @@ class Batches:
         pad_id: int,
         seed: int = 0,
         sequence_length: int | None = None,
+        fields: Sequence[Field] = TOKEN_FIELDS,
         bucket_multiple: int = 64,
         max_buckets: int = 8,
     ) -> None:
         self._examples = examples
+        self._fields = _checked_fields(fields, mode)
         self._lengths = _checked_lengths(examples, batch_size, mode, sequence_length)
         self._batch_size = batch_size
         self._mode = mode
@@ -156,7 +195,8 @@ class Batches:
             self._index += len(taken)
             if self._index == len(order):
                 self._epoch, self._index = self._epoch + 1, 0
-        return _make_batch(self._examples, rows, self._batch_size, self._buckets, self._pad_id)
+        shape = self._batch_size, self._buckets
+        return _make_batch(self._examples, rows, shape, self._fields, self._pad_id)
 
     def state(self) -> dict[str, int]:
         """Return where the iterator stands, JSON-serialisable."""
@@ -168,7 +208,7 @@ class Batches:
         if epoch < 0 or not 0 <= index < len(self._order(epoch)):
             raise UserError(
                 f"the saved data position (epoch {epoch}, row {index}) does not exist in this data set of "
-                f"{len(self._order(max(epoch, 0)))} rows an epoch; resume with the data and flags the run started with"
+                f"{len(self._order(max(epoch, 0)))} rows an epoch; resume with the data and settings the run started with"
             )
         self._epoch, self._index = epoch, index
 
@@ -201,6 +241,8 @@ class Batches:
         for example in self._examples:
             digest.update(example.input_ids.tobytes())
             digest.update(example.labels.tobytes())
+            for name, value in example.more.items():
+                digest.update(name.encode() + np.asarray(value).tobytes())
         return digest.hexdigest()[:16]
 
     def _order(self, epoch: int) -> list[np.ndarray]:
@@ -249,6 +291,7 @@ def evaluation_batches(
     mode: Mode,
     pad_id: int,
     sequence_length: int | None = None,
+    fields: Sequence[Field] = TOKEN_FIELDS,
     bucket_multiple: int = 64,
     max_buckets: int = 8,
 ) -> list[Batch]:
@@ -257,6 +300,7 @@ def evaluation_batches(
     The last batch is filled up with rows that are all padding, so that every batch has `batch_size` rows. Modes,
     shapes and errors are those of `Batches`.
     """
+    fields = _checked_fields(fields, mode)
     lengths = _checked_lengths(examples, batch_size, mode, sequence_length)
     buckets = _buckets(lengths, mode, sequence_length, bucket_multiple, max_buckets)
     order = np.arange(len(examples))
@@ -268,7 +312,7 @@ def evaluation_batches(
     else:
         rows = list(order[:, None])
     return [
-        _make_batch(examples, rows[start : start + batch_size], batch_size, buckets, pad_id)
+        _make_batch(examples, rows[start : start + batch_size], (batch_size, buckets), fields, pad_id)
         for start in range(0, len(rows), batch_size)
     ]
 
@@ -314,23 +358,49 @@ def _pack(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndar
     return np.split(by_bin, np.cumsum(np.bincount(bins))[:-1])
 
 
+def _checked_fields(fields: Sequence[Field], mode: str) -> tuple[Field, ...]:
+    for field in fields:
+        if mode == "packing" and field.axes == "B":
+            raise UserError(f"`packing`: '{field.name}' has one value a row, but packed rows hold several")
+    return tuple(fields)
+
+
 def _make_batch(
-    examples: Sequence[Example], rows: Sequence[np.ndarray], batch_size: int, buckets: tuple[int, ...], pad_id: int
+    examples: Sequence[Example],
+    rows: Sequence[np.ndarray],
+    shape: tuple[int, tuple[int, ...]],
+    fields: Sequence[Field],
+    pad_id: int,
 ) -> Batch:
-    longest = max(sum(len(examples[i]) for i in row) for row in rows)
-    shape = (batch_size, _bucket(buckets, longest))
-    input_ids = np.full(shape, pad_id, np.int32)
-    labels = np.full(shape, IGNORED, np.int32)
-    positions = np.zeros(shape, np.int32)
-    segment_ids = np.zeros(shape, np.int32)
+    """Lay rows of examples out in arrays; `shape` is (B, the lengths S to choose from)."""
+    batch_size, buckets = shape
+    length = _bucket(buckets, max(sum(len(examples[i]) for i in row) for row in rows))
+    arrays = {
+        field.name: np.full(
+            field.shape(batch_size, length), pad_id if field.name == "input_ids" else field.padding, field.dtype
+        )
+        for field in fields
+    }
+    n_tokens = 0
     for r, row in enumerate(rows):
         start = 0
         for segment, i in enumerate(row, start=1):
             example = examples[i]
             end = start + len(example)
-            input_ids[r, start:end] = example.input_ids
-            labels[r, start:end] = example.labels
-            positions[r, start:end] = np.arange(len(example))
-            segment_ids[r, start:end] = segment
+            for field in fields:
+                value = _value(example, field.name, segment)
+                arrays[field.name][(r, slice(start, end)) if field.axes == "B S" else r] = value
             start = end
-    return Batch(input_ids, labels, positions, segment_ids, tuple(examples[i].example_id for row in rows for i in row))
+        n_tokens += start
+    return Batch(arrays, n_tokens, tuple(examples[i].example_id for row in rows for i in row))
+
+
+def _value(example: Example, field: str, segment: int) -> Any:
+    """Return what an example, the `segment`-th of its row, has in a field."""
+    if field == "input_ids":
+        return example.input_ids
+    if field == "labels":
+        return example.labels
+    if field == "positions":
+        return np.arange(len(example))
+    return segment if field == "segment_ids" else example.more[field]

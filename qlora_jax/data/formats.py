@@ -81,15 +81,15 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
                 break
         else:
             raise UserError(
-                f"{rows.source}: the columns {_names(present)} fit no format; name one with --dataset_format "
+                f"{rows.source}: the columns {_names(present)} fit no format; name one with `dataset_format` "
                 f"({'; '.join(f'{f.name}: {_names(f.columns[0])}' for f in FORMATS.values())}) or rename the columns"
             )
     elif dataset_format in FORMATS:
         chosen = FORMATS[dataset_format]
     elif dataset_format in NOT_YET_SUPPORTED:
-        raise UserError(f"--dataset_format {dataset_format} is not supported yet; use one of {_names(FORMATS)}")
+        raise UserError(f"`dataset_format={dataset_format}` is not supported yet; use one of {_names(FORMATS)}")
     else:
-        raise UserError(f"--dataset_format {dataset_format} is unknown; use one of {_names(FORMATS)}")
+        raise UserError(f"`dataset_format={dataset_format}` is unknown; use one of {_names(FORMATS)}")
     columns = next((c for c in chosen.columns if set(c) <= present.keys()), chosen.columns[0])
     unused = tuple(column for column in present if column not in columns + chosen.optional)
     choice = ChosenFormat(chosen, dataset_format is None, columns, unused)
@@ -169,4 +169,4 @@ FORMATS: dict[str, RowFormat] = {
         RowFormat("messages", (("messages",),), _read_messages),
     )
 }
-"""Every format by name; `--dataset_format` takes these."""
+"""Every format by name: the values of the field `dataset_format`."""

@@ -82,7 +82,7 @@ def load_rows(dataset: str, *, split: str = "train") -> Rows:
         return _load_default(split)
     if dataset in NOT_YET_SUPPORTED:
         raise UserError(
-            f"--dataset {dataset} is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id"
+            f"`dataset={dataset}` is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id"
         )
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -92,7 +92,7 @@ def load_rows(dataset: str, *, split: str = "train") -> Rows:
             raise UserError(f"{path} is a single file and has no split '{split}'; its rows are the split 'train'")
         return _load_file(path)
     if path.suffix.lower() in _READERS or path.is_absolute() or dataset.startswith((".", "~")):
-        raise UserError(f"--dataset {dataset}: there is no such file or directory")
+        raise UserError(f"`dataset={dataset}`: there is no such file or directory")
     return _load_hub(dataset, split)
 
 
@@ -109,17 +109,17 @@ def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple
     if eval_dataset_size is None:
         if n < 2:
             raise UserError(
-                f"{rows.source} has {n} row, too few to hold any out for evaluation; pass --eval_dataset_size 0"
+                f"{rows.source} has {n} row, too few to hold any out for evaluation; give `eval_dataset_size=0`"
             )
         size = REFERENCE_EVAL_SIZE if n >= 2 * REFERENCE_EVAL_SIZE else max(1, n // 10)
         why = "the default" if size == REFERENCE_EVAL_SIZE else f"a tenth, since {n} rows are few"
     else:
-        size, why = eval_dataset_size, "--eval_dataset_size"
+        size, why = eval_dataset_size, "`eval_dataset_size`"
         if size < 0:
-            raise UserError(f"--eval_dataset_size {size} is negative")
+            raise UserError(f"`eval_dataset_size={size}` is negative")
         if size >= n:
             raise UserError(
-                f"--eval_dataset_size {size} leaves nothing to train on: {rows.source} has {n} rows; give fewer"
+                f"`eval_dataset_size={size}` leaves nothing to train on: {rows.source} has {n} rows; give fewer"
             )
     order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x5EED]))).permutation(n)
     held_out, kept = np.sort(order[:size]), np.sort(order[size:])
@@ -183,7 +183,7 @@ def _load_directory(directory: Path, split: str) -> Rows:
 def _load_hub(dataset: str, split: str) -> Rows:
     hub_id = HUB_NAMES.get(dataset, dataset)
     if not _HUB_ID.match(hub_id):
-        raise UserError(f"--dataset {dataset} is neither a file, a directory nor the id of a data set on the hub")
+        raise UserError(f"`dataset={dataset}` is neither a file, a directory nor the id of a data set on the hub")
     # Imported here: it takes seconds, and local data does not need it.
     import datasets
 
@@ -194,7 +194,7 @@ def _load_hub(dataset: str, split: str) -> Rows:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--dataset {dataset}: no such file here, and the hub's data set '{hub_id}' (split '{split}') cannot be "
+            f"`dataset={dataset}`: no such file here, and the hub's data set '{hub_id}' (split '{split}') cannot be "
             f"loaded ({type(error).__name__}: {reason}); check the name and the network, or pass a local file"
         ) from error
     if not rows:

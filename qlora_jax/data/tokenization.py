@@ -1,6 +1,6 @@
 """Rows to token ids and labels: what is trained, what is masked, what is cut, and a count of all of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +25,19 @@ _SHOWN = 5
 class Example:
     """One document, ready to be batched.
 
-    input_ids: int32 [n]. labels: int32 [n], aligned with input_ids as in transformers (labels[i] is the token *at* i,
-    to be predicted from those before it; the loss shifts); IGNORED where not trained, and always at 0, since nothing
-    precedes it. example_id: where the row came from, "train.jsonl line 17".
+    Attributes:
+        input_ids: int32 [n].
+        labels: int32 [n], aligned with input_ids as in transformers (labels[i] is the token *at* i, to be predicted
+            from those before it; the loss shifts); IGNORED where not trained, and always at 0, since nothing precedes
+            it.
+        example_id: origin of the row, "train.jsonl line 17".
+        more: values of further fields (`qlora_jax.data.Field`): [n] with an axis S, a scalar without.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     example_id: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Count the tokens."""
@@ -146,9 +151,9 @@ def tokenize_rows(
     row (naming position and column), a tokenizer without EOS, without the fast backend or, for `messages`, without a
     usable chat template, and when no row is left.
     """
-    for flag, value in (("source_max_len", source_max_len), ("target_max_len", target_max_len)):
+    for name, value in (("source_max_len", source_max_len), ("target_max_len", target_max_len)):
         if value < 1:
-            raise UserError(f"--{flag} must be at least 1, not {value}")
+            raise UserError(f"`{name}={value}`: must be at least 1.")
     if max_length is not None and max_length < 2:
         raise UserError(f"the sequence length must be at least 2, not {max_length}")
     _check_tokenizer(tokenizer)
@@ -186,7 +191,7 @@ def tokenize_rows(
     if not examples:
         raise UserError(
             f"{rows.source}: none of the {len(rows)} rows trains on anything ({report.untrained}); check the columns, "
-            f"--source_max_len and --target_max_len"
+            "`source_max_len` and `target_max_len`"
         )
     return examples, report
 
@@ -271,7 +276,7 @@ def _tokenize_messages(
     if not tokenizer.chat_template:
         raise UserError(
             f"{rows.source} holds chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
-            f"model, or data of another --dataset_format"
+            "model, or data of another `dataset_format`"
         )
     special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
     texts, spans, endless = [], [], Tally()

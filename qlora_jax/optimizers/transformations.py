@@ -1,4 +1,4 @@
-"""The optimizers of `--optim` as optax transformations of one adapter matrix."""
+"""Optimizers by name, as optax transformations of one matrix."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from qlora_jax.optimizers.blockwise8bit import scale_by_adam_8bit, scale_by_lion
 
 
 class Optimizer(NamedTuple):
-    """What a value of `--optim` asks for: the transformation's name, and whether its state is paged to the host."""
+    """An optimizer's update rule, and its default placement: `paged` moves state to the host where memory is short."""
 
     transformation: str
     paged: bool
@@ -28,9 +28,9 @@ OPTIMIZERS = {
 
 
 def find_optimizer(name: str) -> Optimizer:
-    """Return what a value of `--optim` asks for; UserError lists the values if there is none of that name."""
+    """Look up an optimizer by name (the values of the field `optim`); UserError lists the names."""
     if name not in OPTIMIZERS:
-        raise UserError(f"--optim {name}: choose one of {', '.join(OPTIMIZERS)}.")
+        raise UserError(f"`optim={name}`: choose one of {', '.join(OPTIMIZERS)}.")
     return OPTIMIZERS[name]
 
 

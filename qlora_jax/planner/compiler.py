@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import gpus, models
+from qlora_jax.data import abstract_batch
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.planner import (
@@ -37,6 +38,7 @@ from qlora_jax.planner import (
 )
 from qlora_jax.training import losses, setup
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.objectives import objective_of
 from qlora_jax.training.step import program_bytes
 
 _PLATFORM = "gpu"
@@ -86,16 +88,16 @@ def compile_step(config: TrainConfig, model_config: Mapping[str, Any], chip: gpu
     Raises:
         UserError: flags or a model that no run could use, or no compiler for GPUs, see `gpus.compile_for`.
     """
-    lora_config, _ = setup.adapters(config, model_config)
+    lora_config = setup.find_adapters(config, model_config).config
     dtype = setup.compute_dtype(config, _PLATFORM)
-    graphdef, lora, frozen = setup.declare_model(config, model_config, lora_config, dtype)
+    model = setup.declare_model(config, model_config, lora_config, dtype)
+    lora, frozen = model.lora, model.frozen
     mesh = gpus.mesh(chip)
     limit = chip.memory_bytes - Allowance.of(chip).total
-    optimizer, step = setup.make_step(
-        config, graphdef, lora, config.max_steps, limit=limit, mesh=mesh, platform=_PLATFORM
-    )
+    step = setup.make_step(config, model, config.max_steps, limit=limit, mesh=mesh, platform=_PLATFORM)
+    optimizer = step.optimizer
     shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size, length)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in setup.BATCH_ARRAYS}
+    batch = abstract_batch(objective_of(config).fields, *shape)
     counter = jax.ShapeDtypeStruct((), jnp.int32)
     working = optimizer.abstract_lora()
     arguments = (*(_placed(tree, mesh) for tree in (working, frozen)), _placed(batch, mesh, None, "data"), counter)
@@ -161,14 +163,15 @@ def _work(
     window show.
     """
     # In float32 attention is XLA's too, whatever is installed.
-    portable = dataclasses.replace(config, kernel="xla", bf16=False)
-    lora_config, _ = setup.adapters(portable, model_config)
-    graphdef, lora, frozen = setup.declare_model(portable, model_config, lora_config, jnp.float32)
-    optimizer, step = setup.make_step(portable, graphdef, lora, config.max_steps)
+    portable = dataclasses.replace(config, kernel="xla", bf16=False, gradient_accumulation_steps=1)
+    lora_config = setup.find_adapters(portable, model_config).config
+    model = setup.declare_model(portable, model_config, lora_config, jnp.float32)
+    step = setup.make_step(portable, model, config.max_steps)
     # Micro-batches are alike: one is traced.
     accumulated, *one = shape
-    batch = {name: jax.ShapeDtypeStruct((1, *one), jnp.int32) for name in setup.BATCH_ARRAYS}
-    traced = step.gradient_step.trace(optimizer.abstract_lora(), frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
+    batch = abstract_batch(objective_of(portable).fields, 1, *one)
+    lora = step.optimizer.abstract_lora()
+    traced = step.gradient_step.trace(lora, model.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
     rows = math.prod(one)
     # The only loop without a stated number of iterations: chunks of trained tokens.
     shapes = models.model_config(model_config)

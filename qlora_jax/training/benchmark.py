@@ -20,7 +20,7 @@ from qlora_jax.kernels.timing import IMPLEMENTATIONS, Measurement
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.nn.remat import Remat
 from qlora_jax.quantization import QuantizationConfig
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainState, make_train_step
 
@@ -128,20 +128,17 @@ def time_step(
     defaults = TrainConfig()
     optimizer = make_optimizer(defaults, steps, lora, dtype=dtype, limit=device_limit(jax.devices()[0]))
     state = TrainState.create(models.init_lora(lora, jax.random.key(0)), optimizer)
-    train_step = make_train_step(graphdef, optimizer, remat=remat, max_grad_norm=defaults.max_grad_norm)
+    step_config = StepConfig(remat=remat, max_grad_norm=defaults.max_grad_norm)
+    train_step = make_train_step(graphdef, optimizer, step_config)
     shape = (1, workload.batch, workload.sequence)
     ids = np.random.default_rng(1).integers(0, config["vocab_size"], shape, np.int32)
-    batch = {
-        "input_ids": jnp.asarray(ids),
-        "labels": jnp.asarray(ids),
-        "positions": jnp.broadcast_to(jnp.arange(workload.sequence, dtype=jnp.int32), shape),
-        "segment_ids": jnp.ones(shape, jnp.int32),
-    }
+    positions = jnp.broadcast_to(jnp.arange(workload.sequence, dtype=jnp.int32), shape)
+    batch = {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(ids), "positions": positions}
     seconds = []
     for _ in range(1 + warmup + steps):
         start = time.perf_counter()
-        state, metrics = train_step(state, frozen, batch)
-        jax.block_until_ready((state, metrics["loss"]))
+        state, report = train_step(state, frozen, batch)
+        jax.block_until_ready((state, report.loss))
         seconds.append(time.perf_counter() - start)
     return StepTiming(tuple(seconds[1 + warmup :]), seconds[0], workload.batch * workload.sequence)
 

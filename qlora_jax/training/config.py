@@ -1,12 +1,33 @@
-"""The one schema of a fine-tuning run: the flags of `scripts/finetune.py`, with the reference program's names."""
+"""Configuration of a fine-tuning run: the one schema of its flags, with the reference program's names."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from qlora_jax.cli import flag
+from qlora_jax.cli import flag, names_where
 from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
 from qlora_jax.errors import UserError
+
+RematPolicy = Literal["full", "save_attention", "offload", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Settings of the compiled training step, beside the model, the mesh and the shape of a batch.
+
+    Attributes:
+        remat: activations kept for the backward pass, see `qlora_jax.nn.remat`.
+        dropout: draw dropout masks, keyed by (seed, step, micro-batch, device), so that a resumed run draws the same.
+        seed: of the dropout masks.
+        max_grad_norm: the mean gradient is clipped to this global norm (Pascanu et al. 2013); 0 for no clipping.
+        micro_batches: forward passes of an optimizer step, the leading axis A of its batch [A, B, S].
+    """
+
+    remat: RematPolicy = "none"
+    dropout: bool = False
+    seed: int = 0
+    max_grad_norm: float = 0.0
+    micro_batches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +39,22 @@ class TrainConfig:
         "Hub id, Hugging Face directory, GGUF file, or a directory made by scripts/convert.py.",
         group="model",
     )
-    bits: int = flag(4, "Bits of the frozen linear weights: 4, 8 (row-wise int8) or 16 (not quantised).", group="model")
-    quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.", group="model")
-    double_quant: bool = flag(
-        True, "Quantise the quantisation constants too (0.373 bits a parameter less).", group="model"
+    bits: int = flag(
+        4,
+        "Bits of the frozen linear weights: 4, 8 (row-wise int8) or 16 (not quantised).",
+        group="model",
+        shapes_step=True,
     )
-    block_size: int = flag(64, "Weights that share one quantisation constant.", group="model")
+    quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.", group="model", shapes_step=True)
+    double_quant: bool = flag(
+        True, "Quantise the quantisation constants too (0.373 bits a parameter less).", group="model", shapes_step=True
+    )
+    block_size: int = flag(64, "Weights that share one quantisation constant.", group="model", shapes_step=True)
     bf16: bool | None = flag(
         None,
         "Compute in bfloat16 (True) or float32 (False); by default bfloat16 on a GPU, float32 on a CPU.",
         group="model",
+        shapes_step=True,
     )
     kernel: Literal["auto", "xla", "fused", "unfused", "dequantize"] = flag(
         "auto",
@@ -35,16 +62,24 @@ class TrainConfig:
         "product and unfused with a kernel before it (CUDA GPUs); auto takes what should be fastest on the device. "
         "dequantize: the former name of unfused.",
         group="model",
+        shapes_step=True,
+        resume="free",
     )
 
-    lora_r: int = flag(64, "Rank of the adapters.", group="adapters")
-    lora_alpha: float = flag(16.0, "Adapters are scaled by lora_alpha / lora_r.", group="adapters")
-    lora_dropout: float = flag(0.0, "Dropout on the adapters' input.", group="adapters")
+    lora_r: int = flag(64, "Rank of the adapters.", group="adapters", shapes_step=True)
+    lora_alpha: float = flag(16.0, "Adapters are scaled by lora_alpha / lora_r.", group="adapters", shapes_step=True)
+    lora_dropout: float = flag(0.0, "Dropout on the adapters' input.", group="adapters", shapes_step=True)
     lora_modules: str = flag(
-        "all", "Linears that get an adapter: all, attention, mlp, or names such as q_proj,v_proj.", group="adapters"
+        "all",
+        "Linears that get an adapter: all, attention, mlp, or names such as q_proj,v_proj.",
+        group="adapters",
+        shapes_step=True,
     )
     adapter: str | None = flag(
-        None, "Start from this adapter directory (PEFT's format) instead of a fresh one.", group="adapters"
+        None,
+        "Start from this adapter directory (PEFT's format) instead of a fresh one.",
+        group="adapters",
+        shapes_step=True,
     )
 
     dataset: str = flag(
@@ -66,12 +101,15 @@ class TrainConfig:
     target_max_len: int = flag(256, "Target tokens kept of a row.", group="data")
     train_on_source: bool = flag(False, "Train on the source tokens as well.", group="data")
     packing: bool = flag(
-        False, "Pack several rows into one sequence, with attention and positions of their own.", group="data"
+        False,
+        "Pack several rows into one sequence, with attention and positions of their own.",
+        group="data",
+        shapes_step=True,
     )
     sequence_length: int | None = flag(
         None, "Length of a packed sequence; by default source_max_len + target_max_len.", group="data"
     )
-    group_by_length: bool = flag(True, "Batch rows of similar length together (without --packing).", group="data")
+    group_by_length: bool = flag(True, "Batch rows of similar length together (without packing).", group="data")
 
     do_train: bool = flag(True, "Train; False evaluates and answers the prompts only.", group="training")
     optim: Literal[
@@ -80,16 +118,20 @@ class TrainConfig:
     ] = flag(
         "paged_adamw_32bit",
         "Optimizer; a paged one keeps its state on the device while it fits and on the host otherwise.",
-        group="training",
+        group="training", shapes_step=True,
     )  # fmt: skip
     optim_placement: Literal["device", "host", "auto"] | None = flag(
         None,
         "Where the optimizer's state lives: on the device, on the host, or on the host as far as the device is full; "
         "by default auto for paged optimizers, device for others.",
         group="training",
+        shapes_step=True,
+        resume="free",
     )
     per_device_train_batch_size: int = flag(1, "Sequences in a forward pass on each device.", group="training")
-    gradient_accumulation_steps: int = flag(16, "Forward passes in an optimizer step.", group="training")
+    gradient_accumulation_steps: int = flag(
+        16, "Forward passes in an optimizer step.", group="training", shapes_step=True
+    )
     max_steps: int = flag(10000, "Optimizer steps; ignored if num_train_epochs is given.", group="training")
     num_train_epochs: float | None = flag(
         None, "Passes over the training data, instead of max_steps.", group="training"
@@ -100,53 +142,75 @@ class TrainConfig:
     )
     warmup_ratio: float = flag(0.03, "Share of the steps over which the learning rate rises from 0.", group="training")
     warmup_steps: int | None = flag(None, "Warm-up in steps, instead of warmup_ratio.", group="training")
-    weight_decay: float = flag(0.0, "Decoupled weight decay.", group="training")
+    weight_decay: float = flag(0.0, "Decoupled weight decay.", group="training", shapes_step=True)
     adam_beta1: float = flag(0.9, "First-moment decay of AdamW and Lion.", group="training")
     adam_beta2: float = flag(0.999, "Second-moment decay of AdamW and Lion.", group="training")
     adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", group="training")
-    max_grad_norm: float = flag(0.3, "Clip the gradient to this global norm (0: no clipping).", group="training")
+    max_grad_norm: float = flag(
+        0.3, "Clip the gradient to this global norm (0: no clipping).", group="training", shapes_step=True
+    )
     gradient_checkpointing: bool = flag(
-        True, "Recompute activations in the backward pass to save memory; False is --remat none.", group="training"
+        True,
+        "Recompute activations in the backward pass to save memory; False is remat none.",
+        group="training",
+        shapes_step=True,
+        resume="free",
     )
     remat: Literal["full", "save_attention", "offload", "none"] | None = flag(
         None,
         "What the backward pass finds of a layer: its input (full, the default), that and what attention returned "
         "(save_attention), its input in host memory (offload), or everything that is costly to compute (none).",
         group="training",
+        shapes_step=True,
+        resume="free",
     )
     seed: int = flag(0, "Seed of adapters, shuffles and dropout.", group="training")
 
-    do_eval: bool = flag(True, "Evaluate on held-out rows during and after training.", group="evaluation")
-    eval_steps: int = flag(250, "Steps between evaluations (0: only before and after training).", group="evaluation")
-    per_device_eval_batch_size: int = flag(1, "Sequences in a forward pass of evaluation.", group="evaluation")
+    do_eval: bool = flag(
+        True, "Evaluate on held-out rows during and after training.", group="evaluation", resume="free"
+    )
+    eval_steps: int = flag(
+        250, "Steps between evaluations (0: only before and after training).", group="evaluation", resume="free"
+    )
+    per_device_eval_batch_size: int = flag(
+        1, "Sequences in a forward pass of evaluation.", group="evaluation", resume="free"
+    )
     prompts: str | None = flag(
-        None, "Text file, one prompt a line, answered before and after training.", group="evaluation"
+        None, "Text file, one prompt a line, answered before and after training.", group="evaluation", resume="free"
     )
-    max_new_tokens: int = flag(256, "Longest answer to a prompt, in tokens.", group="evaluation")
-    do_sample: bool = flag(False, "Sample the answers instead of taking the likeliest token.", group="evaluation")
-    temperature: float = flag(1.0, "Sampling temperature.", group="evaluation")
-    top_k: int = flag(50, "Sample among the k likeliest tokens (0: all).", group="evaluation")
-    top_p: float = flag(1.0, "Sample among the likeliest tokens that hold this much probability.", group="evaluation")
+    max_new_tokens: int = flag(256, "Longest answer to a prompt, in tokens.", group="evaluation", resume="free")
+    do_sample: bool = flag(
+        False, "Sample the answers instead of taking the likeliest token.", group="evaluation", resume="free"
+    )
+    temperature: float = flag(1.0, "Sampling temperature.", group="evaluation", resume="free")
+    top_k: int = flag(50, "Sample among the k likeliest tokens (0: all).", group="evaluation", resume="free")
+    top_p: float = flag(
+        1.0, "Sample among the likeliest tokens that hold this much probability.", group="evaluation", resume="free"
+    )
 
-    output_dir: str = flag("./output", "Where adapters, checkpoints, metrics and the plot go.", group="output")
-    overwrite_output_dir: bool = flag(False, "Delete what another run left in output_dir.", group="output")
-    logging_steps: int = flag(10, "Steps between lines of metrics.jsonl.", group="output")
+    output_dir: str = flag(
+        "./output", "Where adapters, checkpoints, metrics and the plot go.", group="output", resume="free"
+    )
+    overwrite_output_dir: bool = flag(
+        False, "Delete what another run left in output_dir.", group="output", resume="free"
+    )
+    logging_steps: int = flag(10, "Steps between lines of metrics.jsonl.", group="output", resume="free")
     save_strategy: Literal["steps", "no"] = flag(
-        "steps", "Save checkpoints every save_steps, or only at the end.", group="output"
+        "steps", "Save checkpoints every save_steps, or only at the end.", group="output", resume="free"
     )
-    save_steps: int = flag(250, "Steps between checkpoints.", group="output")
-    save_total_limit: int = flag(40, "Checkpoints kept; the oldest are deleted.", group="output")
+    save_steps: int = flag(250, "Steps between checkpoints.", group="output", resume="free")
+    save_total_limit: int = flag(40, "Checkpoints kept; the oldest are deleted.", group="output", resume="free")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = flag(
-        "tensorboard", "Where metrics go besides metrics.jsonl.", group="output"
+        "tensorboard", "Where metrics go besides metrics.jsonl.", group="output", resume="free"
     )
-    run_name: str | None = flag(None, "Name of the run in W&B.", group="output")
+    run_name: str | None = flag(None, "Name of the run in W&B.", group="output", resume="free")
 
     def __post_init__(self) -> None:
-        """Reject values that no run could use; UserError names the flag."""
+        """Reject values that no run could use; UserError names the field."""
         if self.bits not in (4, 8, 16):
-            raise UserError(f"--bits {self.bits}: choose 4, 8 or 16.")
+            raise UserError(f"`bits={self.bits}`: choose 4, 8 or 16.")
         if self.block_size < 32 or self.block_size > 4096 or self.block_size & (self.block_size - 1):
-            raise UserError(f"--block_size {self.block_size}: choose a power of two from 32 to 4096.")
+            raise UserError(f"`block_size={self.block_size}`: choose a power of two from 32 to 4096.")
         positive = (
             "lora_r", "source_max_len", "target_max_len", "per_device_train_batch_size", "gradient_accumulation_steps",
             "max_steps", "per_device_eval_batch_size", "max_new_tokens", "logging_steps", "save_steps",
@@ -154,34 +218,49 @@ class TrainConfig:
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+                raise UserError(f"`{name}={getattr(self, name)}`: must be at least 1.")
         for name in ("max_train_samples", "max_eval_samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+                raise UserError(f"`{name}={getattr(self, name)}`: must be at least 1.")
         if not self.gradient_checkpointing and self.remat not in (None, "none"):
-            raise UserError(f"--remat {self.remat} recomputes activations; leave out --gradient_checkpointing False.")
+            raise UserError(f"`remat={self.remat}` recomputes activations; leave out `gradient_checkpointing=False`.")
         if self.sequence_length is not None and not self.packing:
-            raise UserError("--sequence_length is the length of packed sequences; give --packing too.")
+            raise UserError("`sequence_length` is the length of packed sequences; give `packing` too.")
         if self.eval_dataset is not None and not self.do_eval:
-            raise UserError("--eval_dataset is not read with --do_eval False; leave out one of them.")
+            raise UserError("`eval_dataset` is not read with `do_eval=False`; leave out one of them.")
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
-            raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be positive.")
+            raise UserError(f"`num_train_epochs={self.num_train_epochs}`: must be positive.")
         for name in ("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1.")
+                raise UserError(f"`{name}={getattr(self, name)}`: must be at least 0 and below 1.")
         for name in ("learning_rate", "lora_alpha", "adam_epsilon", "temperature"):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be positive.")
+                raise UserError(f"`{name}={getattr(self, name)}`: must be positive.")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1.")
+            raise UserError(f"`top_p={self.top_p}`: must be above 0 and at most 1.")
         for name in ("weight_decay", "max_grad_norm", "eval_steps", "top_k"):
             if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must not be negative.")
+                raise UserError(f"`{name}={getattr(self, name)}`: must not be negative.")
 
     @property
-    def remat_policy(self) -> Literal["full", "save_attention", "offload", "none"]:
-        """What of a layer is kept for the backward pass, see `qlora_jax.nn.remat`."""
+    def remat_policy(self) -> RematPolicy:
+        """The activations of a layer that are kept for the backward pass, see `qlora_jax.nn.remat`."""
         return self.remat or ("full" if self.gradient_checkpointing else "none")
+
+    @property
+    def packed_length(self) -> int | None:
+        """Tokens of a packed sequence; None without packing."""
+        return (self.sequence_length or self.source_max_len + self.target_max_len) if self.packing else None
+
+    def step_config(self) -> StepConfig:
+        """Derive the settings of the training step."""
+        return StepConfig(
+            remat=self.remat_policy,
+            dropout=self.lora_dropout > 0,
+            seed=self.seed,
+            max_grad_norm=self.max_grad_norm,
+            micro_batches=self.gradient_accumulation_steps,
+        )
 
 
 # What `finetune.py` runs when neither a model nor a data set is named: small enough for two CPU cores.
@@ -231,9 +310,5 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in --output_dir.",
 }  # fmt: skip
 
-STEP_FLAGS = (
-    "bits", "quant_type", "double_quant", "block_size", "bf16", "kernel", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_modules", "adapter", "packing", "optim", "optim_placement", "gradient_accumulation_steps",
-    "weight_decay", "max_grad_norm", "gradient_checkpointing", "remat",
-)  # fmt: skip
-"""Flags of a run that shape the programs of its step; `scripts/plan.py` has them under the same names."""
+STEP_FLAGS = names_where(TrainConfig, shapes_step=True)
+"""Fields of a run that shape the programs of its step; a plan has them under the same names."""

@@ -36,7 +36,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, config: TrainConfig, resume_step: int):
         if config.report_to in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
-            raise UserError(f"--report_to {config.report_to}: W&B is not installed; `pip install wandb`.")
+            raise UserError(f"`report_to={config.report_to}`: W&B is not installed; `pip install wandb`.")
         path = directory / METRICS_FILE
         # A run that starts over evaluates step 0 again.
         kept = [line for line in read_metrics(path) if resume_step and line["step"] <= resume_step]

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from qlora_jax.cli import names_where
 from qlora_jax.errors import UserError
 from qlora_jax.files import file_sizes
 from qlora_jax.optimizers import OPTIMIZERS
@@ -35,12 +36,8 @@ _WRITTEN = (
     "checkpoint-*", ".checkpoint-*", "adapter", "tensorboard", "wandb", "metrics.jsonl", "answers.json",
     "answers_before.json", "summary.json", "loss.png", "run.json",
 )  # fmt: skip
-# Flags that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
-_FREE = frozenset(
-    ("do_eval", "do_sample", "eval_steps", "gradient_checkpointing", "kernel", "logging_steps", "max_new_tokens",
-     "optim_placement", "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "prompts", "remat",
-     "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "temperature", "top_k", "top_p")
-)  # fmt: skip
+# Fields that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
+_FREE = frozenset(names_where(TrainConfig, resume="free"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -56,7 +53,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); delete {path.parent} or give another --output_dir."
+            f"{path} cannot be read ({error}); delete {path.parent} or give another `output_dir`."
         ) from error
 
 
@@ -123,7 +120,7 @@ class RunDirectory:
         record = {"flags": dataclasses.asdict(config), "identity": dict(identity)}
         run_file = path / "run.json"
         if path.exists() and not path.is_dir():
-            raise UserError(f"--output_dir {path} is a file; give a directory.")
+            raise UserError(f"`output_dir={path}` is a file; give a directory.")
         directory = cls(path, config.save_total_limit)
         if config.overwrite_output_dir and (run_file.exists() or directory.checkpoints()):
             directory.clear()
@@ -132,16 +129,16 @@ class RunDirectory:
             changed = _differences(before, record)
             if changed and directory.checkpoints():
                 raise UserError(
-                    f"--output_dir {path} holds the checkpoints of another run ({'; '.join(changed)}); give another "
-                    "--output_dir, the same flags to resume it, or --overwrite_output_dir to delete it."
+                    f"`output_dir={path}` holds the checkpoints of another run ({'; '.join(changed)}); give another "
+                    "`output_dir`, the same settings to resume it, or `overwrite_output_dir` to delete it."
                 )
         elif directory.checkpoints():
-            raise UserError(f"--output_dir {path} holds checkpoints without a run.json; give another --output_dir.")
+            raise UserError(f"`output_dir={path}` holds checkpoints without a run.json; give another `output_dir`.")
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_json(run_file, record)
         except OSError as error:
-            raise UserError(f"--output_dir {path} cannot be written: {error.strerror}.") from error
+            raise UserError(f"`output_dir={path}` cannot be written: {error.strerror}.") from error
         for leftover in path.glob(".checkpoint-*"):
             shutil.rmtree(leftover)
         return directory
@@ -244,7 +241,7 @@ def _differences(before: Any, now: Mapping[str, Any]) -> list[str]:
     except (KeyError, TypeError):
         return ["its run.json is of another format"]
     changed = [
-        f"--{name} was {flags.get(name)!r}, now {value!r}"
+        f"`{name}` was {flags.get(name)!r}, now {value!r}"
         for name, value in now["flags"].items()
         if name not in _FREE
         and flags.get(name) != value

@@ -34,7 +34,7 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
 def make_optimizer(
     config: TrainConfig, total_steps: int, lora: Any, *, dtype: Any = jnp.float32, limit: int | None = None
 ) -> PagedOptimizer:
-    """The optimizer of --optim, kept where --optim_placement says. Clipping is the gradient step's.
+    """Make the optimizer of `optim`, placed as `optim_placement` says. Clipping is the gradient step's.
 
     Args:
         config: the run's flags.

@@ -1,65 +1,102 @@
-"""The training step: gradients of the adapters, one update of them by the paged optimizer, and their evaluation."""
+"""The training step: gradients of what is trained, one update of it by the paged optimizer, and its evaluation."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.nn.linear import GradientSlot
 from qlora_jax.nn.remat import Remat
-from qlora_jax.optimizers import PagedOptimizer
-from qlora_jax.training.losses import next_token_loss
+from qlora_jax.optimizers import PagedOptimizer, TransferStats
+from qlora_jax.optimizers.paged import ChunkState
+from qlora_jax.training.config import StepConfig
+from qlora_jax.training.objectives import NEXT_TOKEN, Objective, Sums
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes. The base model is not part of it.
+    """Everything that training changes; the base model is not part of it.
 
-    lora: the adapters that the model reads, in the optimizer's working dtype; opt_state: what `PagedOptimizer` keeps
-    of them, float32 masters included; step: int32 [], updates done.
+    Attributes:
+        lora: the trained variables that the model reads, in the optimizer's working dtype.
+        opt_state: state of `PagedOptimizer`, a `ChunkState` a chunk, float32 masters included; or, in a checkpoint,
+            what `PagedOptimizer.gather` makes of it.
+        step: int32 [], updates done.
     """
 
-    lora: Any
-    opt_state: Any
-    step: Any
+    lora: nnx.State | Any
+    opt_state: list[ChunkState] | Any
+    step: Int[Array, ""] | Any
 
     @classmethod
     def create(cls, lora: nnx.State, optimizer: PagedOptimizer) -> "TrainState":
-        """The state before the first step. `lora` is float32; where another working dtype is kept, it is deleted."""
+        """Make the state before the first step. `lora` is float32; with another working dtype, it is deleted."""
         return cls(*optimizer.init(lora), jnp.zeros((), jnp.int32))
 
 
-def _loss_sum(
-    lora: nnx.State,
-    frozen: nnx.State,
-    batch: dict[str, Array],
-    dropout_key: Array | None,
-    *,
-    graphdef: nnx.GraphDef,
-    packed: bool,
-    remat: Remat,
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """(summed loss, trained tokens) of a batch [B, S] on one device."""
-    model = nnx.merge(graphdef, lora, frozen)
-    # An unpacked row is one document padded on the right: causality alone keeps it from the padding.
-    segment_ids = batch["segment_ids"] if packed else None
-    hidden, _ = model(
-        batch["input_ids"], batch["positions"], segment_ids=segment_ids, dropout_key=dropout_key, remat=remat
-    )
-    return next_token_loss(hidden, model.head, batch["labels"])
+class StepMetrics(NamedTuple):
+    """Scalars that the gradient program returns beside the gradients.
+
+    Attributes:
+        loss: mean over the weight of all A*B rows.
+        grad_norm: of the mean gradient, before clipping.
+        weight: the divisor of all means.
+        metrics: further means of the objective.
+        scale: the clipped mean gradient is the gradient sums times this.
+        finite: loss and gradient norm are finite.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    weight: Array
+    metrics: dict[str, Array]
+    scale: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """Result of a step beside the new state: arrays that may still be computed, and what paging moved."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    weight: Array
+    metrics: dict[str, Array]
+    transfers: TransferStats
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalSums:
+    """`Objective.sums` of a batch on one device, from split states."""
+
+    graphdef: nnx.GraphDef
+    objective: Objective
+    remat: Remat
+    reference: nnx.GraphDef | None
+
+    def __call__(
+        self, lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], dropout_key: Array | None
+    ) -> Sums:
+        model = nnx.merge(self.graphdef, lora, frozen)
+        reference = None
+        if self.objective.uses_reference:
+            assert self.reference is not None
+            # The same frozen weights: nothing is stored twice.
+            reference = nnx.merge(self.reference, nnx.State({}), frozen)
+        return self.objective.sums(model, batch, dropout_key=dropout_key, remat=self.remat, reference=reference)
 
 
 def _on_every_device(
     sums: Callable[..., Any], mesh: jax.sharding.Mesh | None, rows: PartitionSpec
 ) -> Callable[..., Any]:
-    """`sums(lora, frozen, batch, key)` of all rows: run on every device's own, added up over the axis `data`.
+    """Map `sums(lora, frozen, batch, key)` over the devices' rows and add the results up over the axis `data`.
 
     Every device runs the whole model: written as one program for all rows, XLA could not divide the kernels' calls and
     would send every row to every device.
@@ -71,15 +108,13 @@ def _on_every_device(
     def local(*arguments: Any) -> Any:
         return jax.lax.psum(sums(*arguments), "data")
 
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(whole, whole, rows, whole), out_specs=(whole, whole), check_vma=False
-    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, rows, whole), out_specs=whole, check_vma=False)
 
 
 # For whichever platform a program is compiled.
 _COMPILER_OPTIONS: dict[str, str | bool | int | float] = {
-    # XLA keeps to 256-bit vectors on CPUs that have 512 bits; decoding 4-bit weights gains more than clocks lose (2 to
-    # 5 % of a step on a Zen 5). CPUs without them take the widest they have.
+    # XLA keeps to 256-bit vectors on CPUs that have 512 bits; dequantizing 4-bit weights gains more than clocks lose (2
+    # to 5 % of a step on a Zen 5). CPUs without them take the widest they have.
     "xla_cpu_prefer_vector_width": 512,
     # Without it a GPU waits for every tile that comes from host memory, instead of working on the one before.
     "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -88,104 +123,119 @@ _COMPILER_OPTIONS: dict[str, str | bool | int | float] = {
 
 def make_gradient_step(
     graphdef: nnx.GraphDef,
+    config: StepConfig,
     *,
-    packed: bool = False,
-    remat: Remat = "none",
-    dropout: bool = False,
-    seed: int = 0,
-    max_grad_norm: float = 0.0,
+    objective: Objective = NEXT_TOKEN,
+    reference: nnx.GraphDef | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> Callable[[nnx.State, nnx.State, dict[str, Array], Array], tuple[nnx.State, dict[str, Array]]]:
-    """A jitted `gradients(lora, frozen, batch, step)` -> (gradient sums, metrics), the larger half of a training step.
+) -> Callable[[nnx.State, nnx.State, Mapping[str, Array], Array], tuple[nnx.State, StepMetrics]]:
+    """Make a jitted `gradients(lora, frozen, batch, step)` -> (gradient sums, metrics), most of a training step.
 
     Args:
         graphdef: of the model, from `split_model`.
-        packed: rows hold several documents, told apart by `segment_ids`.
-        remat: what of a layer is kept for the backward pass, see `qlora_jax.nn.remat`.
-        dropout: draw dropout masks, keyed by (seed, step, micro-batch, device): a resumed run draws the same ones.
-        seed: of the dropout.
-        max_grad_norm: clip the mean gradient to this global norm (Pascanu et al. 2013); 0 for no clipping.
+        config: settings of the step.
+        objective: its sums are differentiated.
+        reference: of the model without adapters, for an objective that reads it.
         mesh: with axis `data`, over which B is split.
 
-    The batch holds input_ids, labels, positions, segment_ids, each int32 [A, B, S]: A micro-batches of B sequences.
-    Gradients are those of the loss summed over all trained tokens, float32 in the shapes of `lora` whatever its dtype;
-    the micro-batches add to them in place. Metrics, all scalars: loss (mean over the trained tokens of all A*B
-    sequences, in nats), grad_norm (of the mean gradient, before clipping), trained_tokens, scale (the clipped mean
-    gradient is the sums times this), finite (whether loss and gradient are).
+    The batch holds the objective's fields with a leading axis of micro-batches, e.g. int32 [A, B, S]. Gradients are
+    those of the summed loss, float32 in the shapes of `lora` whatever its dtype; the micro-batches add to them in
+    place.
     """
+    local_sums = _LocalSums(graphdef, objective, config.remat, reference)
+    micro_batches = config.micro_batches
 
     def sums(
-        lora: nnx.State, frozen: nnx.State, batch: dict[str, Array], key: Array | None
-    ) -> tuple[nnx.State, tuple[Array, Array]]:
+        lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], key: Array | None
+    ) -> tuple[nnx.State, Sums]:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), lora)
         totals = jax.tree.map(jax.new_ref, zeros)
 
-        def micro(index: Array | int, one: dict[str, Array]) -> tuple[Array, Array]:
+        def micro(index: Array | int, micro_batch: Mapping[str, Array]) -> Sums:
             micro_key = None if key is None else jax.random.fold_in(key, index)
             if micro_key is not None and mesh is not None and mesh.size > 1:
                 micro_key = jax.random.fold_in(micro_key, jax.lax.axis_index("data"))
 
-            def loss_sum(slots: nnx.State) -> tuple[Array, Array]:
+            def loss_sum(slots: nnx.State) -> tuple[Array, Sums]:
                 adapters = jax.tree.map(GradientSlot, lora, slots)
-                return _loss_sum(adapters, frozen, one, micro_key, graphdef=graphdef, packed=packed, remat=remat)
+                found = local_sums(adapters, frozen, micro_batch, micro_key)
+                return found.loss, found
 
-            loss, backward, count = jax.vjp(loss_sum, zeros, has_aux=True)
-            # Each layer's gradient is added where the total lies: no second tree of gradients exists.
-            backward.with_refs(totals)(jnp.ones_like(loss))  # type: ignore[attr-defined]  # of the function it declares
-            return loss, count
+            loss, backward, found = jax.vjp(loss_sum, zeros, has_aux=True)
+            with jax.named_scope("gradient_accumulation"):
+                # Each layer's gradient is added where the total lies: no second tree of gradients exists.
+                backward.with_refs(totals)(jnp.ones_like(loss))  # type: ignore[attr-defined]  # of the function it declares
+            return found
 
-        if batch["input_ids"].shape[0] == 1:
-            loss, count = micro(0, jax.tree.map(lambda a: a[0], batch))
+        if micro_batches == 1:
+            found = micro(0, jax.tree.map(lambda array: array[0], batch))
         else:
 
-            def accumulate(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], None]:
-                loss, count = micro(*xs)
-                return (carry[0] + loss, carry[1] + count), None
+            def accumulate(carry: Sums, xs: Any) -> tuple[Sums, None]:
+                return jax.tree.map(jnp.add, carry, micro(*xs)), None
 
-            start = (jnp.zeros(()), jnp.zeros((), jnp.int32))
-            indices = jnp.arange(batch["input_ids"].shape[0])
-            (loss, count), _ = jax.lax.scan(accumulate, start, (indices, batch))
-        return jax.tree.map(jax.freeze, totals), (loss, count)
+            first = jax.tree.map(lambda array: array[0], batch)
+            shapes = jax.eval_shape(local_sums, lora, frozen, first, key)
+            start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            found, _ = jax.lax.scan(accumulate, start, (jnp.arange(micro_batches), batch))
+        return jax.tree.map(jax.freeze, totals), found
 
     def gradients(
-        lora: nnx.State, frozen: nnx.State, batch: dict[str, Array], step: Array
-    ) -> tuple[nnx.State, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), step) if dropout else None
-        grads, (loss, count) = _on_every_device(sums, mesh, PartitionSpec(None, "data"))(lora, frozen, batch, key)
-        scale = 1.0 / jnp.maximum(count, 1)
-        grad_norm = optax.tree.norm(grads) * scale
-        metrics = {
-            "loss": loss * scale,
-            "grad_norm": grad_norm,
-            "trained_tokens": count,
-            "scale": scale,
-            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
-        }
-        if max_grad_norm:
-            metrics["scale"] = jnp.where(grad_norm < max_grad_norm, scale, scale * (max_grad_norm / grad_norm))
-        return grads, metrics
+        lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], step: Array
+    ) -> tuple[nnx.State, StepMetrics]:
+        _check_micro_batches(batch, micro_batches)
+        key = jax.random.fold_in(jax.random.key(config.seed), step) if config.dropout else None
+        grads, found = _on_every_device(sums, mesh, PartitionSpec(None, "data"))(lora, frozen, batch, key)
+        unclipped = 1.0 / jnp.where(found.weight > 0, found.weight, 1)
+        grad_norm = optax.tree.norm(grads) * unclipped
+        scale = unclipped
+        if config.max_grad_norm:
+            clipped = unclipped * (config.max_grad_norm / grad_norm)
+            scale = jnp.where(grad_norm < config.max_grad_norm, unclipped, clipped)
+        return grads, StepMetrics(
+            loss=found.loss * unclipped,
+            grad_norm=grad_norm,
+            weight=found.weight,
+            metrics={name: value * unclipped for name, value in found.metrics.items()},
+            scale=scale,
+            finite=jnp.isfinite(found.loss) & jnp.isfinite(grad_norm),
+        )
 
     return jax.jit(gradients, compiler_options=_COMPILER_OPTIONS)
 
 
+def _check_micro_batches(batch: Mapping[str, Array], expected: int) -> None:
+    for name, array in batch.items():
+        if array.shape[0] != expected:
+            raise ValueError(f"batch field {name} has {array.shape[0]} micro-batches; the step was made for {expected}")
+
+
 class TrainStep:
-    """One training step: `state, metrics = step(state, frozen, batch)`; `state` is donated. See `make_train_step`."""
+    """One training step: `state, report = step(state, frozen, batch)`; `state` is donated. See `make_train_step`.
+
+    Attributes:
+        planned_bytes: most that any step so far should have had on the device, by the compiler's count.
+    """
 
     def __init__(self, gradient_step: Any, optimizer: PagedOptimizer):
         self.gradient_step, self.optimizer = gradient_step, optimizer
-        self.programs: dict[tuple[int, ...], jax.stages.Compiled] = {}
-        self.planned_bytes = 0  # most that any step so far should have had on the device, by the compiler's count
+        self.programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
+        self.planned_bytes = 0
 
-    def program(self, lora: Any, frozen: Any, batch: dict[str, Any], step: Any) -> jax.stages.Compiled:
-        """The gradient program for a batch's shape [A, B, S], compiled once; arguments may be abstract."""
-        shape = batch["input_ids"].shape
-        if shape not in self.programs:
-            self.programs[shape] = self.gradient_step.lower(lora, frozen, batch, step).compile()
-        return self.programs[shape]
+    def compiled(self, batch: Mapping[str, Any]) -> jax.stages.Compiled | None:
+        """Return the gradient program for the shapes of a batch, if it has been compiled."""
+        return self.programs.get(_shapes(batch))
+
+    def program(self, lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Any], step: Any) -> jax.stages.Compiled:
+        """Return the gradient program for the shapes of a batch, compiled once; arguments may be abstract."""
+        found = self.compiled(batch)
+        if found is None:
+            found = self.programs[_shapes(batch)] = self.gradient_step.lower(lora, frozen, batch, step).compile()
+        return found
 
     def __call__(
-        self, state: TrainState, frozen: nnx.State, batch: dict[str, Array]
-    ) -> tuple[TrainState, dict[str, Any]]:
+        self, state: TrainState, frozen: nnx.State, batch: Mapping[str, Array]
+    ) -> tuple[TrainState, StepReport]:
         """Do one step: room for the gradient program, gradients, update."""
         program = self.program(state.lora, frozen, batch, state.step)
         needed = program_bytes(program)
@@ -194,39 +244,39 @@ class TrainStep:
         opt_state, made_room = self.optimizer.evict(state.opt_state, resident)
         grads, metrics = program(state.lora, frozen, batch, state.step)
         lora, opt_state, moved = self.optimizer.update(
-            state.lora, grads, opt_state, metrics["scale"], metrics["finite"], resident
+            state.lora, grads, opt_state, metrics.scale, metrics.finite, resident
         )
-        shown = {name: metrics[name] for name in ("loss", "grad_norm", "trained_tokens")}
-        return TrainState(lora, opt_state, state.step + 1), {**shown, "traffic": made_room + moved}
+        report = StepReport(metrics.loss, metrics.grad_norm, metrics.weight, metrics.metrics, made_room + moved)
+        return TrainState(lora, opt_state, state.step + 1), report
+
+
+def _shapes(batch: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(batch))
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: PagedOptimizer,
+    config: StepConfig,
     *,
-    packed: bool = False,
-    remat: Remat = "none",
-    dropout: bool = False,
-    seed: int = 0,
-    max_grad_norm: float = 0.0,
+    objective: Objective = NEXT_TOKEN,
+    reference: nnx.GraphDef | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> TrainStep:
-    """A `step(state, frozen, batch) -> (state, metrics)`: `make_gradient_step`, then the optimizer chunk by chunk.
+    """Make a `step(state, frozen, batch) -> (state, report)`: `make_gradient_step`, then the optimizer by chunks.
 
-    The other arguments and the batch are those of `make_gradient_step`: the loss is the mean over all trained tokens of
-    the A*B sequences, so that accumulating equals one large batch. Metrics: loss (nats a token), grad_norm (before
-    clipping), trained_tokens, and traffic (`qlora_jax.optimizers.TransferStats`). If loss or gradient is
-    not finite the state comes back unchanged but for `step`: the last good adapters survive.
+    The other arguments and the batch are those of `make_gradient_step`: the loss is the mean over the weight of all
+    A*B rows, so that accumulating equals one large batch. If loss or gradient is not finite, the state comes back
+    unchanged but for `step`: the last good adapters survive.
     """
-    gradient_step = make_gradient_step(
-        graphdef, packed=packed, remat=remat, dropout=dropout, seed=seed, max_grad_norm=max_grad_norm, mesh=mesh
+    return TrainStep(
+        make_gradient_step(graphdef, config, objective=objective, reference=reference, mesh=mesh), optimizer
     )
-    return TrainStep(gradient_step, optimizer)
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
     """Device bytes that exist while a program runs: arguments, outputs and temporaries, by XLA's buffer assignment."""
-    memory: Any = compiled.memory_analysis()  # backends without one say None; those of CPU and GPU have one
+    memory: Any = compiled.memory_analysis()  # None on backends without one; CPU and GPU have one
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -236,15 +286,17 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, packed: bool = False, mesh: jax.sharding.Mesh | None = None
-) -> Callable[[nnx.State, nnx.State, dict[str, Array]], tuple[Array, Array]]:
-    """A jitted `step(lora, frozen, batch)` -> (summed loss, trained tokens) of a batch of int32 [B, S] arrays."""
+    graphdef: nnx.GraphDef,
+    *,
+    objective: Objective = NEXT_TOKEN,
+    reference: nnx.GraphDef | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Callable[[nnx.State, nnx.State, Mapping[str, Array]], Sums]:
+    """Make a jitted `step(lora, frozen, batch) -> Sums` of a batch of the objective's fields, e.g. int32 [B, S]."""
+    # Nothing is kept without a backward pass; `full` lets long rows pass by tiles.
+    sums = _LocalSums(graphdef, objective, "full", reference)
 
-    def sums(lora: nnx.State, frozen: nnx.State, batch: dict[str, Array], key: None) -> tuple[Array, Array]:
-        # Nothing is kept without a backward pass; `full` lets long rows pass by tiles.
-        return _loss_sum(lora, frozen, batch, key, graphdef=graphdef, packed=packed, remat="full")
-
-    def step(lora: nnx.State, frozen: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
+    def step(lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Array]) -> Sums:
         return _on_every_device(sums, mesh, PartitionSpec("data"))(lora, frozen, batch, None)
 
     return jax.jit(step, compiler_options=_COMPILER_OPTIONS)

@@ -1,8 +1,10 @@
 """A fine-tuning run from flags to saved adapters: load, adapt, train, evaluate, save, resume."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import signal
 import sys
@@ -12,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -31,10 +32,13 @@ from qlora_jax.optimizers import PagedOptimizer, TransferStats
 from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.objectives import objective_of
 from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, read_metrics
 from qlora_jax.training.run_directory import RunDirectory
 from qlora_jax.training.schedule import learning_rate_schedule
-from qlora_jax.training.step import TrainState, make_eval_step, program_bytes
+from qlora_jax.training.step import StepReport, TrainState, make_eval_step, program_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(UserError):
@@ -62,9 +66,7 @@ class Model:
     A `Trainer` takes the adapters over; they may be gone afterwards.
     """
 
-    graphdef: nnx.GraphDef
-    lora: nnx.State
-    frozen: nnx.State
+    parts: setup.ModelParts
     base: LoadedBase
     adapters: LoRAConfig
 
@@ -91,21 +93,13 @@ def make_mesh() -> jax.sharding.Mesh:
 
 def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
     """Read, split, tokenise and batch the data of a run."""
-    packed_length = config.sequence_length or config.source_max_len + config.target_max_len
-    tokenize = functools.partial(
-        data.tokenize_rows,
-        tokenizer=tokenizer,
-        dataset_format=config.dataset_format,
-        source_max_len=config.source_max_len,
-        target_max_len=config.target_max_len,
-        train_on_source=config.train_on_source,
-        max_length=packed_length if config.packing else None,
-    )
+    objective = objective_of(config)
     mode = "packing" if config.packing else "group_by_length" if config.group_by_length else "plain"
     batching = {
         "mode": mode,
         "pad_id": tokenizer.pad_token_id,
-        "sequence_length": packed_length if config.packing else None,
+        "sequence_length": config.packed_length,
+        "fields": objective.fields,
     }
 
     rows, held_out, reports = data.load_rows(config.dataset), None, []
@@ -118,7 +112,7 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
         reports.append(note)
     if config.max_train_samples is not None:
         rows = rows.select(range(min(len(rows), config.max_train_samples)))
-    examples, report = tokenize(rows)
+    examples, report = objective.examples(rows, tokenizer, config)
     reports.append(str(report))
     rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
     train = data.Batches(examples, batch_size=rows_a_step, seed=config.seed, **batching)
@@ -127,7 +121,7 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
     if held_out is not None and len(held_out):
         if config.max_eval_samples is not None:
             held_out = held_out.select(range(min(len(held_out), config.max_eval_samples)))
-        eval_examples, eval_report = tokenize(held_out)
+        eval_examples, eval_report = objective.examples(held_out, tokenizer, config)
         reports.append(str(eval_report))
         eval_rows = config.per_device_eval_batch_size * jax.device_count()
         evaluation = data.evaluation_batches(eval_examples, batch_size=eval_rows, **batching)
@@ -137,21 +131,23 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
     """Load and quantise the base model and set up its adapters: fresh ones, or those of --adapter."""
     dtype = setup.compute_dtype(config)
-    base = load_base(path, quantization=setup.quantization(config), dtype=dtype)
-    adapters, tensors = setup.adapters(config, base.config)
-    if tensors is not None:
-        print(
-            f"adapter {config.adapter}: rank {adapters.rank}, alpha {adapters.alpha:g}, on "
-            f"{', '.join(adapters.modules)} (its own, not the flags')"
-        )
-    graphdef, abstract_lora, abstract_frozen = setup.declare_model(config, base.config, adapters, dtype)
-    if tensors is None:
-        lora = models.init_lora(abstract_lora, jax.random.key(config.seed))
+    base = load_base(path, quantization=setup.quantization_config(config), dtype=dtype)
+    adapters = setup.find_adapters(config, base.config)
+    declared = setup.declare_model(config, base.config, adapters.config, dtype)
+    if adapters.tensors is None:
+        lora = models.init_lora(declared.lora, jax.random.key(config.seed))
     else:
-        lora = models.unflatten_like(abstract_lora, tensors, what=f"--adapter {config.adapter}")
+        logger.info(
+            "adapter %s: rank %d, alpha %g, on %s (its own, not those of the configuration)",
+            config.adapter, adapters.config.rank, adapters.config.alpha, ", ".join(adapters.config.modules),
+        )  # fmt: skip
+        lora = models.unflatten_like(declared.lora, adapters.tensors, what=f"adapter {config.adapter}")
     replicated = NamedSharding(mesh, PartitionSpec())
-    frozen = models.fill_base(abstract_frozen, base.tensors)
-    return Model(graphdef, jax.device_put(lora, replicated), jax.device_put(frozen, replicated), base, adapters)
+    frozen = models.fill_base(declared.frozen, base.tensors)
+    parts = dataclasses.replace(
+        declared, lora=jax.device_put(lora, replicated), frozen=jax.device_put(frozen, replicated)
+    )
+    return Model(parts, base, adapters.config)
 
 
 def longest_batch(config: TrainConfig, datasets: Datasets) -> tuple[int, int]:
@@ -161,11 +157,11 @@ def longest_batch(config: TrainConfig, datasets: Datasets) -> tuple[int, int]:
 
 
 def kernel_choices(config: TrainConfig, model: Model, datasets: Datasets) -> list[str]:
-    """Say which implementation of the 4-bit products runs on a device's rows of the longest training batch, and why."""
+    """Describe the implementation of the 4-bit products on a device's rows of the longest training batch."""
     rows, length = longest_batch(config, datasets)
     weights = {
         ".".join(name for name in path if name not in ("layers", "weight")): value
-        for path, value in models.flatten(model.frozen).items()
+        for path, value in models.flatten(model.parts.frozen).items()
     }
     dtype = setup.compute_dtype(config)
     return kernels.describe(kernels.resolve(weights, [rows * length], dtype, implementation=config.kernel))
@@ -194,10 +190,12 @@ class Trainer:
         self.schedule = learning_rate_schedule(config, self.total_steps)
         # Counted on one device: all hold the same.
         limit = device_limit(jax.local_devices()[0])
-        self.optimizer, self.train_step = setup.make_step(
-            config, model.graphdef, model.lora, self.total_steps, limit=limit, mesh=mesh
+        self.train_step = setup.make_step(config, model.parts, self.total_steps, limit=limit, mesh=mesh)
+        self.optimizer = self.train_step.optimizer
+        self.objective = objective_of(config)
+        self.eval_step = make_eval_step(
+            model.parts.graphdef, objective=self.objective, reference=model.parts.reference, mesh=mesh
         )
-        self.eval_step = make_eval_step(model.graphdef, packed=config.packing, mesh=mesh)
         identity = {
             "data": datasets.train.fingerprint,
             "compute_dtype": jnp.dtype(setup.compute_dtype(config)).name,
@@ -216,11 +214,11 @@ class Trainer:
             finished = self.start_step == self.total_steps and self.summary_file.exists()
             if finished or self.start_step > self.total_steps:
                 raise UserError(
-                    f"--output_dir {config.output_dir} holds a finished run of {self.start_step} steps; "
-                    "give another --output_dir, or --overwrite_output_dir to delete it."
+                    f"`output_dir={config.output_dir}` holds a finished run of {self.start_step} steps; "
+                    "give another `output_dir`, or `overwrite_output_dir` to delete it."
                 )
             # No state is made beside the one that is read: the two would not always fit.
-            jax.tree.map(lambda leaf: leaf.delete(), model.lora)
+            jax.tree.map(lambda leaf: leaf.delete(), model.parts.lora)
             abstract = TrainState(*self.optimizer.abstract(), jax.ShapeDtypeStruct((), jnp.int32))
             saved, position = self.directory.restore(self.start_step, abstract)
             lora, opt_state = self.optimizer.scatter(saved.lora, saved.opt_state, replicated)
@@ -229,11 +227,11 @@ class Trainer:
             self.tokens, self.trained_tokens = position["tokens"], position["trained_tokens"]
             seconds = position["seconds"]
         else:
-            state = TrainState.create(model.lora, self.optimizer)
+            state = TrainState.create(model.parts.lora, self.optimizer)
             self.state = dataclasses.replace(state, step=jax.device_put(state.step, replicated))
         self.log = MetricsLog(self.directory.path, config, self.start_step)
         self.watch = Stopwatch(seconds)
-        self._pending: tuple[int, dict[str, Any], data.Batch] | None = None
+        self._pending: tuple[int, StepReport, data.Batch] | None = None
         self._since = (self.watch.seconds, self.tokens)
         self._traffic = TransferStats()  # since the last line of the log
         self.last: dict[str, str] = {}
@@ -246,12 +244,11 @@ class Trainer:
             for step in range(self.start_step + 1, self.total_steps + 1):
                 batch = next(self.datasets.train)
                 with self._memory_errors(step, batch):
-                    self.state, metrics = self.train_step(self.state, self.model.frozen, self._device_batch(batch))
+                    self.state, report = self.train_step(self.state, self.model.parts.frozen, self._device_batch(batch))
                 # The previous step's numbers are read while the device works on this one.
                 self._drain()
-                self._pending = (step, metrics, batch)
+                self._pending = (step, report, batch)
                 self.tokens += batch.n_tokens
-                self.trained_tokens += batch.n_trained
                 bar.update()
                 bar.set_postfix(self.last, refresh=False)
                 # Before saving: whatever is logged up to a checkpoint is there when the run resumes from it.
@@ -280,24 +277,24 @@ class Trainer:
             mininterval=0.1 if interactive else 10.0,
         )
 
-    def _device_batch(self, batch: data.Batch) -> dict[str, jax.Array]:
-        """int32 [A, B, S] arrays on the mesh, B split over its devices."""
+    def _device_batch(self, batch: data.Batch) -> data.Batch:
+        """Put a batch on the mesh, as arrays [A, B, ...] with B split over its devices."""
         accumulate = self.config.gradient_accumulation_steps
         sharding = NamedSharding(self.mesh, PartitionSpec(None, "data"))
-        return {
-            name: jax.device_put(array.reshape(accumulate, -1, array.shape[1]), sharding)
-            for name, array in _arrays(batch).items()
-        }
+        return jax.device_put(
+            jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch), sharding
+        )
 
     def _drain(self) -> None:
         """Read the numbers of the step that was dispatched last, stop if they are not finite, log them."""
         if self._pending is None:
             return
-        step, metrics, batch = self._pending
+        step, report, batch = self._pending
         self._pending = None
         with self._memory_errors(step, batch):
-            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        self._traffic += metrics["traffic"]
+            loss, grad_norm = float(report.loss), float(report.grad_norm)
+        self.trained_tokens += report.weight.item()
+        self._traffic += report.transfers
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._not_finite(f"loss {loss} and gradient norm {grad_norm}", step, batch)
         seconds, tokens = self.watch.seconds, self.tokens
@@ -314,6 +311,7 @@ class Trainer:
                     "tokens": tokens,
                     "tokens_per_second": rate,
                     "seconds": seconds,
+                    **{name: float(value) for name, value in report.metrics.items()},
                     **paging,
                 }
             )
@@ -338,7 +336,7 @@ class Trainer:
     def _not_finite(self, what: str, step: int, batch: data.Batch) -> NonFiniteLoss:
         return NonFiniteLoss(
             f"{what} at step {step} (rows: {', '.join(batch.example_ids)}); {self._last_checkpoint()}. "
-            "Lower --learning_rate, or look at those rows."
+            "Lower `learning_rate`, or look at those rows."
         )
 
     @contextlib.contextmanager
@@ -350,9 +348,9 @@ class Trainer:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             micro_batches = self.config.gradient_accumulation_steps
-            rows, length = batch.input_ids.shape
+            rows, length = batch.shape
             shape = (micro_batches, rows // micro_batches, length)
-            program = self.train_step.programs.get(shape)
+            program = self.train_step.compiled(data.abstract_batch(self.objective.fields, *shape))
             needs = "" if program is None else f" (its program alone takes {format_bytes(program_bytes(program))})"
             advice = "".join(f"\n  {line}" for line in self.advise(self.config, shape))
             raise OutOfMemory(
@@ -367,17 +365,18 @@ class Trainer:
             return None
         self._make_room()
         sharding = NamedSharding(self.mesh, PartitionSpec("data"))
-        total, count = 0.0, 0
+        total, weight, further = 0.0, 0, collections.Counter[str]()
         for batch in self.datasets.evaluation:
-            arrays = {name: jax.device_put(array, sharding) for name, array in _arrays(batch).items()}
-            batch_loss, n = self.eval_step(self.state.lora, self.model.frozen, arrays)
-            if not math.isfinite(batch_loss):
-                raise self._not_finite(f"held-out loss {float(batch_loss)}", step, batch)
-            total, count = total + float(batch_loss), count + int(n)
-        loss = total / count
-        perplexity = math.exp(min(loss, 700.0))  # JSON has no infinity
-        self.log.write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": count})
-        tqdm.write(f"step {step}: held-out loss {loss:.4f} ({count} tokens)")
+            sums = self.eval_step(self.state.lora, self.model.parts.frozen, jax.device_put(batch, sharding))
+            if not math.isfinite(sums.loss):
+                raise self._not_finite(f"held-out loss {float(sums.loss)}", step, batch)
+            total, weight = total + float(sums.loss), weight + sums.weight.item()
+            further.update({name: value.item() for name, value in sums.metrics.items()})
+        loss, unit = total / weight, self.objective.unit
+        numbers = {"loss": loss, **self.objective.derived(loss), unit: weight}
+        numbers |= {name: value / weight for name, value in further.items()}
+        self.log.write({"step": step, **{f"eval_{name}": value for name, value in numbers.items()}})
+        logger.info("step %d: held-out loss %.4f (%s %s)", step, loss, weight, unit)
         # Evaluation is no training time.
         self._since = (self.watch.seconds, self.tokens)
         return loss
@@ -431,9 +430,9 @@ class Trainer:
         stop = self.model.base.config.get("eos_token_id")
         stop = stop if isinstance(stop, list) else [stop]
         tokens = generate(
-            self.model.graphdef,
+            self.model.parts.graphdef,
             self.state.lora,
-            self.model.frozen,
+            self.model.parts.frozen,
             encoded,
             eos_ids=sorted({tokenizer.eos_token_id, *stop} - {None}),
             sampling=Sampling(config.max_new_tokens, config.do_sample, config.temperature, config.top_k, config.top_p),
@@ -473,7 +472,7 @@ def memory(model: Model, state: TrainState, optimizer: PagedOptimizer) -> dict[s
     The classes: those of `inventory`; adapters as the model reads them; the optimizer's state, float32 masters included
     where the adapters are 16-bit, on device and host.
     """
-    base = models.flatten(model.frozen)
+    base = models.flatten(model.parts.frozen)
     quantized = sum(
         math.prod((*value.stack_shape, *value.shape)) for value in base.values() if isinstance(value, QuantizedTensor)
     )
@@ -503,10 +502,6 @@ def _paging_line(traffic: TransferStats, host_bytes: int) -> dict[str, Any]:
     return {name: value for name, value in line.items() if value}
 
 
-def _arrays(batch: data.Batch) -> dict[str, np.ndarray]:
-    return {name: getattr(batch, name) for name in setup.BATCH_ARRAYS}
-
-
 class _StopOnSignal:
     """While entered, the first SIGINT or SIGTERM asks for a stop after the current step; a second one acts at once."""
 
@@ -519,7 +514,7 @@ class _StopOnSignal:
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = True
-        tqdm.write(f"{signal.Signals(number).name}: saving after this step; send it again to stop at once")
+        logger.info("%s: saving after this step; send it again to stop at once", signal.Signals(number).name)
         for each, handler in self._before.items():
             signal.signal(each, handler)
 

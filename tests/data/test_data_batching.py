@@ -8,7 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.data import IGNORED, Batch, Batches, Example, bucket_lengths, evaluation_batches
+from qlora_jax.data import (
+    IGNORED,
+    TOKEN_FIELDS,
+    Batch,
+    Batches,
+    Example,
+    Field,
+    abstract_batch,
+    bucket_lengths,
+    evaluation_batches,
+)
 from qlora_jax.data.batching import first_fit
 from qlora_jax.errors import UserError
 
@@ -42,7 +52,7 @@ def check_rows(batch, examples):
     """Check every invariant of a batch's rows; returns the examples that occur."""
     seen = []
     for ids, labels, positions, segments in zip(
-        batch.input_ids, batch.labels, batch.positions, batch.segment_ids, strict=True
+        batch["input_ids"], batch["labels"], batch["positions"], batch["segment_ids"], strict=True
     ):
         used = int(np.count_nonzero(segments))
         assert (segments[:used] > 0).all() and (segments[used:] == 0).all()
@@ -61,7 +71,7 @@ def check_rows(batch, examples):
         assert start == used
     assert batch.example_ids == tuple(f"line {i}" for i in seen)
     assert batch.n_tokens == sum(len(examples[i]) for i in seen)
-    assert batch.n_trained == sum(examples[i].n_trained for i in seen)
+    assert np.count_nonzero(batch["labels"] != IGNORED) == sum(examples[i].n_trained for i in seen)
     return seen
 
 
@@ -77,7 +87,7 @@ def test_every_example_once_an_epoch_and_every_batch_full(mode, n):
         batch = next(batches)
         assert batch.shape in batches.shapes()
         assert all(a.dtype == np.int32 and a.shape == batch.shape for a in jax.tree.leaves(batch))
-        assert (batch.segment_ids[:, 0] == 1).all()
+        assert (batch["segment_ids"][:, 0] == 1).all()
         seen.update(check_rows(batch, examples))
         if batches.state()["index"] == 0:
             ended[batches.state()["epoch"]] = dict(seen)
@@ -200,10 +210,10 @@ def test_evaluation_is_one_pass_with_padding_rows_at_the_end(mode):
     seen = [i for batch in batches for i in check_rows(batch, examples)]
     assert sorted(seen) == list(range(23))
     assert all(batch.shape[0] == 4 for batch in batches)
-    assert all((batch.segment_ids[:, 0] == 1).all() for batch in batches[:-1])
+    assert all((batch["segment_ids"][:, 0] == 1).all() for batch in batches[:-1])
     if mode == "plain":
         assert seen == list(range(23))
-        assert (batches[-1].segment_ids[3] == 0).all() and (batches[-1].labels[3] == IGNORED).all()
+        assert (batches[-1]["segment_ids"][3] == 0).all() and (batches[-1]["labels"][3] == IGNORED).all()
 
 
 def test_errors_name_what_to_do():
@@ -224,12 +234,57 @@ def test_batch_is_a_pytree_whose_ids_do_not_recompile():
     @jax.jit
     def total(batch):
         traces.append(batch.shape)
-        return batch.segment_ids.sum()
+        return batch["segment_ids"].sum()
 
     batches = make_batches(make_examples(20), "packing")
     for batch in islice(batches, 5):
-        assert int(total(batch)) == int(batch.segment_ids.sum())
+        assert int(total(batch)) == int(batch["segment_ids"].sum())
     assert len(traces) == 1
     assert len(jax.tree.leaves(batch)) == 4
-    assert jax.tree.map(lambda x: x, batch).example_ids == ()
+    rebuilt = jax.tree.map(lambda x: x, batch)
+    assert (rebuilt.example_ids, rebuilt.n_tokens) == ((), 0)
+    assert list(rebuilt) == list(batch) == [field.name for field in TOKEN_FIELDS]
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
+    assert paths == [f"['{name}']" for name in batch]
     assert isinstance(jax.eval_shape(lambda b: b, batch), Batch)
+
+
+FIELDS = (*TOKEN_FIELDS[:2], Field("weights", "float32", padding=-1.0), Field("score", "float32", "B", padding=9.0))
+
+
+def scored(examples):
+    return [
+        Example(e.input_ids, e.labels, e.example_id, {"weights": np.arange(len(e)) / 8, "score": i / 4})
+        for i, e in enumerate(examples)
+    ]
+
+
+def test_fields_of_another_objective_are_laid_out_and_padded():
+    examples = scored(make_examples(3))
+    (batch,) = evaluation_batches(examples, batch_size=4, mode="plain", pad_id=PAD, fields=FIELDS)
+    assert list(batch) == ["input_ids", "labels", "weights", "score"]
+    assert batch["score"].tolist() == [0.0, 0.25, 0.5, 9.0]
+    assert (batch["score"].dtype, batch["weights"].dtype) == (np.float32, np.float32)
+    for row, example in enumerate(examples):
+        assert batch["weights"][row, : len(example)].tolist() == example.more["weights"].tolist()
+        assert (batch["weights"][row, len(example) :] == -1).all()
+    assert (batch["weights"][3] == -1).all()
+    abstract = abstract_batch(FIELDS, *batch.shape)
+    assert jax.tree.structure(abstract) == jax.tree.structure(batch)
+    for shape, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(batch), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+    assert abstract_batch(FIELDS, 2, 4, 64)["score"].shape == (2, 4)
+
+
+def test_further_values_are_part_of_the_fingerprint():
+    examples = make_examples(4)
+    plain, more, other = (
+        make_batches(rows, "plain").fingerprint
+        for rows in (examples, scored(examples), scored(scored(examples)[::-1])[::-1])
+    )
+    assert len({plain, more, other}) == 3
+
+
+def test_a_value_a_row_cannot_be_packed():
+    with pytest.raises(UserError, match="`packing`: 'score' has one value a row"):
+        make_batches(scored(make_examples(3)), "packing", fields=FIELDS)

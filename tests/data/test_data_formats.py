@@ -128,8 +128,8 @@ def test_unused_columns_are_reported_once_for_the_whole_set(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "name", "message"),
     [
-        ([{"a": "b"}], None, r"rows\.jsonl: the columns 'a' fit no format.*--dataset_format"),
-        ([{"text": "b"}], "guess", r"--dataset_format guess is unknown"),
+        ([{"a": "b"}], None, r"rows\.jsonl: the columns 'a' fit no format.*with `dataset_format` \("),
+        ([{"text": "b"}], "guess", r"`dataset_format=guess` is unknown"),
         ([{"text": "b"}], "chip2", r"not supported yet"),
         ([{"txt": "b"}], "oasst1", r"rows\.jsonl line 1: column 'text' is missing.*'txt'"),
         ([{"input": "a"}, {"output": "b"}], None, r"line 1: column 'output' is missing, and no row has all"),
@@ -201,7 +201,7 @@ def test_unfit_tokenizers_are_refused():
 
 @pytest.mark.parametrize("flag", ["source_max_len", "target_max_len"])
 def test_lengths_below_one_are_refused(tokenizer, flag):
-    with pytest.raises(UserError, match=f"--{flag} must be at least 1"):
+    with pytest.raises(UserError, match=f"^`{flag}=0`: must be at least 1"):
         one({"text": "a"}, tokenizer, **{flag: 0})
 
 

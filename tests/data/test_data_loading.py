@@ -178,11 +178,11 @@ def test_split_by_default_is_the_references_or_a_tenth(n, held_out):
 
 def test_split_refuses_to_leave_nothing_to_train_on():
     for size in (10, 11):
-        with pytest.raises(UserError, match="--eval_dataset_size"):
+        with pytest.raises(UserError, match="eval_dataset_size"):
             split_rows(numbered(10), size, seed=0)
     with pytest.raises(UserError, match="negative"):
         split_rows(numbered(10), -1, seed=0)
-    with pytest.raises(UserError, match="--eval_dataset_size 0"):
+    with pytest.raises(UserError, match="give `eval_dataset_size=0`"):
         split_rows(numbered(1), None, seed=0)
     assert len(split_rows(numbered(10), 0, seed=0)[1]) == 0
 

@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.nn import attention, long_sequence, remat
 from qlora_jax.planner import count_products
 from qlora_jax.quantization import QuantizationConfig
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.step import make_gradient_step
 
 
@@ -128,8 +128,9 @@ def test_tiles_add_to_the_gradients_of_earlier_micro_batches(working, request):
     batch = {"input_ids": ids, "labels": ids, "positions": positions, "segment_ids": jnp.ones_like(ids)}
 
     def gradients(policy: str):
-        sums, metrics = make_gradient_step(graphdef, remat=policy)(lora, frozen, batch, jnp.zeros((), jnp.int32))
-        return metrics["loss"], sums
+        step = make_gradient_step(graphdef, StepConfig(remat=policy, micro_batches=3))
+        sums, metrics = step(lora, frozen, batch, jnp.zeros((), jnp.int32))
+        return metrics.loss, sums
 
     want = gradients("none")
     request.getfixturevalue("small_pieces")
@@ -148,7 +149,7 @@ def test_tiles_add_no_products_with_weights(policy, request):
     step = jax.ShapeDtypeStruct((), jnp.int32)
 
     def products():
-        traced = make_gradient_step(graphdef, remat=policy).trace(lora, frozen, batch, step)
+        traced = make_gradient_step(graphdef, StepConfig(remat=policy)).trace(lora, frozen, batch, step)
         return count_products(traced.jaxpr, trips=1.0).plain
 
     whole = products()

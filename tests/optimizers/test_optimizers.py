@@ -249,7 +249,7 @@ def test_names():
         assert find_optimizer(name) == (rule, paged)
         make(rule)
     assert {name for name, (_, paged) in OPTIMIZERS.items() if not paged} == set(golden.OPTIMIZERS)
-    with pytest.raises(UserError, match=r"--optim adam: choose one of adamw_32bit, .*paged_lion_8bit\."):
+    with pytest.raises(UserError, match=r"^`optim=adam`: choose one of adamw_32bit, .*paged_lion_8bit\."):
         find_optimizer("adam")
 
 

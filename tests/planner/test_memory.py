@@ -9,6 +9,7 @@ import pytest
 from fixtures import tiny_model
 
 from qlora_jax import models
+from qlora_jax.data import abstract_batch
 from qlora_jax.gpus import CHIPS
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.planner import (
@@ -29,6 +30,7 @@ from qlora_jax.planner.search import COARSE, FINE, SWITCH, step_above
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training import losses, setup
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.objectives import NextToken
 
 
 def linear(crossing: int):
@@ -107,13 +109,15 @@ def test_products_of_loops_branches_and_derivatives():
 @pytest.mark.parametrize("recomputed", [True, False])
 def test_products_of_a_training_step_follow_its_shapes(recomputed):
     """Two for a weight and token in each pass over the base, three passes if the forward one is repeated."""
-    config = TrainConfig(lora_r=4, kernel="xla", gradient_checkpointing=recomputed, bf16=False)
+    config = TrainConfig(
+        lora_r=4, kernel="xla", gradient_checkpointing=recomputed, bf16=False, gradient_accumulation_steps=1
+    )
     lora_config = LoRAConfig(4, 16.0, 0.0, models.lora_modules(tiny_model.CONFIG, "all"))
-    graphdef, lora, frozen = setup.declare_model(config, tiny_model.CONFIG, lora_config, jnp.float32)
-    optimizer, step = setup.make_step(config, graphdef, lora, 10)
-    batch = {name: jax.ShapeDtypeStruct((1, 2, 64), jnp.int32) for name in setup.BATCH_ARRAYS}
+    model = setup.declare_model(config, tiny_model.CONFIG, lora_config, jnp.float32)
+    step = setup.make_step(config, model, 10)
+    batch = abstract_batch(NextToken().fields, 1, 2, 64)
     counter = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = step.gradient_step.trace(optimizer.abstract_lora(), frozen, batch, counter)
+    traced = step.gradient_step.trace(step.optimizer.abstract_lora(), model.frozen, batch, counter)
     tokens = 2 * 64
     found = count_products(traced.jaxpr, trips=tokens / min(losses.default_chunk(96), tokens))
 

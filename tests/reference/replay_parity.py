@@ -19,7 +19,7 @@ from random_weights import random_adapter
 from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.models import base_tensors
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.setup import compute_dtype
 from qlora_jax.training.step import TrainState, make_train_step
@@ -84,15 +84,15 @@ def replay(model: Path, rows_path: Path, run: dict, kernel: str = "auto") -> tup
             kernel=kernel,
         )
         loaded = load_model(config, model, make_mesh())
-    optimizer = make_optimizer(config, len(batches), loaded.lora, dtype=compute_dtype(config))
-    step = make_train_step(loaded.graphdef, optimizer, max_grad_norm=config.max_grad_norm)
-    state = TrainState.create(loaded.lora, optimizer)
+    optimizer = make_optimizer(config, len(batches), loaded.parts.lora, dtype=compute_dtype(config))
+    step = make_train_step(loaded.parts.graphdef, optimizer, StepConfig(max_grad_norm=config.max_grad_norm))
+    state = TrainState.create(loaded.parts.lora, optimizer)
     losses, grad_norms = [], []
     for batch in batches[: len(run["losses"])]:
         begin = time.perf_counter()
-        state, metrics = step(state, loaded.frozen, jax.device_put(batch))
-        losses.append(float(metrics["loss"]))
-        grad_norms.append(float(metrics["grad_norm"]))
+        state, report = step(state, loaded.parts.frozen, jax.device_put(batch))
+        losses.append(float(report.loss))
+        grad_norms.append(float(report.grad_norm))
         print(f"step {len(losses):3} loss {losses[-1]:.6f} {time.perf_counter() - begin:.1f} s", flush=True)
     return losses, grad_norms
 

@@ -75,7 +75,7 @@ def test_no_file_is_no_metrics(tmp_path):
 def test_wandb_that_is_not_installed_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for choice in ("wandb", "all"):
-        with pytest.raises(UserError, match=f"--report_to {choice}: W&B is not installed; `pip install wandb`"):
+        with pytest.raises(UserError, match=f"^`report_to={choice}`: W&B is not installed; `pip install wandb`"):
             MetricsLog(tmp_path, TrainConfig(report_to=choice), 0)
     assert list(tmp_path.iterdir()) == []
 

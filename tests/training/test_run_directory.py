@@ -198,10 +198,10 @@ def test_a_file_size_limit_is_a_failed_save(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "identity", "said"),
     [
-        ({"learning_rate": 1e-3}, {}, "--learning_rate was 0.0002, now 0.001"),
-        ({"seed": 1, "lora_r": 8}, {}, "--lora_r was 64, now 8; --seed was 0, now 1"),
-        ({"max_steps": 5}, {}, "--max_steps was 10000, now 5"),
-        ({"quant_type": "fp4"}, {}, "--quant_type was 'nf4', now 'fp4'"),
+        ({"learning_rate": 1e-3}, {}, "`learning_rate` was 0.0002, now 0.001"),
+        ({"seed": 1, "lora_r": 8}, {}, "`lora_r` was 64, now 8; `seed` was 0, now 1"),
+        ({"max_steps": 5}, {}, "`max_steps` was 10000, now 5"),
+        ({"quant_type": "fp4"}, {}, "`quant_type` was 'nf4', now 'fp4'"),
         ({}, {"data": "xyz"}, "data was 'abc', now 'xyz'"),
         ({}, {"devices": 2}, "devices was 1, now 2"),
     ],
@@ -213,7 +213,7 @@ def test_another_run_is_refused(tmp_path, changes, identity, said):
     with pytest.raises(UserError) as error:
         open_run(tmp_path, IDENTITY | identity, **changes)
     assert f"holds the checkpoints of another run ({said})" in str(error.value)
-    assert "--overwrite_output_dir" in str(error.value)
+    assert "`overwrite_output_dir` to delete it" in str(error.value)
     assert (run.path / "run.json").read_bytes() == record
     check(open_run(tmp_path), 1)
     # Without checkpoints there is nothing to protect.
@@ -234,7 +234,7 @@ def test_a_constant_schedule_may_be_made_longer(tmp_path):
     fixed = {"lr_scheduler_type": "constant", "warmup_steps": 2}
     save(open_run(tmp_path, **fixed), 1)
     assert open_run(tmp_path, max_steps=20_000, **fixed).checkpoints() == [1]
-    with pytest.raises(UserError, match="--lr_scheduler_type was 'constant', now 'linear'"):
+    with pytest.raises(UserError, match="`lr_scheduler_type` was 'constant', now 'linear'"):
         open_run(tmp_path, max_steps=20_000, lr_scheduler_type="linear", warmup_steps=2)
 
 

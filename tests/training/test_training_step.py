@@ -16,7 +16,7 @@ from qlora_jax.data import IGNORED
 from qlora_jax.nn.linear import low_rank
 from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.quantization import QuantizationConfig
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.losses import next_token_loss
 from qlora_jax.training.schedule import learning_rate_schedule, make_optimizer
 from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
@@ -91,12 +91,12 @@ def test_training_changes_adapters_and_not_one_bit_of_the_base(quant_type):
     moments = [leaf for leaf in jax.tree.leaves(optimizer.gather(state.opt_state)) if leaf.ndim > 1]
     assert sum(leaf.size for leaf in moments) == 2 * adapter_elements
     assert {leaf.shape for leaf in moments} == {leaf.shape for leaf in jax.tree.leaves(lora)}
-    step = make_train_step(graphdef, optimizer, dropout=True, max_grad_norm=0.3)
+    step = make_train_step(graphdef, optimizer, StepConfig(dropout=True, max_grad_norm=0.3))
     batch = batch_of(random_ids(1, 2, 16))
     losses = []
     for _ in range(8):
-        state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
+        state, report = step(state, frozen, batch)
+        losses.append(float(report.loss))
     assert losses[-1] < losses[0] - 0.1
     for old, new in zip(before, jax.tree.leaves(frozen), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -123,7 +123,7 @@ def test_gradient_is_that_of_the_dequantised_model(quantized):
 
     want = jax.grad(loss)(lora, plain_graphdef, plain_frozen)
     sgd = PagedOptimizer(optax.sgd(1.0), lora)
-    state, _ = make_train_step(graphdef, sgd)(
+    state, _ = make_train_step(graphdef, sgd, StepConfig())(
         TrainState.create(jax.tree.map(jnp.copy, lora), sgd), frozen, jax.tree.map(lambda a: a[None], batch)
     )
     got = jax.tree.map(jnp.subtract, lora, state.lora)
@@ -139,12 +139,13 @@ def test_accumulation_equals_one_large_batch(quantized, remat):
     labels = ids.copy()
     labels[0, :13] = IGNORED  # micro-batches with different numbers of trained tokens
     sgd = PagedOptimizer(optax.sgd(1.0), lora)
-    step = make_train_step(graphdef, sgd, remat=remat)
-    whole = jax.tree.map(lambda a: a[None], batch_of(ids, labels))
-    parts = jax.tree.map(lambda a: a.reshape(4, 1, 16), batch_of(ids, labels))
-    results = [step(TrainState.create(jax.tree.map(jnp.copy, lora), sgd), frozen, b) for b in (whole, parts)]
-    np.testing.assert_allclose(results[0][1]["loss"], results[1][1]["loss"], rtol=1e-5)
-    assert int(results[0][1]["trained_tokens"]) == int(results[1][1]["trained_tokens"]) == 45 + 3
+    results = []
+    for micro_batches in (1, 4):
+        step = make_train_step(graphdef, sgd, StepConfig(remat=remat, micro_batches=micro_batches))
+        batch = jax.tree.map(lambda a: a.reshape(micro_batches, -1, 16), batch_of(ids, labels))  # noqa: B023
+        results.append(step(TrainState.create(jax.tree.map(jnp.copy, lora), sgd), frozen, batch))
+    np.testing.assert_allclose(results[0][1].loss, results[1][1].loss, rtol=1e-5)
+    assert int(results[0][1].weight) == int(results[1][1].weight) == 45 + 3
     for a, b in zip(jax.tree.leaves(results[0][0].lora), jax.tree.leaves(results[1][0].lora), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -152,11 +153,11 @@ def test_accumulation_equals_one_large_batch(quantized, remat):
 def test_evaluation_loss_is_the_training_loss_without_dropout(quantized):
     graphdef, lora, frozen = quantized
     batch = batch_of(random_ids(2, 16))
-    total, count = make_eval_step(graphdef)(lora, frozen, batch)
+    total, count, _ = make_eval_step(graphdef)(lora, frozen, batch)
     sgd = PagedOptimizer(optax.sgd(0.0), lora)
     state = TrainState.create(jax.tree.map(jnp.copy, lora), sgd)
-    _, metrics = make_train_step(graphdef, sgd)(state, frozen, jax.tree.map(lambda a: a[None], batch))
-    np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
+    _, report = make_train_step(graphdef, sgd, StepConfig())(state, frozen, jax.tree.map(lambda a: a[None], batch))
+    np.testing.assert_allclose(total / count, report.loss, rtol=1e-6)
 
 
 def test_dropout_follows_seed_and_step():
@@ -164,12 +165,12 @@ def test_dropout_follows_seed_and_step():
     lora = adapters_with_b(lora)
     sgd = PagedOptimizer(optax.sgd(0.0), lora)
     batch = batch_of(random_ids(1, 2, 16))
-    steps = {seed: make_train_step(graphdef, sgd, dropout=True, seed=seed) for seed in (0, 1)}
+    steps = {seed: make_train_step(graphdef, sgd, StepConfig(dropout=True, seed=seed)) for seed in (0, 1)}
 
     def loss(seed, step):
         state = TrainState.create(jax.tree.map(jnp.copy, lora), sgd)
         state = dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
-        return float(steps[seed](state, frozen, batch)[1]["loss"])
+        return float(steps[seed](state, frozen, batch)[1].loss)
 
     assert loss(0, 3) == loss(0, 3)
     assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
@@ -178,12 +179,12 @@ def test_dropout_follows_seed_and_step():
 def test_a_step_that_is_not_finite_keeps_the_last_good_state(quantized):
     graphdef, lora, frozen = quantized
     optimizer = make_optimizer(TrainConfig(), 4, lora)
-    step = make_train_step(graphdef, optimizer)
+    step = make_train_step(graphdef, optimizer, StepConfig())
     poisoned = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), lora)
     state = TrainState.create(poisoned, optimizer)
     expected = [np.array(leaf) for leaf in jax.tree.leaves((state.lora, state.opt_state))]
-    state, metrics = step(state, frozen, batch_of(random_ids(1, 1, 8)))
-    assert not np.isfinite(metrics["loss"])
+    state, report = step(state, frozen, batch_of(random_ids(1, 1, 8)))
+    assert not np.isfinite(report.loss)
     for old, new in zip(expected, jax.tree.leaves((state.lora, state.opt_state)), strict=True):
         np.testing.assert_array_equal(old, new)
 
