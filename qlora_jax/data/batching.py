@@ -208,7 +208,7 @@ class Batches:
         if epoch < 0 or not 0 <= index < len(self._order(epoch)):
             raise UserError(
                 f"the saved data position (epoch {epoch}, row {index}) does not exist in this data set of "
-                f"{len(self._order(max(epoch, 0)))} rows an epoch; resume with the data and settings the run started with"
+                f"{len(self._order(max(epoch, 0)))} rows an epoch; resume with the data and settings of its start"
             )
         self._epoch, self._index = epoch, index
 

@@ -156,7 +156,7 @@ def test_packing_rows_never_exceed_and_waste_little():
     batches = make_batches(examples, "packing", batch_size=8)
     assert batches.shapes() == {(8, 256)}
     taken = list(islice(batches, int(batches.batches_per_epoch)))
-    filled = sum(b.n_tokens for b in taken) / sum(b.input_ids.size for b in taken)
+    filled = sum(b.n_tokens for b in taken) / sum(b["input_ids"].size for b in taken)
     assert filled > 0.93
 
 
@@ -188,10 +188,10 @@ def test_grouping_pads_less_than_plain_and_shows_the_longest_first():
     for mode in ("plain", "group_by_length"):
         batches = make_batches(examples, mode, sequence_length=None, batch_size=8)
         taken = list(islice(batches, 100))
-        share[mode] = sum(b.n_tokens for b in taken) / sum(b.input_ids.size for b in taken)
+        share[mode] = sum(b.n_tokens for b in taken) / sum(b["input_ids"].size for b in taken)
     assert share["group_by_length"] > share["plain"] + 0.15
     first = next(make_batches(examples, "group_by_length", sequence_length=None, batch_size=8))
-    assert max(len(e) for e in examples) == first.segment_ids.sum(axis=1).max()
+    assert max(len(e) for e in examples) == first["segment_ids"].sum(axis=1).max()
 
 
 @pytest.mark.parametrize(("longest", "most"), [(1, 1), (64, 1), (65, 2), (300, 5), (1280, 8), (100_000, 8)])

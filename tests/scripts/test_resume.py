@@ -29,7 +29,7 @@ from fixtures.finetune_helpers import (
 )
 
 from qlora_jax import finetuning
-from qlora_jax.training import reporting, run_directory, trainer
+from qlora_jax.training import reporting, run_directory, setup, trainer
 from qlora_jax.training.step import TrainStep, program_bytes
 
 # What a resumed run could get wrong: dropout masks, accumulation, the order of length-grouped batches, the optimizer's
