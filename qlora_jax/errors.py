@@ -2,7 +2,8 @@
 
 
 class UserError(ValueError):
-    """Bad input, told in one sentence that names the file, flag or tensor and what to do about it.
+    """Bad input, told in one sentence that names the file, field or tensor and what to do about it.
 
-    Scripts print the message alone and exit with status 1; a traceback would only hide it.
+    Fields of a config stand in backticks, with their value where that is the point: "`max_steps=0`: must be at least 1."
+    The command line prints the message alone, its fields as flags ("--max_steps 0: ..."), and exits with status 1.
     """
