@@ -7,21 +7,21 @@ deletes them.
 import os
 import pickle
 import shutil
+import sys
 from typing import Any
 
 import filelock
 import pytest
+from fixtures.compile_in_child import PLUGIN
 from jaxtyping import install_import_hook
 
-# Must come before the first import of the package.
-_hook = install_import_hook("qlora_jax", "beartype.beartype")
+from qlora_jax.environment import keep_off_cuda_without_a_gpu
 
-from fixtures.compile_in_child import PLUGIN  # noqa: E402
-
-from qlora_jax.environment import keep_off_cuda_without_a_gpu  # noqa: E402
-
-# Before any test loads JAX.
+# Before any test loads JAX, which the import hook does with the first module it checks.
 keep_off_cuda_without_a_gpu()
+for _name in [name for name in sys.modules if name.partition(".")[0] == "qlora_jax"]:
+    del sys.modules[_name]  # was imported without the hook
+install_import_hook("qlora_jax", "beartype.beartype")
 
 # Programs of sources that have changed are never looked up again: from this size on, the cache starts anew.
 _MOST_CACHED_BYTES = 2**30
@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     JAX's key holds the program, the compiler's version and flags, and the processor. Its writes are not atomic, so that
     each worker has a directory of its own.
     """
+    assert "jax" not in sys.modules, "JAX has read its settings already"
     starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or starts_workers or not hasattr(config, "cache"):
         return
