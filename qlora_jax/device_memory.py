@@ -1,10 +1,11 @@
-"""Memory of a GPU and its host: limits, peaks, and what is set aside. Importing this loads no JAX."""
+"""Memory of a GPU, its host and compiled programs: limits, peaks, allowances. Importing this loads no JAX."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jax
@@ -23,6 +24,45 @@ PINNED_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 """Environment variable that caps JAX's pool of pinned host memory, in GiB; read when its GPU client is made."""
 _PINNED_LIMIT_DEFAULT = 64
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes of one compiled program on one device, by XLA's buffer assignment.
+
+    Attributes:
+        arguments: buffers of the arguments that the program reads.
+        outputs: buffers of its results.
+        aliased: of those, the ones that are written over (donated) arguments.
+        temporaries: its heap at the fullest moment.
+        code: machine code and constants it keeps loaded.
+        host_temporaries: pinned host memory for what is offloaded while it runs.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    host_temporaries: int
+
+    @classmethod
+    def of(cls, compiled: "jax.stages.Compiled") -> "ProgramMemory":
+        """Read the memory analysis of a program compiled for a CPU or a GPU; other backends have none."""
+        memory: Any = compiled.memory_analysis()
+        return cls(
+            arguments=memory.argument_size_in_bytes,
+            outputs=memory.output_size_in_bytes,
+            aliased=memory.alias_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            code=memory.generated_code_size_in_bytes,
+            host_temporaries=memory.host_temp_size_in_bytes,
+        )
+
+    @property
+    def peak(self) -> int:
+        """Device bytes while the program runs: arguments, results that are not written over them, heap and code."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 def allowance_bytes(memory_bytes: int) -> int:

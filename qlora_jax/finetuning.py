@@ -12,9 +12,9 @@ from qlora_jax import data, gpus, kernels
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.defaults import DEFAULT_DATASET
+from qlora_jax.device_memory import pinned_limit
 from qlora_jax.errors import UserError
 from qlora_jax.planner.advice import planned_advice
-from qlora_jax.planner.compiler import Compiler
 from qlora_jax.planner.planning import Advice, Planner, StepPlan
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.reporting import plot_losses, read_metrics
@@ -91,8 +91,9 @@ def plan(config: TrainConfig, gpu: str | None = None) -> tuple[StepPlan, Advice 
     path = resolve_model(config.model_name_or_path, weights=False)
     tokenizer = ensure_pad(load_tokenizer(path))
     _, length = longest_batch(config, load_datasets(config, tokenizer))
-    with Compiler(chip) as compiler:
-        planner = Planner(chip, resolve_config(path), compiler)
+    # Of a GPU that need not be here, the host is not known either.
+    host_limit = pinned_limit() if gpu is None else None
+    with Planner.open(chip, resolve_config(path), host_limit=host_limit) as planner:
         planned = planner.plan(config, length)
         return planned, None if planned.plan.fits else planner.advice(config, length)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.cli import command, flag, parse_flags, spellings
+from qlora_jax.cli import command, flag, parse_flags, spellings, with_dashes
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
 
@@ -106,7 +106,6 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
 def plan_run(config: TrainConfig, gpu: str | None) -> None:
     """Print what the run would take of a GPU."""
     from qlora_jax.finetuning import plan
-    from qlora_jax.planner.advice import length_flags
     from qlora_jax.planner.planning import describe_run
 
     planned, advice = plan(config, gpu)
@@ -114,7 +113,7 @@ def plan_run(config: TrainConfig, gpu: str | None) -> None:
     print(f"{config.model_name_or_path} on {planned.plan.chip.title}: {rows} x {planned.length:,} tokens at once")
     print(describe_run(planned))
     if advice is not None:
-        print(advice.sentence({"seq": length_flags(config)}))
+        print(with_dashes(advice.sentence(), spellings(TrainConfig)))
 
 
 def main(argv: Sequence[str], *, prog: str = "qlora-jax finetune") -> int:

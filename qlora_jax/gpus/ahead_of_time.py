@@ -87,7 +87,12 @@ def mesh(chip: Chip, n_devices: int = 1, axis: str = "data") -> Mesh:
 
 
 def compile_for(
-    chip: Chip, function: Callable[..., Any], *args: Any, n_devices: int = 1, **kwargs: Any
+    chip: Chip,
+    function: Callable[..., Any],
+    *args: Any,
+    n_devices: int = 1,
+    compiler_options: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> jax.stages.Compiled:
     """`function`, jitted or to be jitted, compiled for `chip` on a machine that need not have one.
 
@@ -97,6 +102,7 @@ def compile_for(
         *args: Its arguments, abstract (`jax.ShapeDtypeStruct`) or not. More than one device: each abstract array has a
             `sharding` over `mesh(chip, n_devices)`, or `function` was jitted with `in_shardings` over it.
         n_devices: GPUs that the program runs on.
+        compiler_options: XLA's debug options, such as `xla_dump_to`, beside those of `function`.
         **kwargs: Its keyword arguments.
 
     Raises:
@@ -113,4 +119,4 @@ def compile_for(
                     f"This process has compiled Pallas kernels for {first} and would take {chip.arch} for the same:"
                     " compile for it in another process."
                 )
-        return lowered.compile()
+        return lowered.compile(compiler_options=compiler_options)

@@ -1,12 +1,13 @@
-"""What a run would need of a GPU that need not be there: bytes by class, the longest sequence, a bound on its time."""
+"""Plans of a run for a GPU that need not be there: bytes by class, the longest sequence, a bound on its time."""
 
-from qlora_jax.planner.accounting import Allowance, Phase, Plan, Program, base_bytes, tree_bytes
+from qlora_jax.planner.accounting import Allowance, BaseBytes, Phase, Plan, Program, tree_bytes
 from qlora_jax.planner.bounds import Bound, MatmulFlops, StepCost, bound, causal_fraction, count_products
-from qlora_jax.planner.report import comparison, describe, describe_bound, verdict
+from qlora_jax.planner.report import describe, describe_bound, verdict
 from qlora_jax.planner.search import Longest, longest_sequence
 
 __all__ = [
     "Allowance",
+    "BaseBytes",
     "Bound",
     "Longest",
     "MatmulFlops",
@@ -14,10 +15,8 @@ __all__ = [
     "Plan",
     "Program",
     "StepCost",
-    "base_bytes",
     "bound",
     "causal_fraction",
-    "comparison",
     "count_products",
     "describe",
     "describe_bound",

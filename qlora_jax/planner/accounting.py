@@ -1,7 +1,7 @@
-"""Bytes by class: what lies on the device while a compiled program runs, from XLA's own buffer assignment.
+"""Bytes by class: device memory in use while a compiled program runs, from XLA's own buffer assignment.
 
-The parts of a `Phase` add up to `Program.peak` plus what the program does not take as an argument; nothing is estimated
-but the `Allowance`, which no compiler knows.
+The classes of a `Phase` add up to `Program.peak` plus the residents that are no arguments of the program; nothing is
+estimated but the `Allowance`, which no compiler knows.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qlora_jax.device_memory import CONTEXT_BYTES, allowance_bytes
+from qlora_jax.device_memory import CONTEXT_BYTES, ProgramMemory, allowance_bytes
 from qlora_jax.gpus import Chip
 from qlora_jax.quantization import QuantizedTensor
 
@@ -20,72 +20,54 @@ TEMPORARIES, ALLOWANCE = "temporaries", "allowance"
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What XLA's buffer assignment says of one compiled program, in bytes on one device.
+class Program(ProgramMemory):
+    """Memory of one compiled program of a step.
 
     Attributes:
         name: for people.
-        arguments: buffers of the arguments that the program reads.
-        outputs: buffers of its results.
-        aliased: of those, that are arguments written over (donated).
-        temporaries: its heap at the fullest moment.
-        code: what it keeps loaded.
-        host_temporaries: in pinned host memory, for what is offloaded while it runs.
+        scopes: named scope -> bytes of its temporaries at the fullest moment of the heap, see `planner.scopes`.
     """
 
     name: str
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    code: int
-    host_temporaries: int
+    scopes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, compiled: jax.stages.Compiled, arguments: Any) -> "Program":
-        """Read a compiled program's memory analysis, and hold it against the abstract arguments it was compiled for.
+    def checked(
+        cls,
+        name: str,
+        compiled: jax.stages.Compiled,
+        arguments: Any,
+        scopes: Mapping[str, int] | None = None,
+    ) -> "Program":
+        """Read a compiled program's memory analysis and compare it with its abstract arguments.
 
-        XLA keeps every argument in a buffer of exactly its size, and none for those the program does not read.
+        XLA keeps every argument in a buffer of exactly its size, and none for arguments that the program does not read.
 
         Raises:
-            RuntimeError: the two differ, so that bytes by class would not add up to what the program takes.
+            RuntimeError: the two differ, so that bytes by class would not add up to the program's.
         """
-        memory: Any = compiled.memory_analysis()
+        memory = ProgramMemory.of(compiled)
         structure: Any
         leaves, structure = jax.tree.flatten(arguments)
         # An argument that is not read has None for a sharding.
         shardings = structure.flatten_up_to(compiled.input_shardings[0])
         read = [leaf for leaf, sharding in zip(leaves, shardings, strict=True) if sharding is not None]
         expected = tree_bytes(read)
-        if expected != memory.argument_size_in_bytes:
+        if expected != memory.arguments:
             raise RuntimeError(
-                f"{name}: the compiler counts {memory.argument_size_in_bytes} bytes of arguments, their shapes say "
-                f"{expected}"
+                f"{name}: the compiler counts {memory.arguments} bytes of arguments, their shapes say {expected}"
             )
-        return cls(
-            name,
-            arguments=memory.argument_size_in_bytes,
-            outputs=memory.output_size_in_bytes,
-            aliased=memory.alias_size_in_bytes,
-            temporaries=memory.temp_size_in_bytes,
-            code=memory.generated_code_size_in_bytes,
-            host_temporaries=memory.host_temp_size_in_bytes,
-        )
-
-    @property
-    def peak(self) -> int:
-        """Device bytes while it runs: arguments, results that are not written over them, heap and code."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        return cls(**dataclasses.asdict(memory), name=name, scopes=scopes or {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A program, and what lies on the device while it runs.
+    """A program and the device memory in use while it runs.
 
     Attributes:
-        program: what runs.
-        resident: class -> bytes that are there before and after, arguments of the program or not.
-        results: class -> bytes of those of its results that have buffers of their own.
+        program: the program.
+        resident: class -> bytes in use before and after it, arguments of the program or not.
+        results: class -> bytes of those results that have buffers of their own.
     """
 
     program: Program
@@ -104,12 +86,12 @@ class Phase:
 
     @property
     def device_bytes(self) -> int:
-        """All of it."""
+        """Device bytes of all classes."""
         return sum(self.by_class.values())
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Phase":
-        """What `dataclasses.asdict` made of a phase."""
+        """Undo `dataclasses.asdict`."""
         return cls(Program(**value["program"]), value["resident"], value["results"])
 
 
@@ -117,7 +99,9 @@ class Phase:
 class Allowance:
     """Device memory that no compiler counts: a stated allowance, not a measurement.
 
-    context: `device_memory.CONTEXT_BYTES`; reserve: `device_memory.RESERVE_FRACTION` of the device's memory.
+    Attributes:
+        context: `device_memory.CONTEXT_BYTES`.
+        reserve: `device_memory.RESERVE_FRACTION` of the device's memory.
     """
 
     context: int
@@ -125,18 +109,18 @@ class Allowance:
 
     @classmethod
     def of(cls, chip: Chip) -> "Allowance":
-        """The allowance on a GPU."""
+        """Allowance on a GPU."""
         return cls(CONTEXT_BYTES, allowance_bytes(chip.memory_bytes) - CONTEXT_BYTES)
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Both together."""
         return self.context + self.reserve
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training step takes of one GPU and its host.
+    """Memory that a training step takes of one GPU and its host.
 
     Attributes:
         chip: the GPU.
@@ -152,12 +136,12 @@ class Plan:
 
     @property
     def allowance(self) -> Allowance:
-        """What is set aside on the device beside the programs."""
+        """Device memory set aside beside the programs."""
         return Allowance.of(self.chip)
 
     @property
     def fullest(self) -> Phase:
-        """The phase with most on the device."""
+        """The phase that takes most of the device."""
         return max(self.phases, key=lambda phase: phase.device_bytes)
 
     @property
@@ -181,14 +165,23 @@ class Plan:
         return self.chip.memory_bytes
 
     @property
+    def device_excess(self) -> int:
+        """Bytes beyond the device's memory; negative if it holds the plan."""
+        return self.device_bytes - self.device_limit
+
+    @property
+    def host_excess(self) -> int:
+        """Bytes beyond the host's limit; negative if it holds the plan or has no limit."""
+        return -self.device_limit if self.host_limit is None else self.host_bytes - self.host_limit
+
+    @property
     def excess(self) -> int:
         """Bytes beyond the limit of the device or the host, whichever is exceeded by more; negative if it fits."""
-        over_host = -self.device_limit if self.host_limit is None else self.host_bytes - self.host_limit
-        return max(self.device_bytes - self.device_limit, over_host)
+        return max(self.device_excess, self.host_excess)
 
     @property
     def fits(self) -> bool:
-        """Whether the device, allowance included, and the host hold it."""
+        """True if the device, allowance included, and the host hold the plan."""
         return self.excess <= 0
 
 
@@ -197,18 +190,48 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def base_bytes(frozen: nnx.State) -> dict[str, int]:
-    """Bytes of a base model by class: base_packed, scales, and unquantised_* by the kind of tensor."""
-    classes: dict[str, int] = {}
+@dataclasses.dataclass(frozen=True)
+class BaseBytes:
+    """Bytes of a base model.
 
-    def add(name: str, tree: Any) -> None:
-        classes[name] = classes.get(name, 0) + tree_bytes(tree)
+    Attributes:
+        packed: codes of quantised weights.
+        scales: their scales, nested scales and offsets.
+        unquantised: kind of tensor ("embedding", "norm", "head", ...) -> bytes; "linear" without quantisation.
+    """
 
-    for _, variable in nnx.to_flat_state(frozen):
-        value = variable.get_value()
-        if isinstance(value, QuantizedTensor):
-            add("base_packed", value.codes)
-            add("scales", (value.absmax, value.nested_absmax, value.offset))
-        else:
-            add(f"unquantised_{variable.get_metadata('kind')}", value)
-    return classes
+    packed: int
+    scales: int
+    unquantised: Mapping[str, int]
+
+    @classmethod
+    def of(cls, frozen: nnx.State) -> "BaseBytes":
+        """Count the bytes of frozen variables, abstract or not."""
+        packed = scales = 0
+        unquantised: dict[str, int] = {}
+        for _, variable in nnx.to_flat_state(frozen):
+            value = variable.get_value()
+            if isinstance(value, QuantizedTensor):
+                packed += tree_bytes(value.codes)
+                scales += tree_bytes((value.absmax, value.nested_absmax, value.offset))
+            else:
+                kind = variable.get_metadata("kind")
+                unquantised[kind] = unquantised.get(kind, 0) + tree_bytes(value)
+        return cls(packed, scales, unquantised)
+
+    @property
+    def linears(self) -> int:
+        """Bytes of the weights that every pass over the layers reads."""
+        return self.packed + self.scales + self.unquantised.get("linear", 0)
+
+    @property
+    def head(self) -> int:
+        """Bytes of the output projection, which is the embedding where the two are tied."""
+        return self.unquantised.get("head", self.unquantised["embedding"])
+
+    @property
+    def by_class(self) -> dict[str, int]:
+        """Class -> bytes, without empty classes."""
+        classes = {"base_packed": self.packed, "scales": self.scales}
+        classes |= {f"unquantised_{kind}": count for kind, count in self.unquantised.items()}
+        return {name: count for name, count in classes.items() if count}

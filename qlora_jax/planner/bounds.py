@@ -20,29 +20,31 @@ from qlora_jax.gpus import Chip
 class MatmulFlops:
     """FLOPs of a program's matrix products, two for a multiply-add.
 
-    plain: without batch dimensions, those with weights; batched: with them, those of attention.
+    Attributes:
+        plain: of products without batch dimensions, those with weights.
+        batched: of products with batch dimensions, those of attention.
     """
 
     plain: float = 0.0
     batched: float = 0.0
 
     def __add__(self, other: "MatmulFlops") -> "MatmulFlops":
-        """Both."""
+        """Add up."""
         return MatmulFlops(self.plain + other.plain, self.batched + other.batched)
 
     def __mul__(self, times: float | int) -> "MatmulFlops":
-        """That many times."""
+        """Repeat."""
         return MatmulFlops(times * self.plain, times * self.batched)
 
 
 def count_products(jaxpr: core.ClosedJaxpr, *, trips: float) -> MatmulFlops:
-    """Count the matrix products of a program, loops included, without those whose results nothing reads.
+    """Count the matrix products of a program, loops included, except those whose results nothing reads.
 
-    Where a program differs by platform the portable variant counts; of other branches the cheapest does.
+    Where a program differs by platform the portable variant counts; of other branches, the cheapest.
 
     Args:
-        jaxpr: the program, traced in a form that has no custom kernels: what they compute would not be seen.
-        trips: of `while` loops, whose number of iterations no program states.
+        jaxpr: the program, traced in a form without custom kernels, whose products would not be seen.
+        trips: iterations of its `while` loops, which no program states.
     """
     live, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     return _count(live, trips)
@@ -105,13 +107,13 @@ def causal_fraction(queries: int, window: int | None = None) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """What one training step must do, at least.
+    """Least work of one training step.
 
     Attributes:
-        tokens: that it trains on.
-        flops: of matrix products.
-        device_bytes: read from or written to device memory.
-        host_bytes: over the link between host and device, in the direction that carries more.
+        tokens: tokens trained on.
+        flops: FLOPs of matrix products.
+        device_bytes: bytes read from or written to device memory.
+        host_bytes: bytes over the link between host and device, in the direction that carries more.
     """
 
     tokens: int
@@ -122,9 +124,11 @@ class StepCost:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """No step can be faster than this on the GPU. `limited_by` is compute, memory or host link.
+    """Lower bound on the time of a step on a GPU.
 
-    compute, memory, link: seconds that each takes by itself.
+    Attributes:
+        tokens: tokens of the step.
+        compute, memory, link: seconds that each takes by itself.
     """
 
     tokens: int
@@ -134,24 +138,24 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Of a step, at least."""
+        """Least seconds of a step."""
         return max(self.compute, self.memory, self.link)
 
     @property
     def limited_by(self) -> str:
-        """What takes longest."""
+        """The one that takes longest: compute, memory or host link."""
         return max(
             ("compute", self.compute), ("memory", self.memory), ("host link", self.link), key=lambda pair: pair[1]
         )[0]
 
     @property
     def tokens_per_second(self) -> float:
-        """At most."""
+        """Most tokens a second."""
         return self.tokens / self.seconds
 
 
 def bound(chip: Chip, work: StepCost) -> Bound:
-    """The bound of a step's work on a GPU."""
+    """Divide a step's work by the peaks of a GPU."""
     return Bound(
         work.tokens,
         compute=work.flops / chip.bf16_flops,

@@ -15,50 +15,53 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import gpus, models
-from qlora_jax.data import abstract_batch
+from qlora_jax.data import Batch, abstract_batch
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.planner import (
     Allowance,
+    BaseBytes,
+    MatmulFlops,
     Phase,
     Program,
     StepCost,
-    base_bytes,
     causal_fraction,
     count_products,
     tree_bytes,
 )
+from qlora_jax.planner.scopes import temporaries_by_scope
 from qlora_jax.training import losses, setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import objective_of
-from qlora_jax.training.step import program_bytes
+from qlora_jax.training.step import TrainStep
 
 _PLATFORM = "gpu"
 # -P: a checkout in the working directory is not the installed package.
 _COMMAND = (sys.executable, "-P", "-m", __name__)
-_LINEARS = frozenset(("base_packed", "scales", "unquantised_linear"))
 
 
 class CompilationFailed(UserError):
-    """The compiler could not take a step, or ended its process over it."""
+    """The compiler refused a step, or its process ended."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What compiling a training step for a GPU has shown.
+    """Memory and least work of a training step compiled for a GPU.
 
     Attributes:
-        phases: the programs of a step and what lies on the device while each runs.
+        phases: the programs of a step, with the device memory in use while each runs.
         host: class -> bytes of pinned host memory.
-        work: what a step must do at least.
+        work: least work of a step.
         flash: attention is cuDNN's, which keeps no scores.
         cudnn: cuDNN is installed, without which it cannot be.
     """
@@ -71,78 +74,158 @@ class CompiledStep:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CompiledStep":
-        """What `dataclasses.asdict` made of one."""
+        """Undo `dataclasses.asdict`."""
         phases = tuple(map(Phase.from_json, value["phases"]))
         return cls(phases, value["host"], StepCost(**value["work"]), value["flash"], value["cudnn"])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Declared:
+    """A training step and its arguments, without weights.
+
+    Attributes:
+        shape: of a batch, [A, B, S].
+        model: adapters in float32 and base; abstract.
+        working: adapters in the optimizer's working dtype; abstract.
+        batch: arrays of a batch; abstract.
+        step: the step with its optimizer.
+    """
+
+    shape: tuple[int, int, int]
+    model: setup.ModelParts
+    working: nnx.State
+    batch: Batch
+    step: TrainStep
+
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Arguments of the gradient program."""
+        return self.working, self.model.frozen, self.batch, self.counter
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepBytes:
+    """Bytes of the arrays of a step.
+
+    Attributes:
+        base: the base model.
+        adapters: adapters in the optimizer's working dtype.
+        gradients: float32 sums of the gradients.
+        batch: a batch and the number of the step.
+        optimizer_device, optimizer_host: the optimizer's state, by place.
+        offloaded: activations on the host.
+    """
+
+    base: BaseBytes
+    adapters: int
+    gradients: int
+    batch: int
+    optimizer_device: int
+    optimizer_host: int
+    offloaded: int
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Class -> bytes on the device throughout a step."""
+        return {
+            **self.base.by_class,
+            "adapters": self.adapters,
+            "optimizer_device": self.optimizer_device,
+            "batch": self.batch,
+        }
+
+    @property
+    def host(self) -> dict[str, int]:
+        """Class -> bytes of pinned host memory."""
+        return {"optimizer_host": self.optimizer_host, "offloaded_activations": self.offloaded}
+
+
 def compile_step(config: TrainConfig, model_config: Mapping[str, Any], chip: gpus.Chip, length: int) -> CompiledStep:
-    """Compile the training step of the flags for one GPU, in this process.
+    """Compile the training step of a run for one GPU, in this process.
 
     Args:
-        config: the flags; the micro-batch, the accumulation and all that shapes the step.
+        config: the run; its micro-batch, accumulation and all else that shapes the step count.
         model_config: contents of the model's config.json.
         chip: the GPU.
         length: tokens of a sequence.
 
     Raises:
-        UserError: flags or a model that no run could use, or no compiler for GPUs, see `gpus.compile_for`.
+        UserError: a configuration or a model that no run could use, or no compiler for GPUs, see `gpus.compile_for`.
     """
-    lora_config = setup.find_adapters(config, model_config).config
-    dtype = setup.compute_dtype(config, _PLATFORM)
-    model = setup.declare_model(config, model_config, lora_config, dtype)
-    lora, frozen = model.lora, model.frozen
-    mesh = gpus.mesh(chip)
-    limit = chip.memory_bytes - Allowance.of(chip).total
-    step = setup.make_step(config, model, config.max_steps, limit=limit, mesh=mesh, platform=_PLATFORM)
-    optimizer = step.optimizer
-    shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size, length)
-    batch = abstract_batch(objective_of(config).fields, *shape)
-    counter = jax.ShapeDtypeStruct((), jnp.int32)
-    working = optimizer.abstract_lora()
-    arguments = (*(_placed(tree, mesh) for tree in (working, frozen)), _placed(batch, mesh, None, "data"), counter)
-    compiled = gpus.compile_for(chip, step.gradient_step, *arguments)
-    gradients = tree_bytes(lora)
-
-    needed = program_bytes(compiled)
-    staying = optimizer.resident_chunks(needed)
+    declared = _declare(config, model_config, length, chip)
+    with tempfile.TemporaryDirectory() as dumped:
+        compiled, gradients = _gradients(declared, chip, dumped)
+    optimizer = declared.step.optimizer
+    staying = optimizer.resident_chunks(gradients.peak)
     on_device = optimizer.resident_bytes(staying)
-    paging = staying < len(optimizer.chunks)
-    always = {
-        **base_bytes(frozen),
-        "adapters": tree_bytes(working),
-        "optimizer_device": on_device,
-        "batch": tree_bytes((batch, counter)),
-    }
-    gradient_program = Program.of("gradients", compiled, arguments)
-    phases = [Phase(gradient_program, always, {"gradients": gradients})]
-    # A chunk on its way is an argument of the update like one that stays; what it passes through is there besides.
-    during = {**always, "gradients": gradients, "optimizer_passing": optimizer.paging_bytes if paging else 0}
-    updates = [Phase(program, during) for program in _updates(optimizer, chip, mesh)]
-    phases.append(max(updates, key=lambda phase: phase.device_bytes))
-    host = {
-        "optimizer_host": optimizer.state_bytes - on_device,
-        "offloaded_activations": gradient_program.host_temporaries,
-    }
+    memory = _StepBytes(
+        base=BaseBytes.of(declared.model.frozen),
+        adapters=tree_bytes(declared.working),
+        gradients=tree_bytes(declared.model.lora),
+        batch=tree_bytes((declared.batch, declared.counter)),
+        optimizer_device=on_device,
+        optimizer_host=optimizer.state_bytes - on_device,
+        offloaded=gradients.host_temporaries,
+    )
+    # A paged chunk counts as an argument of the update; its transfer buffers are extra.
+    passing = optimizer.paging_bytes if staying < len(optimizer.chunks) else 0
+    during = {**memory.resident, "gradients": memory.gradients, "optimizer_passing": passing}
+    updates = [Phase(program, during) for program in _updates(optimizer, chip)]
     return CompiledStep(
-        phases=tuple(phases),
-        host=host,
-        work=_work(config, model_config, shape, {**always, "gradients": gradients}, host),
+        phases=(
+            Phase(gradients, memory.resident, {"gradients": memory.gradients}),
+            max(updates, key=lambda phase: phase.device_bytes),
+        ),
+        host=memory.host,
+        work=_least_work(config, model_config, declared.shape, memory),
         flash="__cudnn$fmha" in (compiled.as_text() or ""),
         cudnn=importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn") is not None,
     )
 
 
-def _updates(optimizer: PagedOptimizer, chip: gpus.Chip, mesh: jax.sharding.Mesh) -> Iterator[Program]:
-    """The programs of an update, one for each shape that a chunk can have."""
+def _declare(
+    config: TrainConfig, model_config: Mapping[str, Any], length: int, chip: gpus.Chip | None = None
+) -> _Declared:
+    """Declare a run's step for a GPU; without one, for this machine's CPU."""
+    platform = None if chip is None else _PLATFORM
+    dtype = setup.compute_dtype(config, platform)
+    model = setup.declare_model(config, model_config, setup.find_adapters(config, model_config).config, dtype)
+    step = setup.make_step(
+        config,
+        model,
+        config.max_steps,
+        limit=None if chip is None else chip.memory_bytes - Allowance.of(chip).total,
+        mesh=None if chip is None else gpus.mesh(chip),
+        platform=platform,
+    )
+    shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size, length)
+    batch = abstract_batch(objective_of(config).fields, *shape)
+    return _Declared(shape, model, step.optimizer.abstract_lora(), batch, step)
+
+
+def _gradients(declared: _Declared, chip: gpus.Chip, dumped: str) -> tuple[jax.stages.Compiled, Program]:
+    """Compile the gradient program; XLA writes its buffer assignment into the directory `dumped`."""
+    mesh = gpus.mesh(chip)
+    working, frozen, batch, counter = declared.arguments
+    arguments = (_placed(working, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"), counter)
+    options = {"xla_dump_to": dumped}
+    compiled = gpus.compile_for(chip, declared.step.gradient_step, *arguments, compiler_options=options)
+    scopes = temporaries_by_scope(Path(dumped), compiled.as_text() or "")
+    return compiled, Program.checked("gradients", compiled, arguments, scopes)
+
+
+def _updates(optimizer: PagedOptimizer, chip: gpus.Chip) -> Iterator[Program]:
+    """Compile the programs of an update, one for each shape that a chunk can have."""
     seen = set()
     for chunk in optimizer.chunks:
-        arguments = _placed(optimizer.abstract_update(chunk), mesh)
+        arguments = _placed(optimizer.abstract_update(chunk), gpus.mesh(chip))
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
         if shapes not in seen:
             seen.add(shapes)
             compiled = gpus.compile_for(chip, optimizer.update_program, *arguments, layers=chunk.layers)
-            yield Program.of("optimizer update", compiled, arguments)
+            yield Program.checked("optimizer update", compiled, arguments)
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh, *spec: str | None) -> Any:
@@ -150,46 +233,44 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh, *spec: str | None) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def _work(
-    config: TrainConfig,
-    model_config: Mapping[str, Any],
-    shape: tuple[int, int, int],
-    resident: Mapping[str, int],
-    host: Mapping[str, int],
+def _least_work(
+    config: TrainConfig, model_config: Mapping[str, Any], shape: tuple[int, int, int], memory: _StepBytes
 ) -> StepCost:
-    """The least a step can do: its products counted in the XLA form, every byte it needs moved once a pass.
+    """Count the products of a step in its XLA form, and every byte that it needs once a pass.
 
-    Every token is taken to be trained on, and every attention score to be computed that causality and the sliding
-    window show.
+    Every token is taken to be trained on, and every attention score that causality and the sliding window show to be
+    computed.
     """
+    accumulated, rows, length = shape
+    products = _products_of_a_micro_batch(config, model_config, length)
+    visible = causal_fraction(length, models.model_config(model_config).sliding_window)
+    weights = _passes(config) * (memory.base.linears + memory.adapters) + memory.base.head
+    state = memory.optimizer_device + memory.optimizer_host
+    return StepCost(
+        tokens=accumulated * rows * length,
+        flops=accumulated * (products.plain + visible * products.batched),
+        # A step reads and writes the optimizer's state, and writes the adapters.
+        device_bytes=accumulated * (weights + memory.gradients) + 2 * state + memory.adapters,
+        host_bytes=accumulated * memory.offloaded + memory.optimizer_host,
+    )
+
+
+def _passes(config: TrainConfig) -> int:
+    """Passes over the layers in a micro-batch: forward, backward and, unless activations are kept, forward again."""
+    return 2 if config.remat_policy == "none" else 3
+
+
+def _products_of_a_micro_batch(config: TrainConfig, model_config: Mapping[str, Any], length: int) -> MatmulFlops:
     # In float32 attention is XLA's too, whatever is installed.
     portable = dataclasses.replace(config, kernel="xla", bf16=False, gradient_accumulation_steps=1)
-    lora_config = setup.find_adapters(portable, model_config).config
-    model = setup.declare_model(portable, model_config, lora_config, jnp.float32)
-    step = setup.make_step(portable, model, config.max_steps)
-    # Micro-batches are alike: one is traced.
-    accumulated, *one = shape
-    batch = abstract_batch(objective_of(portable).fields, 1, *one)
-    lora = step.optimizer.abstract_lora()
-    traced = step.gradient_step.trace(lora, model.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
-    rows = math.prod(one)
-    # The only loop without a stated number of iterations: chunks of trained tokens.
-    shapes = models.model_config(model_config)
-    products = count_products(traced.jaxpr, trips=rows / min(losses.default_chunk(shapes.vocab_size), rows))
-    visible = causal_fraction(shape[2], shapes.sliding_window)
-
-    weights = sum(count for name, count in resident.items() if name in _LINEARS)
-    passes = 2 if config.remat_policy == "none" else 3
-    head = resident.get("unquantised_head", resident["unquantised_embedding"])
-    state = resident["optimizer_device"] + host["optimizer_host"]
-    return StepCost(
-        tokens=math.prod(shape),
-        flops=accumulated * (products.plain + visible * products.batched),
-        device_bytes=accumulated * (passes * (weights + resident["adapters"]) + head + resident["gradients"])
-        + 2 * state
-        + resident["adapters"],
-        host_bytes=accumulated * host["offloaded_activations"] + host["optimizer_host"],
+    declared = _declare(portable, model_config, length)
+    traced = declared.step.gradient_step.trace(
+        declared.working, declared.model.frozen, declared.batch, declared.counter
     )
+    # The only loop without a stated number of iterations: chunks of trained tokens.
+    tokens = math.prod(declared.shape)
+    chunk = min(losses.default_chunk(models.model_config(model_config).vocab_size), tokens)
+    return count_products(traced.jaxpr, trips=tokens / chunk)
 
 
 class Compiler:
@@ -204,7 +285,7 @@ class Compiler:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
     def __enter__(self) -> "Compiler":
-        """Nothing is started yet."""
+        """Return the compiler; nothing is started yet."""
         return self
 
     def __exit__(
@@ -222,10 +303,10 @@ class Compiler:
             self._child = None
 
     def __call__(self, config: TrainConfig, model_config: Mapping[str, Any], length: int) -> CompiledStep:
-        """What `compile_step` returns for this GPU.
+        """Do what `compile_step` does for this GPU, in the child.
 
         Raises:
-            UserError: what it raises; CompilationFailed if the compiler refused the program or ended its process.
+            UserError: as `compile_step`; CompilationFailed if the compiler refused the program or ended its process.
         """
         child = self._started()
         request = {"config": dataclasses.asdict(config), "model": model_config, "gpu": self.chip.name, "length": length}
@@ -241,7 +322,7 @@ class Compiler:
             self._end()
             raise CompilationFailed(
                 f"the compiler ended its process ({cause}) over the step of {length} tokens for "
-                f"{self.chip.name}; try another --kernel, or report this."
+                f"{self.chip.name}; try another kernel, or report this."
             )
         value = json.loads(answer)
         if "failed" in value:
@@ -254,7 +335,7 @@ class Compiler:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._child is None:
-            # On the CPU, so that a GPU that is here is left alone. A cached executable has no memory analysis.
+            # On the CPU, so that a GPU that is here is left alone. A program from a cache comes without its dump.
             environment = {
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
@@ -278,7 +359,7 @@ class Compiler:
         ended = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        # What LLVM and XLA say last is usually a stack; what they died of is marked.
+        # The last lines of LLVM and XLA are usually a stack; the cause is marked.
         told = [line for line in lines if "LLVM ERROR" in line or "Check fail" in line] or lines
         return ": ".join([ended, *told[-1:]])[:400]
 
@@ -286,12 +367,12 @@ class Compiler:
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config = TrainConfig(**request["config"])
-        measured = compile_step(config, request["model"], gpus.chip_named(request["gpu"]), request["length"])
+        compiled = compile_step(config, request["model"], gpus.chip_named(request["gpu"]), request["length"])
     except UserError as error:
         return {"error": str(error)}
     except (RuntimeError, ValueError, OverflowError, NotImplementedError) as error:
         return {"failed": (str(error).splitlines() or [""])[0][:400] or type(error).__name__}
-    return dataclasses.asdict(measured)
+    return dataclasses.asdict(compiled)
 
 
 def _serve() -> None:

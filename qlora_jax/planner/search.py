@@ -12,12 +12,12 @@ _FARTHEST = 64
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """What a search came to.
+    """Result of a search.
 
     Attributes:
         length: longest sequence found to fit; 0 if not even the shortest does.
         next_length: the next length, found not to fit; None if the search ended at `maximum`.
-        evaluations: lengths looked at, in order.
+        evaluations: lengths tried, in order.
     """
 
     length: int
@@ -26,17 +26,17 @@ class Longest:
 
 
 def step_above(length: int) -> int:
-    """Distance from a length to the next one that is looked at."""
+    """Distance from a length to the next longer candidate."""
     return FINE if length < SWITCH else COARSE
 
 
 def step_below(length: int) -> int:
-    """Distance from a length to the one that is looked at before it."""
+    """Distance from a length to the next shorter candidate."""
     return FINE if length <= SWITCH else COARSE
 
 
 def rounded(length: int) -> int:
-    """The longest length that is looked at and not above `length`; at least `FINE`."""
+    """Longest candidate not above `length`; at least `FINE`."""
     step = step_above(length)
     return max(FINE, length // step * step)
 
@@ -44,13 +44,13 @@ def rounded(length: int) -> int:
 def longest_sequence(excess: Callable[[int], float], *, start: int, maximum: int | None = None) -> Longest:
     """Find the longest sequence whose `excess` is not positive, by secants inside a bracket.
 
-    That the length found fits and the next one does not has been looked at, not inferred; in between the two nothing
-    is assumed but that one that fits is below one that does not.
+    The length found and the next candidate have both been tried: the one fits, the other does not. Nothing is assumed
+    about lengths in between but that those which fit are below those which do not.
 
     Args:
         excess: bytes beyond the limit at a length; infinite where it cannot be compiled.
         start: a length to begin with.
-        maximum: no length above it is looked at; None for no limit.
+        maximum: no length above it is tried; None for no limit.
     """
     known: dict[int, float] = {}
     ceiling = None if maximum is None else rounded(maximum)
@@ -78,7 +78,7 @@ def longest_sequence(excess: Callable[[int], float], *, start: int, maximum: int
 
 
 def _crossing(known: dict[int, float]) -> int | None:
-    """Where the line through the two known points nearest to zero crosses it; None if no rising line goes through."""
+    """Zero of the line through the two known points nearest to zero; None if that line does not rise."""
     finite = {length: value for length, value in known.items() if math.isfinite(value)}
     points = sorted(sorted(finite, key=lambda length: abs(finite[length]))[:2])
     if len(points) < 2:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.device_memory import ProgramMemory
 from qlora_jax.nn.linear import GradientSlot
 from qlora_jax.nn.remat import Remat
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
@@ -238,7 +239,7 @@ class TrainStep:
     ) -> tuple[TrainState, StepReport]:
         """Do one step: room for the gradient program, gradients, update."""
         program = self.program(state.lora, frozen, batch, state.step)
-        needed = program_bytes(program)
+        needed = ProgramMemory.of(program).peak
         resident = self.optimizer.resident_chunks(needed)
         self.planned_bytes = max(self.planned_bytes, needed + self.optimizer.resident_bytes(resident))
         opt_state, made_room = self.optimizer.evict(state.opt_state, resident)
@@ -271,17 +272,6 @@ def make_train_step(
     """
     return TrainStep(
         make_gradient_step(graphdef, config, objective=objective, reference=reference, mesh=mesh), optimizer
-    )
-
-
-def program_bytes(compiled: jax.stages.Compiled) -> int:
-    """Device bytes that exist while a program runs: arguments, outputs and temporaries, by XLA's buffer assignment."""
-    memory: Any = compiled.memory_analysis()  # None on backends without one; CPU and GPU have one
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
     )
 
 

@@ -23,7 +23,7 @@ from qlora_jax.checkpoints.loading import LoadedBase, load_base
 from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.streaming import inventory
 from qlora_jax.defaults import DEFAULT_DATASET
-from qlora_jax.device_memory import device_limit, device_peak
+from qlora_jax.device_memory import ProgramMemory, device_limit, device_peak
 from qlora_jax.errors import UserError
 from qlora_jax.formatting import format_bytes
 from qlora_jax.generation import Sampling, generate
@@ -36,7 +36,7 @@ from qlora_jax.training.objectives import objective_of
 from qlora_jax.training.reporting import METRICS_FILE, MetricsLog, Stopwatch, read_metrics
 from qlora_jax.training.run_directory import RunDirectory
 from qlora_jax.training.schedule import learning_rate_schedule
-from qlora_jax.training.step import StepReport, TrainState, make_eval_step, program_bytes
+from qlora_jax.training.step import StepReport, TrainState, make_eval_step
 
 logger = logging.getLogger(__name__)
 
@@ -351,7 +351,9 @@ class Trainer:
             rows, length = batch.shape
             shape = (micro_batches, rows // micro_batches, length)
             program = self.train_step.compiled(data.abstract_batch(self.objective.fields, *shape))
-            needs = "" if program is None else f" (its program alone takes {format_bytes(program_bytes(program))})"
+            needs = (
+                "" if program is None else f" (its program alone takes {format_bytes(ProgramMemory.of(program).peak)})"
+            )
             advice = "".join(f"\n  {line}" for line in self.advise(self.config, shape))
             raise OutOfMemory(
                 f"step {step} ran out of device memory on {micro_batches} x {shape[1]} rows of {length} tokens{needs}; "

@@ -19,11 +19,12 @@ from fixtures.finetune_helpers import make_model, make_rows, write_jsonl
 
 from qlora_jax import finetuning, gpus, models
 from qlora_jax.checkpoints.hub import resolve_config
+from qlora_jax.commands import plan as plan_command
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS, ahead_of_time, chip_named
-from qlora_jax.planner import Phase, Plan, Program, StepCost, advice, compiler, planning
+from qlora_jax.planner import Phase, Plan, Program, StepCost, advice, comparison, compiler, planning
 from qlora_jax.planner.compiler import CompilationFailed, CompiledStep, Compiler
-from qlora_jax.planner.planning import Planner
+from qlora_jax.planner.planning import Planner, length_fields
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
@@ -33,13 +34,6 @@ SMALL = {
     "vocab_size": 1024,
 }
 GIB = 2**30
-
-
-def script() -> Any:
-    """The command `plan`."""
-    from qlora_jax.commands import plan
-
-    return plan
 
 
 # --- models
@@ -239,8 +233,9 @@ def test_a_plan_of_a_7b():
 class FakeCompiler:
     """Memory linear in the tokens, in the rank, and in what a setting costs."""
 
-    def __init__(self, *, a_token=120_000, flash=True, cudnn=True, fails_above=None):
+    def __init__(self, *, a_token=120_000, flash=True, cudnn=True, fails_above=None, offloaded=0):
         self.a_token, self.flash, self.cudnn, self.fails_above = a_token, flash, cudnn, fails_above
+        self.offloaded = offloaded
         self.asked: list[tuple[TrainConfig, int]] = []
 
     def __call__(self, config: TrainConfig, model_config: Any, length: int) -> CompiledStep:
@@ -252,9 +247,10 @@ class FakeCompiler:
         state = 100_000_000 * config.lora_r // (1 if "32bit" in config.optim else 4)
         on_host = config.optim_placement == "host"
         resident = {"base_packed": 5 * GIB, "optimizer_device": 0 if on_host else state}
-        program = Program("gradients", 5 * GIB, 0, 0, int(costs * self.a_token * tokens), 0, 0)
-        update = Program("optimizer update", 0, 0, 0, 0, 0, 0)
-        host = {"optimizer_host": state if on_host else 0}
+        offloaded = self.offloaded * tokens if config.remat_policy == "offload" else 0
+        program = Program(5 * GIB, 0, 0, int(costs * self.a_token * tokens), 0, offloaded, name="gradients")
+        update = Program(0, 0, 0, 0, 0, 0, name="optimizer update")
+        host = {"optimizer_host": state if on_host else 0, "offloaded_activations": offloaded}
         work = StepCost(tokens * config.gradient_accumulation_steps, 1e12, 1, 1)
         return CompiledStep((Phase(program, resident), Phase(update, resident)), host, work, self.flash, self.cudnn)
 
@@ -276,7 +272,8 @@ def test_the_longest_sequence_is_found_with_few_compilations():
     assert len(compiler.asked) == len(found.evaluations) <= 6
     said = planning.describe_longest(found, plans.plan(LEAN, found.length))
     assert re.fullmatch(
-        rf"Longest sequence that fits: {found.length:,} tokens, with [\d.]+ GB of host memory; "
+        rf"Longest sequence that fits: {found.length:,} tokens, with [\d.]+ GB of host memory, at least [\d.]+ s a "
+        r"step; "
         rf"{found.next_length:,} do not \({len(found.evaluations)} compiled\)\.",
         said,
     )
@@ -306,8 +303,8 @@ def test_advice_keeps_what_helps_and_stops_at_what_fits():
     assert advice.changes["remat"] == "offload"
     with_less = plans.advice(dataclasses.replace(config, per_device_train_batch_size=1), 1024)
     assert with_less.changes == {"optim_placement": "host"}
-    sentence = with_less.sentence({})
-    assert re.fullmatch(r"It would fit with --optim_placement host: [\d.]+ of 25\.77 GB\.", sentence)
+    assert re.fullmatch(r"It would fit with `optim_placement=host`: [\d.]+ of 25\.77 GB\.", with_less.sentence())
+    assert with_less.sentence("-o host").startswith("It would fit with -o host: ")
     assert len(compiler.asked) <= 12
 
 
@@ -317,20 +314,43 @@ def test_a_smaller_batch_keeps_the_sequences_of_a_step():
     advice = plans.advice(config, 30_000)
     rows = advice.changes["per_device_train_batch_size"]
     assert rows * advice.changes["gradient_accumulation_steps"] == 32
-    assert "--batch 8 " in plans.advice(config, 20_000).sentence({"per_device_train_batch_size": "batch"})
+    assert "--batch 8 " in plan_command.advised_flags(plans.advice(config, 20_000))
 
 
 def test_at_last_advice_is_a_shorter_sequence_or_a_larger_gpu():
     plans, _ = planner(a_token=1_200_000)
     advice = plans.advice(dataclasses.replace(LEAN, lora_r=8, optim="adamw_8bit"), 100_000)
-    assert list(advice.changes) == ["seq"]
-    assert plans.plan(advice.planned.config, advice.changes["seq"]).plan.fits
+    assert not advice.changes
+    assert plans.plan(advice.planned.config, advice.length).plan.fits
+    assert plan_command.advised_flags(advice) == f"--seq {advice.length}"
+    assert advice.fields == length_fields(LEAN, advice.length)
     hopeless, _ = planner("rtx3090", a_token=2 * 10**9)
     advice = hopeless.advice(LEAN, 256)
     assert not advice.planned.plan.fits
-    assert advice.sentence({}).endswith("it takes more than any GPU known here has.")
+    assert advice.sentence().endswith("it takes more than any GPU known here has.")
     larger, _ = planner("rtx3090", a_token=10**9)
-    assert re.search(r"No setting .* it takes a GPU like \S+\.", larger.advice(LEAN, 64).sentence({}))
+    assert re.search(r"No setting .* it takes a GPU like \S+\.", larger.advice(LEAN, 64).sentence())
+
+
+@pytest.mark.parametrize(("source", "target", "length"), [(1024, 256, 640), (16, 4096, 64), (512, 512, 63)])
+def test_a_shorter_sequence_keeps_the_proportion_of_source_and_target(source, target, length):
+    config = dataclasses.replace(LEAN, source_max_len=source, target_max_len=target)
+    fields = length_fields(config, length)
+    assert set(fields) == {"source_max_len", "target_max_len"}
+    assert sum(fields.values()) == length
+    assert fields["target_max_len"] == pytest.approx(length * target / (source + target), abs=1)
+    assert length_fields(dataclasses.replace(config, packing=True), length) == {"sequence_length": length}
+
+
+def test_a_host_that_lacks_memory_is_advised_to_hold_less():
+    plans, _ = planner(host_limit=8 * 10**9, offloaded=100_000, a_token=1000)
+    planned = plans.plan(LEAN, 100_000)
+    assert planned.plan.device_excess < 0 < planned.plan.host_excess
+    assert plans.advice(LEAN, 100_000).changes == {"remat": "full"}
+    # The state alone is too much, and nothing here moves it away.
+    hopeless, _ = planner(host_limit=10**6)
+    advice = hopeless.advice(dataclasses.replace(LEAN, lora_r=8, optim="adamw_8bit", remat="full"), 64)
+    assert advice.sentence() == "No setting here makes it fit: it takes 0.2 GB of host memory."
 
 
 def test_xla_attention_is_warned_of():
@@ -354,7 +374,8 @@ def test_tiles_are_told():
     plans, _ = planner()
     assert plans.plan(LEAN, 4096).tile is None
     long = plans.plan(LEAN, 16384)
-    assert planning.as_json(long)["tile"] == long.tile == 2048
+    request = comparison.Request("m", {}, LEAN, 16384)
+    assert comparison.as_json(comparison.GPUPlan(request, long))["tile"] == long.tile == 2048
     assert "All but attention takes 2,048 tokens at a time." in planning.describe_run(long)
     kept = dataclasses.replace(LEAN, gradient_checkpointing=False, remat="none")
     assert plans.plan(kept, 16384).tile is None
@@ -365,7 +386,9 @@ def test_json_holds_a_search_and_advice():
     planned = plans.plan(LEAN, 512_000)
     longest = plans.longest(LEAN, 512)
     at_longest = plans.plan(LEAN, longest.length)
-    value = json.loads(json.dumps(planning.as_json(planned, longest, at_longest, plans.advice(LEAN, 512_000))))
+    request = comparison.Request("m", {}, LEAN, 512_000, find_longest=True)
+    found = comparison.GPUPlan(request, planned, longest, at_longest, plans.advice(LEAN, 512_000))
+    value = json.loads(json.dumps(comparison.as_json(found)))
     assert value["fits"] is False
     assert value["max_seq"] > 100_000
     assert value["max_seq_device_bytes"] == at_longest.plan.device_bytes <= value["device_limit_bytes"]
@@ -440,12 +463,12 @@ def test_the_child_answers_what_cannot_be_planned(monkeypatch):
 )
 def test_bad_flags_are_one_sentence(argv, message):
     with pytest.raises(UserError, match=message):
-        script().main(argv)
+        plan_command.main(argv)
 
 
 def test_flags_of_the_step_are_those_of_training():
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    shown = {field.name: field for field in dataclasses.fields(script().schema())}
+    shown = {field.name: field for field in dataclasses.fields(plan_command.schema())}
     for name in STEP_FLAGS:
         assert shown[name].default == fields[name].default
         assert shown[name].metadata == fields[name].metadata
@@ -468,19 +491,17 @@ def fake_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise CompilationFailed("the compiler ended its process")
             return super().__call__(*arguments)
 
-    monkeypatch.setattr(compiler, "Compiler", Fake)
-    for module in (advice, finetuning):
-        monkeypatch.setattr(module, "Compiler", Fake)
+    monkeypatch.setattr(planning, "Compiler", Fake)
 
 
 def test_a_table_of_all_gpus(monkeypatch, capsys):
     fake_compilers(monkeypatch)
-    script().main(["llama-7b", "--all-gpus", "--max-seq", "--lora_r", "16"])
+    plan_command.main(["llama-7b", "--all-gpus", "--max-seq", "--lora_r", "16"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "llama-7b: 1 x 1,280 tokens in a forward pass"
     assert [line.split()[0].rstrip(":") for line in lines[2:]] == [*(n for n in CHIPS if n != "b200"), "b200"]
     assert lines[-1].endswith("the compiler ended its process")
-    script().main(["llama-7b", "--all-gpus", "--json"])
+    plan_command.main(["llama-7b", "--all-gpus", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert set(found) == set(CHIPS)
     assert found["b200"] == {"error": "the compiler ended its process"}
@@ -490,7 +511,7 @@ def test_a_table_of_all_gpus(monkeypatch, capsys):
 def test_what_one_plan_prints(monkeypatch, capsys):
     fake_compilers(monkeypatch)
     flags = ["--seq", "9000", "--batch", "64", "--max_seq", "--dataset_tokens", "1000000"]
-    script().main(["llama-7b", "--gpu", "rtx3090", *flags])
+    plan_command.main(["llama-7b", "--gpu", "rtx3090", *flags])
     text = capsys.readouterr().out
     assert "llama-7b on NVIDIA GeForce RTX 3090: 64 x 9,000 tokens in a forward pass" in text
     assert "does not fit" in text
@@ -508,7 +529,7 @@ def test_a_run_is_planned_for_its_longest_batch(tmp_path, monkeypatch):
     assert planned.length == 128
     assert planned.config == config
     assert remedy is None
-    with pytest.raises(UserError, match="--plan: no GPU that is known by its data sheet is here: give --gpu, one of"):
+    with pytest.raises(UserError, match="no GPU that is known by its data sheet is here: give `gpu`, one of"):
         finetuning.plan(config)
 
 
@@ -518,13 +539,15 @@ def test_out_of_memory_is_told_with_the_plan(monkeypatch):
     monkeypatch.setattr(gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
     lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config={})
     assert any(line.startswith("Device: ") and "does not fit" in line for line in lines)
-    assert lines[-1].startswith("It would fit with --per_device_train_batch_size")
+    assert lines[-1].startswith("It would fit with `per_device_train_batch_size=")
     packed = dataclasses.replace(LEAN, packing=True, lora_r=8, optim="adamw_8bit")
     lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config={})
-    assert re.fullmatch(r"It would fit with --sequence_length \d+: .* GB\.", lines[-1])
+    assert re.fullmatch(r"It would fit with `sequence_length=\d+`: .* GB\.", lines[-1])
     lines = advice.planned_advice(LEAN, (2, 1, 128), model_config={})
     assert "it had 24.0 GiB of 24.0 GiB, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that" in lines[-1]
-    # Nothing to plan with: what helps in general.
-    for name in ("b200", None):
+    # Nothing to plan with: the reason, and what helps in general.
+    for name, reason in (("b200", "the compiler ended its process"), (None, "cpu is none of the GPUs known")):
         on["a"] = name
-        assert advice.planned_advice(LEAN, (2, 8, 128), model_config={}) == advice.memory_advice(LEAN, (2, 8, 128))
+        first, *others = advice.planned_advice(LEAN, (2, 8, 128), model_config={})
+        assert first.startswith(f"No plan of this step: {reason}")
+        assert others == advice.memory_advice(LEAN, (2, 8, 128))

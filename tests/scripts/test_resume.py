@@ -29,8 +29,9 @@ from fixtures.finetune_helpers import (
 )
 
 from qlora_jax import finetuning
+from qlora_jax.device_memory import ProgramMemory
 from qlora_jax.training import reporting, run_directory, setup, trainer
-from qlora_jax.training.step import TrainStep, program_bytes
+from qlora_jax.training.step import TrainStep
 
 # What a resumed run could get wrong: dropout masks, accumulation, the order of length-grouped batches, the optimizer's
 # moments, a decaying learning rate.
@@ -366,7 +367,7 @@ def leave_room_for_two_thirds(patch):
 
     def program(self, *args):
         compiled = programs(self, *args)
-        self.optimizer.limit = program_bytes(compiled) + 2 * self.optimizer.state_bytes // 3
+        self.optimizer.limit = ProgramMemory.of(compiled).peak + 2 * self.optimizer.state_bytes // 3
         return compiled
 
     patch.setattr(TrainStep, "program", program)
