@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.device_memory import ProgramMemory
+from qlora_jax.device_memory import PINNED_LIMIT_VARIABLE, ProgramMemory, pinned_limit
+from qlora_jax.errors import UserError
 from qlora_jax.nn.linear import GradientSlot
 from qlora_jax.nn.remat import Remat
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
@@ -228,11 +229,29 @@ class TrainStep:
         return self.programs.get(_shapes(batch))
 
     def program(self, lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Any], step: Any) -> jax.stages.Compiled:
-        """Return the gradient program for the shapes of a batch, compiled once; arguments may be abstract."""
+        """Return the gradient program for the shapes of a batch, compiled once; arguments may be abstract.
+
+        Raises:
+            UserError: the step needs more pinned host memory than there is.
+        """
         found = self.compiled(batch)
         if found is None:
-            found = self.programs[_shapes(batch)] = self.gradient_step.lower(lora, frozen, batch, step).compile()
+            found = self.gradient_step.lower(lora, frozen, batch, step).compile()
+            self._check_host_memory(ProgramMemory.of(found))
+            self.programs[_shapes(batch)] = found
         return found
+
+    def _check_host_memory(self, program: ProgramMemory) -> None:
+        """Refuse a step that would end in the allocator's or the system's out-of-memory error; CPUs pin nothing."""
+        resident = self.optimizer.resident_bytes(self.optimizer.resident_chunks(program.peak))
+        needed = program.host_temporaries + self.optimizer.state_bytes - resident
+        needed, limit = needed * jax.local_device_count(), pinned_limit()
+        if jax.default_backend() != "cpu" and needed > limit:
+            raise UserError(
+                f"a step takes {needed / 1e9:.1f} GB of pinned host memory and {limit / 1e9:.1f} GB may be pinned here "
+                f"(by {PINNED_LIMIT_VARIABLE} and the host's memory); shorten the sequences, or keep less on the host "
+                "with `remat=full` or `optim_placement=device`."
+            )
 
     def __call__(
         self, state: TrainState, frozen: nnx.State, batch: Mapping[str, Array]

@@ -2,16 +2,24 @@
 
 import os
 import re
+from unittest.mock import Mock
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from qlora_jax import device_memory
 from qlora_jax.device_memory import PINNED_LIMIT_VARIABLE, host_memory, pinned_limit
 from qlora_jax.environment import let_jax_pin_the_hosts_memory
+from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS, ahead_of_time
+from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.planner import Allowance
+from qlora_jax.training.step import TrainStep
 
 GIB = 2**30
+ANALYSED = [f"{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp", "generated_code", "host_temp")]
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -75,3 +83,25 @@ def test_a_container_has_the_memory_of_its_control_group(membership, files, expe
     assert host_memory() == min(expected or physical, physical)
     monkeypatch.setattr(device_memory, "_MEMBERSHIP", tmp_path / "absent")
     assert host_memory() == physical
+
+
+@pytest.mark.parametrize(("backend", "gib", "refused"), [("gpu", 100, True), ("gpu", 500, False), ("cpu", 100, False)])
+def test_a_step_that_the_host_cannot_hold_is_refused_before_it_runs(backend, gib, refused, host, monkeypatch):
+    """80 GB of offloaded activations and 30 GB of optimizer state, none of it on the device."""
+    host(gib)
+    monkeypatch.setenv(PINNED_LIMIT_VARIABLE, "1000")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    optimizer = Mock(PagedOptimizer, state_bytes=30 * 10**9)
+    optimizer.resident_chunks.return_value = optimizer.resident_bytes.return_value = 0
+    analysis = Mock(**{**dict.fromkeys(ANALYSED, 0), "host_temp_size_in_bytes": 80 * 10**9})
+    compiled = Mock(jax.stages.Compiled, **{"memory_analysis.return_value": analysis})
+    gradient_step = Mock(**{"lower.return_value.compile.return_value": compiled})
+    arguments = nnx.State({}), nnx.State({}), {"input_ids": jnp.zeros((1, 1, 64))}, 0
+    step = TrainStep(gradient_step, optimizer)
+    if not refused:
+        assert step.program(*arguments) is step.compiled(arguments[2])
+        return
+    with pytest.raises(
+        UserError, match=r"110\.0 GB of pinned host memory and 96\.6 GB may be pinned here .*remat=full"
+    ):
+        step.program(*arguments)
