@@ -9,8 +9,11 @@ Implementations:
 - "fused": kernels that dequantize 4-bit codes while they multiply. No 16-bit weight exists in memory. CUDA GPUs.
 - "unfused": a kernel that dequantizes the whole weight, then XLA's product. CUDA GPUs. Formerly "dequantize", which is
   still understood.
-- "auto": "xla" off-GPU and for what the kernels cannot take, else what `kernels.roofline` expects to be faster, or what
-  is pinned, see `kernels.choices`.
+- "auto": "xla" off-GPU and for weights and dtypes that the kernels do not support, else the one that
+  `kernels.roofline` expects to be faster, or the one that is pinned, see `kernels.choices`.
+
+For tests, "interpreted_fused" and "interpreted_unfused" run an A6000's kernels in Pallas' interpret mode, on any
+platform.
 """
 
 import functools
@@ -21,14 +24,14 @@ from typing import Any
 import jax
 
 from qlora_jax.errors import UserError
+from qlora_jax.gpus import CHIPS
 from qlora_jax.kernels import selection, xla
 from qlora_jax.kernels.choices import Choice, choices_from_json, choices_to_json, describe, pinned
-from qlora_jax.kernels.mosaic import launch
+from qlora_jax.kernels.mosaic import dispatch, interpret
 from qlora_jax.kernels.pallas import Fused, Unfused
 from qlora_jax.kernels.product import Product
 from qlora_jax.kernels.weights import StackedWeight, Weight
 from qlora_jax.quantization import QuantizedTensor
-from qlora_jax.quantization import dequantize as _dequantize
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -45,8 +48,14 @@ __all__ = [
     "resolve",
 ]
 
-# Name -> matmul(x, w) and matmul_transposed(dy, w).
+# Name -> matmul(x, w), matmul_transposed(dy, w) and dequantize(w, dtype).
 IMPLEMENTATIONS: Mapping[str, Any] = MappingProxyType({"xla": xla, "fused": Fused(), "unfused": Unfused()})
+_INTERPRETED: Mapping[str, Any] = MappingProxyType(
+    {
+        "interpreted_fused": Fused(CHIPS["a6000"], interpret.execution()),
+        "interpreted_unfused": Unfused(interpret.execution()),
+    }
+)
 _DEPRECATED = MappingProxyType({"dequantize": "unfused"})
 
 
@@ -57,7 +66,7 @@ def check_implementation(name: str) -> str:
         UserError: there is no such implementation, or it cannot run on the default device; gives the reason.
     """
     name = _DEPRECATED.get(name, name)
-    if name != "auto" and name not in IMPLEMENTATIONS:
+    if name != "auto" and name not in IMPLEMENTATIONS and name not in _INTERPRETED:
         raise UserError(f"Unknown kernel {name!r}; choose one of {', '.join(['auto', *IMPLEMENTATIONS])}.")
     selection.check(name)
     return name
@@ -119,9 +128,15 @@ def matmul(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Arra
     return _matmul(implementation, x, w)
 
 
+def _resolved(implementation: str, x: jax.Array, w: Any, *, transposed: bool) -> Any:
+    name = selection.resolve(implementation, x, w, transposed=transposed)
+    return _INTERPRETED.get(name) or IMPLEMENTATIONS[name]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(implementation: str, x: jax.Array, w: Any) -> jax.Array:
-    return IMPLEMENTATIONS[selection.resolve(implementation, x, w, transposed=False)].matmul(x, w)
+    with jax.named_scope("matmul"):
+        return _resolved(implementation, x, w, transposed=False).matmul(x, w)
 
 
 def _matmul_forward(implementation: str, x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
@@ -130,8 +145,8 @@ def _matmul_forward(implementation: str, x: jax.Array, w: Any) -> tuple[jax.Arra
 
 def _matmul_backward(implementation: str, w: Any, dy: jax.Array) -> tuple[jax.Array, None]:
     # None is a symbolic zero for every buffer of w: nothing is allocated.
-    module = IMPLEMENTATIONS[selection.resolve(implementation, dy, w, transposed=True)]
-    return module.matmul_transposed(dy, w), None
+    with jax.named_scope("matmul_transposed"):
+        return _resolved(implementation, dy, w, transposed=True).matmul_transposed(dy, w), None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -150,13 +165,13 @@ def dequantize(w: Weight, dtype: Any, *, implementation: str = "auto") -> jax.Ar
         UserError: an implementation that is unknown or cannot run here.
     """
     implementation = check_implementation(implementation)
+    chosen: Any = xla
     if isinstance(w, QuantizedTensor | StackedWeight) and implementation != "xla":
         single = isinstance(w, StackedWeight) or not w.stack_shape
-        why_not = launch.why_not(w, dtype) if single else "it is a stack of weights"
-        if selection.target_chip() is not None and why_not is None:
-            return launch.dequantize(launch.operands(w), dtype)
-        if implementation != "auto" and dtype in launch.DTYPES:
-            raise UserError(f"Kernel {implementation!r} cannot dequantize here: {why_not}. Choose auto or xla.")
-    if isinstance(w, StackedWeight):
-        w = w.take()
-    return _dequantize(w, dtype) if isinstance(w, QuantizedTensor) else w.astype(dtype)
+        reason = dispatch.unsupported_reason(w, dtype) if single else "it is a stack of weights"
+        if reason is None and (implementation != "auto" or selection.target_chip() is not None):
+            chosen = _INTERPRETED.get(implementation) or IMPLEMENTATIONS["unfused"]
+        elif implementation != "auto" and dtype in dispatch.DTYPES:
+            raise UserError(f"Kernel {implementation!r} cannot dequantize here: {reason}. Choose auto or xla.")
+    with jax.named_scope("dequantize"):
+        return chosen.dequantize(w, dtype)

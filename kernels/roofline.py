@@ -1,24 +1,25 @@
-"""A model of the time a product takes on a GPU, and the choice it leads to: fused, or decode the weight and multiply.
+"""A model of the time a product takes on a GPU, and the choice between fusing and dequantizing the weight first.
 
 Every figure here follows from data sheets (`qlora_jax.gpus.chips`), from instructions counted in the machine code
-(`ALU_PER_WEIGHT`; BENCHMARKS.md has the counts) and from the assumptions below. **Nothing is measured**: where
-`scripts/benchmark.py kernels` has timed a GPU, its file (`qlora_jax.kernels.tuning`) is asked first.
+(`alu_per_weight`; BENCHMARKS.md has the counts), from the assumptions of each kernel (its module's `COST`) and those
+below. **Nothing is measured**: where `scripts/benchmark.py kernels` has timed a GPU, its file
+(`qlora_jax.kernels.timings_cache`) is consulted first.
 
 The fused kernel, with CTAs of block_m rows and block_n columns on S multiprocessors:
 
     waves    = ceil(ceil(M / block_m) * ceil(N_out / block_n) / S)         tiles of the busiest multiprocessor
-    tensor   = waves * 2 * block_m * block_n * K_in / (bf16_flops / S * fraction of the kernel)
-    alu      = waves * block_n * K_in * ALU_PER_WEIGHT / (int32_ops / S * ALU_FRACTION)
+    tensor   = waves * 2 * block_m * block_n * K_in / (bf16_flops / S * tensor_fraction)
+    alu      = waves * block_n * K_in * alu_per_weight / (int32_ops / S * ALU_FRACTION)
     memory   = (codes + scales + x + y) / (memory_bandwidth * MEMORY_FRACTION)
-    seconds  = LAUNCH + max(memory, max(tensor, alu) + (1 - OVERLAP) * min(tensor, alu))
+    seconds  = LAUNCH + max(memory, max(tensor, alu) + (1 - overlap) * min(tensor, alu))
 
-Decode, then multiply, two kernels one after the other:
+Dequantize, then multiply, two kernels one after the other:
 
-    decode   = LAUNCH + max((codes + scales + 2 N K) / bandwidth, N K * ALU_PER_WEIGHT / int32_ops)
-    multiply = LAUNCH + max(2 M N K / (bf16_flops * GEMM_FRACTION), (2 N K + x + y) / bandwidth)
+    dequantize = LAUNCH + max((codes + scales + 2 N K) / bandwidth, N K * alu_per_weight / int32_ops)
+    multiply   = LAUNCH + max(2 M N K / (bf16_flops * GEMM_FRACTION), (2 N K + x + y) / bandwidth)
 
-Memory traffic counts every byte once: what several CTAs read is left to the caches, whose bandwidth no sheet gives, and
-the decoded weight is taken to go through device memory even where the level-two cache could hold it.
+Memory traffic counts every byte once: bytes that several CTAs read are left to the caches, whose bandwidth no sheet
+gives. The dequantized weight is taken to go through device memory even where the level-two cache could hold it.
 """
 
 import dataclasses
@@ -26,32 +27,25 @@ import math
 from types import MappingProxyType
 
 from qlora_jax.gpus import Chip
-from qlora_jax.kernels import tuning
-from qlora_jax.kernels.mosaic import launch
+from qlora_jax.kernels import timings_cache
+from qlora_jax.kernels.mosaic import dequantize, dispatch
 from qlora_jax.kernels.product import Product
-
-# ALU instructions for each weight in the loop that decodes, the most of all architectures but sm_120a, where integers
-# are not what limits (a test counts them again).
-ALU_PER_WEIGHT = MappingProxyType({"streaming": 3.65, "mma": 3.9, "wgmma": 3.9, "tcgen05": 3.5, "dequantize": 3.75})
 
 # Assumptions, not measurements.
 MEMORY_FRACTION = 0.85
-"""Of the sheet's bandwidth, that a kernel reading or writing long rows reaches."""
+"""Share of the sheet's bandwidth that a kernel reading or writing long rows reaches."""
 ALU_FRACTION = 0.8
-"""Of the integer instructions a second. All ALU instructions are taken to go to the integer pipe, floats too."""
+"""Share of the integer instructions a second. All ALU instructions are taken to go to the integer pipe, floats too."""
 GEMM_FRACTION = 0.75
-"""Of the sheet's tensor throughput, that XLA's product reaches: sheets count with a clock that no power limit holds."""
-TENSOR_FRACTION = MappingProxyType({"streaming": 0.7, "mma": 0.7, "wgmma": 0.65, "tcgen05": 0.65})
-"""Of the same, that the fused kernels reach while they do not decode."""
+"""Share of the sheet's tensor throughput that XLA's product reaches: sheets count with a clock that no power limit
+holds."""
 MMA_SYNC_SHARE = MappingProxyType({"9.0": 0.6})
-"""Of the sheet's tensor throughput, that mma.sync can reach at all where the sheet is about another instruction."""
-OVERLAP = MappingProxyType({"streaming": 0.75, "mma": 0.75, "wgmma": 0.9, "tcgen05": 0.9})
-"""Share of the shorter of decoding and multiplying that hides behind the longer one: by CTAs that share a
-multiprocessor (mma), or by warps that do nothing else."""
+"""Share of the sheet's tensor throughput that mma.sync can reach at all, by compute capability, where the sheet counts
+another instruction."""
 LAUNCH = 3e-6
 """Seconds from one kernel to the next within a program."""
 MARGIN = 1.1
-"""What decoding the whole weight must be predicted to win by, for it takes 2 N K bytes of memory that fusion does not:
+"""Factor by which "unfused" must be predicted to be faster, for it takes 2 N K bytes of memory that fusion does not:
 the model is not exact, the memory is certain."""
 
 SHAPES = MappingProxyType(
@@ -73,8 +67,8 @@ class Prediction:
     Attributes:
         fused: of the fused kernel.
         unfused: of dequantizing the weight and multiplying.
-        kernel: which kernel fuses, see `launch.Plan`.
-        bound: what the fused kernel takes most time for: "tensor", "alu" or "memory".
+        kernel: the fused kernel, a name of `dispatch.KERNELS`.
+        bound: the resource the fused kernel takes most time for: "tensor", "alu" or "memory".
     """
 
     fused: float
@@ -96,23 +90,22 @@ def predict(chip: Chip, product: Product) -> Prediction:
     int32_ops = chip.int32_ops * ALU_FRACTION
     packed, dequantized, activations = packed_bytes(n, k), 2.0 * n * k, 2.0 * m * (n + k)
 
-    plan = launch.plan(chip, m, (n, k), transposed=product.transposed)
-    fraction = TENSOR_FRACTION[plan.kernel]
-    if plan.kernel in ("streaming", "mma"):
-        fraction *= MMA_SYNC_SHARE.get(chip.compute_capability, 1.0)
-    waves = math.ceil(math.ceil(m / plan.block_m) * math.ceil(product.n_out / plan.block_n) / chip.n_sms)
-    weights = waves * plan.block_n * product.contracted * chip.n_sms
+    choice = dispatch.select_kernel(chip, product)
+    cost, config = choice.kernel.COST, choice.config
+    fraction = cost.tensor_fraction * (MMA_SYNC_SHARE.get(chip.compute_capability, 1.0) if cost.mma_sync else 1.0)
+    waves = math.ceil(math.ceil(m / config.block_m) * math.ceil(product.n_out / config.block_n) / chip.n_sms)
+    weights = waves * config.block_n * product.contracted * chip.n_sms
     times = {
-        "tensor": 2.0 * plan.block_m * weights / (chip.bf16_flops * fraction),
-        "alu": weights * ALU_PER_WEIGHT[plan.kernel] / int32_ops,
+        "tensor": 2.0 * config.block_m * weights / (chip.bf16_flops * fraction),
+        "alu": weights * cost.alu_per_weight / int32_ops,
         "memory": (packed + activations) / bandwidth,
     }
     shorter, longer = sorted((times["tensor"], times["alu"]))
-    fused = LAUNCH + max(times["memory"], longer + (1 - OVERLAP[plan.kernel]) * shorter)
+    fused = LAUNCH + max(times["memory"], longer + (1 - cost.overlap) * shorter)
 
-    decode = max((packed + dequantized) / bandwidth, n * k * ALU_PER_WEIGHT["dequantize"] / int32_ops)
-    multiply = max(2.0 * m * n * k / (chip.bf16_flops * GEMM_FRACTION), (dequantized + activations) / bandwidth)
-    return Prediction(fused, 2 * LAUNCH + decode + multiply, plan.kernel, max(times, key=lambda name: times[name]))
+    first = max((packed + dequantized) / bandwidth, n * k * dequantize.ALU_PER_WEIGHT / int32_ops)
+    then = max(2.0 * m * n * k / (chip.bf16_flops * GEMM_FRACTION), (dequantized + activations) / bandwidth)
+    return Prediction(fused, 2 * LAUNCH + first + then, choice.name, max(times, key=lambda name: times[name]))
 
 
 def explain(chip: Chip, product: Product, *, timings: bool = True) -> tuple[str, str]:
@@ -126,8 +119,8 @@ def explain(chip: Chip, product: Product, *, timings: bool = True) -> tuple[str,
     Raises:
         UserError: the file of timings cannot be used; names it.
     """
-    if timings and (timed := tuning.nearest(chip.title, product)):
-        return ("unfused" if timed["unfused"] < timed["fused"] else "fused"), f"timings in {tuning.path()}"
+    if timings and (timed := timings_cache.nearest(chip.title, product)):
+        return ("unfused" if timed["unfused"] < timed["fused"] else "fused"), f"timings in {timings_cache.path()}"
     return _by_model(chip, product), "roofline model"
 
 

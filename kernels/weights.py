@@ -1,4 +1,4 @@
-"""One layer of a stack of weights, named but not sliced out."""
+"""A reference to one layer of a stack of weights, without a slice."""
 
 import dataclasses
 from typing import Any
@@ -11,10 +11,10 @@ from qlora_jax.quantization import QuantizedTensor
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedWeight:
-    """Weight `layer` of a stack of L quantised [N, K] weights.
+    """Weight `layer` of a stack of L quantized [N, K] weights.
 
-    A scan over layers hands its body slices, and what a kernel takes must exist in memory: every layer's codes would be
-    copied to be read once. So the body closes over the stack and the kernel finds the layer in it.
+    A scan over layers hands slices to its body, and the operands of a kernel must exist in memory: every layer's codes
+    would be copied to be read once. So the body closes over the stack and the kernel finds the layer in it.
 
     Attributes:
         stack: QuantizedTensor with stack_shape (L,).
@@ -31,11 +31,11 @@ class StackedWeight:
 
     @property
     def quant_type(self) -> str:
-        """As the stack's."""
+        """Storage format of the stack."""
         return self.stack.quant_type
 
     def take(self) -> QuantizedTensor:
-        """The weight by itself; compiled, a slice of each buffer."""
+        """Return the weight by itself; compiled, a slice of each buffer."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stack)
 
 

@@ -1,48 +1,52 @@
-"""The XLA implementation of the products with frozen weights: the reference, and what every platform can run.
+"""The XLA implementation of the products with frozen weights: the reference, and the fallback on every platform.
 
-The weight is decoded to the dtype of the activations and multiplied; both are ordinary XLA operations.
+The weight is dequantized to the dtype of the activations and multiplied; both are ordinary XLA operations.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qlora_jax import quantization
 from qlora_jax.kernels.weights import StackedWeight, Weight
-from qlora_jax.quantization import QuantizedTensor, dequantize
+from qlora_jax.quantization import QuantizedTensor
 
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
     """Return x @ W^T, [..., N] in x.dtype, summed in float32."""
-    return multiply(x, _decode(w, x.dtype), axis=1)
+    return multiply(x, dequantize(w, x.dtype), axis=1)
 
 
 def matmul_transposed(dy: jax.Array, w: Weight) -> jax.Array:
     """Return dy @ W, [..., K] in dy.dtype, summed in float32: the gradient of `matmul` with respect to x."""
-    dy, w = jax.lax.platform_dependent(dy, w, cpu=_as_they_are, default=_decode_later)
-    return multiply(dy, _decode(w, dy.dtype), axis=0)
+    dy, w = jax.lax.platform_dependent(dy, w, cpu=_as_they_are, default=_after)
+    return multiply(dy, dequantize(w, dy.dtype), axis=0)
 
 
 def multiply(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    """Contract the last axis of x with `axis` of a decoded weight [N, K], in x.dtype, summed in float32."""
+    """Contract the last axis of x with `axis` of a dequantized weight [N, K], in x.dtype, summed in float32."""
     contracted = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _decode(w: Weight, dtype: jnp.dtype) -> jax.Array:
+def dequantize(w: Weight, dtype: Any) -> jax.Array:
+    """Return a weight, a stack of them, one of a stack, or a plain array in `dtype`."""
     if isinstance(w, StackedWeight):
         w = w.take()
-    return dequantize(w, dtype) if isinstance(w, QuantizedTensor) else w.astype(dtype)
+    with jax.named_scope("dequantize"):
+        return quantization.dequantize(w, dtype) if isinstance(w, QuantizedTensor) else w.astype(dtype)
 
 
 def _as_they_are(dy: jax.Array, w: Weight) -> tuple[jax.Array, Weight]:
     return dy, w
 
 
-def _decode_later(dy: jax.Array, w: Weight) -> tuple[jax.Array, Weight]:
-    # XLA would decode once for a layer's recomputed forward pass and its backward pass, and so keep the decoded
-    # weights of the whole layer. A CPU has the memory and gains the time; elsewhere decoding waits until dy is there.
-    # What goes through the barrier is copied, so it is the smallest buffer that decoding needs, not the codes.
+def _after(dy: jax.Array, w: Weight) -> tuple[jax.Array, Weight]:
+    # XLA would dequantize once for a layer's recomputed forward pass and its backward pass, and so keep the dequantized
+    # weights of the whole layer. A CPU has the memory and gains the time; elsewhere dequantizing waits until dy is
+    # there. The barrier copies its operands: it takes the smallest buffer that dequantizing needs, not the codes.
     if isinstance(w, StackedWeight):
         dy, layer = jax.lax.optimization_barrier((dy, w.layer))
         return dy, dataclasses.replace(w, layer=layer)

@@ -1,1 +1,1 @@
-"""Pallas kernels for NVIDIA GPUs (Mosaic GPU): 4-bit weights are decoded inside them."""
+"""Pallas kernels for NVIDIA GPUs (Mosaic GPU), in which 4-bit weights are dequantized."""

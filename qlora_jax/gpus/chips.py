@@ -1,4 +1,4 @@
-"""What NVIDIA's data sheets say about the GPUs that plans and roofline predictions are made for. Nothing is measured.
+"""Figures of NVIDIA's data sheets for the GPUs that plans and roofline predictions are made for. Nothing is measured.
 
 Sheets: NVIDIA A100 data sheet (2020, 2021 for 80 GB); RTX A6000 data sheet (2020); "NVIDIA Ampere GA102 GPU
 Architecture" (3090); "NVIDIA Ada GPU Architecture" (4090); L4 and L40S data sheets (2023); "NVIDIA H100 Tensor Core GPU
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.resources
 from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -23,11 +24,11 @@ _PCIE_X16 = {4: 31.5e9, 5: 63.0e9}
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One GPU model: peak figures from its data sheet at its boost clock.
+    """A GPU model: peak figures from its data sheet at its boost clock.
 
     Attributes:
-        name: Key in `CHIPS`, and what a command line calls it.
-        title: What the CUDA driver calls it, letter by letter: `jax.Device.device_kind`.
+        name: Key in `CHIPS`, and the name on a command line.
+        title: Exact name that the CUDA driver gives it: `jax.Device.device_kind`.
         compute_capability: "major.minor".
         arch: ptxas' target for kernels written for this GPU alone.
         memory_bytes: Device memory. The sheets' GB are 2^30 bytes; the driver and XLA keep some of it.
@@ -67,7 +68,7 @@ class Chip:
 
     @property
     def target(self) -> str:
-        """XLA's description of the GPU, a text proto: what the compiler is told instead of looking at a device."""
+        """XLA's description of the GPU, a text proto that the compiler takes in place of a device."""
         return importlib.resources.files("qlora_jax.gpus").joinpath("targets", f"{self.name}.txtpb").read_text("utf-8")
 
 
@@ -156,12 +157,17 @@ CHIPS: MappingProxyType[str, Chip] = MappingProxyType(
 )  # fmt: skip
 """Every known GPU by its short name."""
 
+REPRESENTATIVES = MappingProxyType(
+    {"8.0": "a100", "8.6": "a6000", "8.9": "l40s", "9.0": "h100", "10.0": "b200", "12.0": "rtx5090"}
+)
+"""A chip of each compute capability, whose figures stand in for a GPU that is not in `CHIPS`."""
+
 
 def chip_named(name: str) -> Chip:
-    """The GPU that a command line calls `name`.
+    """Return the GPU of a short name.
 
     Raises:
-        UserError: There is none by that name.
+        UserError: There is none of that name.
     """
     if name not in CHIPS:
         raise UserError(f"No GPU is called {name!r} here: choose one of {', '.join(CHIPS)}.")
@@ -169,8 +175,21 @@ def chip_named(name: str) -> Chip:
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The data sheet of a device, real or compiled for; None for a GPU that is not in the table and for no GPU at all.
+    """Return the data sheet of a device, real or compiled for; None for a GPU not in the table and for other devices.
 
     Only the exact model counts: a PCIe, NVL, Ti, D or laptop version has other clocks, SMs and bandwidth.
     """
     return next((chip for chip in CHIPS.values() if chip.title == device.device_kind), None)
+
+
+def chip_like(device: Any) -> Chip | None:
+    """Return a GPU's data sheet, or that of its capability's representative under its own title; None without a GPU."""
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:
+        return None
+    if chip := chip_of(device):
+        return chip
+    representative = REPRESENTATIVES.get(capability)
+    if representative is None:
+        return None
+    return dataclasses.replace(CHIPS[representative], title=device.device_kind)

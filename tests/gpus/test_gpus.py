@@ -12,7 +12,17 @@ from fixtures import compile_in_child
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import UserError
-from qlora_jax.gpus import CHIPS, Chip, ahead_of_time, chip_named, chip_of, compile_for, mesh
+from qlora_jax.gpus import (
+    CHIPS,
+    REPRESENTATIVES,
+    Chip,
+    ahead_of_time,
+    chip_like,
+    chip_named,
+    chip_of,
+    compile_for,
+    mesh,
+)
 
 
 def target_number(chip: Chip, field: str) -> float:
@@ -58,6 +68,18 @@ def test_chips_by_name_and_by_device():
         assert chip_of(Mock(jax.Device, device_kind=kind)) is CHIPS[name]
     for kind in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe", "NVIDIA GeForce RTX 3090 Ti"):
         assert chip_of(Mock(jax.Device, device_kind=kind)) is None
+
+
+def test_an_unknown_gpu_is_like_another_under_its_own_name():
+    def gpu(title, capability):
+        return Mock(jax.Device, device_kind=title, compute_capability=capability)
+
+    assert chip_like(gpu("NVIDIA H100 PCIe", "9.0")) == dataclasses.replace(CHIPS["h100"], title="NVIDIA H100 PCIe")
+    assert chip_like(gpu("NVIDIA H200", "9.0")) is CHIPS["h200"]
+    assert chip_like(gpu("NVIDIA T4", "7.5")) is None
+    assert chip_like(jax.devices("cpu")[0]) is None
+    assert {CHIPS[name].compute_capability for name in REPRESENTATIVES.values()} == set(REPRESENTATIVES)
+    assert set(REPRESENTATIVES) == {chip.compute_capability for chip in CHIPS.values()}
 
 
 def test_without_the_plugin_one_sentence_says_what_to_install(monkeypatch):

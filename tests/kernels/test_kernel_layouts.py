@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from ptx_simulator.tensor_map import swizzle
 
-from qlora_jax.kernels.mosaic import emit, tiles
+from qlora_jax.kernels.mosaic import ptx, tiles
 
 THREADS = np.arange(128)
 
 
 @pytest.fixture
 def arithmetic(monkeypatch):
-    """`emit`'s index arithmetic on numbers, for all threads at once, instead of on what is being compiled."""
+    """`ptx`'s index arithmetic on numbers, for all threads at once, instead of on what is being compiled."""
     operations = {
         "addi": np.add,
         "muli": np.multiply,
@@ -24,12 +24,12 @@ def arithmetic(monkeypatch):
         "divui": np.floor_divide,
         "remui": np.remainder,
     }
-    monkeypatch.setattr(emit, "arith", types.SimpleNamespace(**operations))
-    monkeypatch.setattr(emit, "const", int)
-    monkeypatch.setattr(emit, "thread_index", lambda: THREADS)
-    # Without the run-time type checks of the tests.
-    names = ("swizzled", "runs_of_thread", "runs_of_fragments")
-    return types.SimpleNamespace(**{name: inspect.unwrap(getattr(emit, name)) for name in names})
+    monkeypatch.setattr(ptx, "arith", types.SimpleNamespace(**operations))
+    monkeypatch.setattr(ptx, "const", int)
+    monkeypatch.setattr(ptx, "thread_index", lambda: THREADS)
+    # Without the group-time type checks of the tests.
+    names = ("swizzled", "groups_of_thread", "groups_of_fragments")
+    return types.SimpleNamespace(**{name: inspect.unwrap(getattr(ptx, name)) for name in names})
 
 
 @pytest.mark.parametrize("row_bytes", [32, 64, 128])
@@ -62,14 +62,14 @@ def test_swizzle_written_out(arithmetic):
 
 
 @pytest.mark.parametrize("rows, columns", [(128, 64), (64, 128), (128, 128), (256, 64), (128, 256), (32, 256)])
-def test_runs_of_threads(arithmetic, rows, columns):
-    runs = columns // tiles.RUN
-    found = arithmetic.runs_of_thread(rows * runs, rows)
-    assert len(found) == rows * runs // 128
-    for j, (row, run) in enumerate(found):
-        # As `Decoding.scale_layout` numbers them.
-        np.testing.assert_array_equal(row + run * rows, THREADS + 128 * j)
-        assert row.min() >= 0 and row.max() < rows and run.max() < runs
+def test_groups_of_threads(arithmetic, rows, columns):
+    groups = columns // tiles.GROUP
+    found = arithmetic.groups_of_thread(rows * groups, rows)
+    assert len(found) == rows * groups // 128
+    for j, (row, group) in enumerate(found):
+        # As `WeightFormat.scale_layout` numbers them.
+        np.testing.assert_array_equal(row + group * rows, THREADS + 128 * j)
+        assert row.min() >= 0 and row.max() < rows and group.max() < groups
 
 
 def lanes():
@@ -90,35 +90,35 @@ def fragment_b(i):
     return thread * 2 + (i & 1) + (8 if i >= 2 else 0), group
 
 
-def test_runs_of_fragments(arithmetic):
-    """A lane decodes codes of the rows, and of a quarter of the columns, that are its part of A."""
-    found = arithmetic.runs_of_fragments(256, 16)
+def test_groups_of_fragments(arithmetic):
+    """A lane dequantizes codes of the rows, and of a quarter of the columns, that are its part of A."""
+    found = arithmetic.groups_of_fragments(256, 16)
     taken = set()
-    for half, (row, run) in enumerate(found):
+    for half, (row, group) in enumerate(found):
         for warp in range(4):
             lane = slice(32 * warp, 32 * warp + 32)
             # Registers a0 a1 and a4 a5 are of one row, a2 a3 and a6 a7 of the row eight below.
             for i in (0, 1, 4, 5):
                 a_row, a_column = fragment_a(i + 2 * half)
                 np.testing.assert_array_equal(row[lane], a_row)
-                np.testing.assert_array_equal(run[lane] % 4, a_column % 8 // 2)
-            np.testing.assert_array_equal(run[lane] // 4, warp)
-            taken |= set(zip(row[lane].tolist(), run[lane].tolist(), strict=True))
-    assert len(taken) == 256  # every run of the tile once
+                np.testing.assert_array_equal(group[lane] % 4, a_column % 8 // 2)
+            np.testing.assert_array_equal(group[lane] // 4, warp)
+            taken |= set(zip(row[lane].tolist(), group[lane].tolist(), strict=True))
+    assert len(taken) == 256  # every group of the tile once
     for size in ((128, 16), (256, 32)):
-        with pytest.raises(ValueError, match="16 rows and 16 runs"):
-            arithmetic.runs_of_fragments(*size)
+        with pytest.raises(ValueError, match="16 rows and 16 groups"):
+            arithmetic.groups_of_fragments(*size)
 
 
-def test_order_of_streamed_columns(arithmetic):
-    """The four elements of a run that one instruction takes are the same in W (A) and in x (B), column by column."""
-    (_, run), _ = arithmetic.runs_of_fragments(256, 16)
+def test_order_of_small_m_columns(arithmetic):
+    """The four elements of a group that one instruction takes are the same in W (A) and in x (B), column by column."""
+    (_, group), _ = arithmetic.groups_of_fragments(256, 16)
     by_column = {}
     for element in range(4):
         # A's two registers of a row hold elements 0 1 and 2 3; so do B's two registers.
         _, of_a = fragment_a(element if element < 2 else element + 2)
         of_b, _ = fragment_b(element)
         np.testing.assert_array_equal(of_a, of_b)
-        for column, lane_run in zip(of_a.tolist(), (run[:32] % 4).tolist(), strict=True):
-            assert by_column.setdefault(column, (lane_run, element)) == (lane_run, element)
+        for column, lane_group in zip(of_a.tolist(), (group[:32] % 4).tolist(), strict=True):
+            assert by_column.setdefault(column, (lane_group, element)) == (lane_group, element)
     assert sorted(by_column) == list(range(16)) and len(set(by_column.values())) == 16

@@ -14,10 +14,10 @@ from ptx_simulator.programs import nth
 pytestmark = pytest.mark.compile
 
 MMA = Case("a6000", "mma", 32, 128, 256)
-STREAMING = Case("a6000", "streaming", 5, 16, 1088)
+SMALL_M = Case("a6000", "small_m", 5, 16, 1088)
 WGMMA = Case("h100", "wgmma", 128, 128, 640)
 TCGEN05 = Case("b200", "tcgen05", 128, 128, 640)
-ALL = (MMA, STREAMING)
+ALL = (MMA, SMALL_M)
 
 
 def change(pattern, replacement, match=0.0):
@@ -70,13 +70,13 @@ CHANGES = [
         (*ALL, WGMMA, TCGEN05),
         change(r"ld\.global\.b8 (\s*%\w+), \[(%rd\d+)\]", r"ld.global.b8 \1, [\2+1]"),
     ),
-    ("block of a column", (STREAMING,), change(r"shr\.u32 (\s*%r\d+, %r\d+, )6;", r"shr.u32 \g<1>5;")),
-    ("block of a block", (STREAMING,), change(r"shr\.u32 (\s*%r\d+, %r\d+, )14;", r"shr.u32 \g<1>13;")),
+    ("block of a column", (SMALL_M,), change(r"shr\.u32 (\s*%r\d+, %r\d+, )6;", r"shr.u32 \g<1>5;")),
+    ("block of a block", (SMALL_M,), change(r"shr\.u32 (\s*%r\d+, %r\d+, )14;", r"shr.u32 \g<1>13;")),
     # The product.
-    ("fragments of B", (MMA, STREAMING), change(r"(mma\.sync\S+ \{[^}]*\}), \{(%\w+),(%\w+)", r"\1, {\3,\2", 0.5)),
+    ("fragments of B", (MMA, SMALL_M), change(r"(mma\.sync\S+ \{[^}]*\}), \{(%\w+),(%\w+)", r"\1, {\3,\2", 0.5)),
     ("transposed load", (MMA,), change(r"ldmatrix(\S+)x4\.shared", r"ldmatrix\1x4.trans.shared", 0.5)),
-    ("fewer columns", (STREAMING,), change(r"setp\.lt\.u32 (\s*%p\d+, %r\d+, )1088", r"setp.lt.u32 \g<1>1024")),
-    ("a warp's sum twice", (STREAMING,), change(r"(ld\.shared\.b32 \s*%r\d+, \[%rd\d+)\+1024\]", r"\1+512]")),
+    ("fewer columns", (SMALL_M,), change(r"setp\.lt\.u32 (\s*%p\d+, %r\d+, )1088", r"setp.lt.u32 \g<1>1024")),
+    ("a warp's sum twice", (SMALL_M,), change(r"(ld\.shared\.b32 \s*%r\d+, \[%rd\d+)\+1024\]", r"\1+512]")),
     # Swizzles: of copied tiles, of decoded ones, of reading.
     ("swizzle's bits", (MMA,), change(r"and\.b32 (\s*%r\d+, %r\d+, )112;", r"and.b32 \g<1>96;")),
     ("swizzle read", (MMA,), change(r"and\.b32 (\s*%r\d+, %r\d+, )28;", r"and.b32 \g<1>12;")),
@@ -99,8 +99,8 @@ def test_a_wrong_result_is_noticed(case, mutate, launch):
 # Mosaic emits more barriers than are needed: all that order the same accesses must go.
 ORDERS = [
     ("table of scales", MMA, drop_barriers(r"st\.shared\.v2\.b32[^;]*;", r"ld\.shared\.b32")),
-    ("table of scales", STREAMING, drop_barriers(r"st\.shared\.v2\.b32[^;]*;", r"ld\.shared\.b32")),
-    ("partial sums", STREAMING, drop_barriers(r"mma\.sync(?s:.*)st\.shared[^;]*;", r"ld\.shared")),
+    ("table of scales", SMALL_M, drop_barriers(r"st\.shared\.v2\.b32[^;]*;", r"ld\.shared\.b32")),
+    ("partial sums", SMALL_M, drop_barriers(r"mma\.sync(?s:.*)st\.shared[^;]*;", r"ld\.shared")),
     ("copied tile", MMA, drop_barriers(r"cp\.async\.wait_group", r"ld\.shared\.v4")),
     ("decoded tile", MMA, drop_barriers(r"st\.shared\.v4[^;]*;", r"ldmatrix")),
     ("multiplied tile", MMA, drop_barriers(r"ldmatrix", r"cp\.async\.cg")),
@@ -129,7 +129,7 @@ def test_a_missing_wait_is_noticed(case, mutate, launch):
 TRY_WAIT = r"mbarrier\.try_wait[^;]*;\s*@P1 bra\.uni DONE;"
 
 
-# With waits that are implied by others. tcgen05: that of the products for the copies, for which the decoders waited.
+# With waits that are implied by others. tcgen05: that of the products for the copies, for which the dequantizing warps waited.
 @pytest.mark.parametrize("case, redundant", [(WGMMA, 0), (TCGEN05, 1)], ids=str)
 def test_every_wait_for_a_barrier_is_needed(case, redundant, launch):
     waits = len(re.findall(TRY_WAIT, launch.ptx))

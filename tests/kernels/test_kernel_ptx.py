@@ -10,19 +10,27 @@ import pytest
 from fixtures.simulated_kernels import DTYPES, Case, Problem, config_of, differences, execute, expected, owned
 
 from qlora_jax.gpus import CHIPS
-from qlora_jax.kernels.mosaic import launch as launching
-from qlora_jax.kernels.mosaic.operands import Operands
+from qlora_jax.kernels.mosaic import dispatch
+from qlora_jax.kernels.mosaic.packed_weight import PackedWeight
+from qlora_jax.kernels.product import Product
 from qlora_jax.quantization import QuantizedTensor, dequantize, quantize
 
 pytestmark = pytest.mark.compile
 
 # Kernels for many rows: (chip, module, config for a transposed product of an odd multiple of 64 columns), the config
-# empty if `launch` chooses it.
+# empty if the module chooses it.
 TILED = [
     ("a6000", "mma", ()),
     ("h100", "mma", ()),
     ("h100", "wgmma", ()),
     ("b200", "tcgen05", ()),
+]
+# Tiles of a single CTA on an SM, and for K an odd multiple of 64.
+NARROW = (("block_m", 256), ("block_n", 64), ("block_k", 128), ("stages", 2), ("dequantizers", 1))
+TCGEN05 = [
+    Case("b200", "tcgen05", 136, 264, 192, layers=3, config=(("block_m", 128),)),
+    Case("b200", "tcgen05", 136, 200, 256, True, layers=3, config=(("block_m", 128),)),
+    Case("b200", "tcgen05", 256, 136, 192, True, layers=3, config=NARROW),
 ]
 NAMES = ("a6000", "h100", "b200")
 
@@ -49,7 +57,7 @@ def tiled_cases(chip, kernel, narrow):
 
 
 def other_tiles():
-    """What `launch` chooses for fewer rows or for larger outputs, and other numbers of warps and stages."""
+    """What kernels choose for fewer rows or for larger outputs, and other numbers of warps and stages."""
     yield Case("a6000", "mma", 32, 136, 192, dtype="float16")
     yield Case("a6000", "mma", 32, 136, 256, True)
     yield Case(
@@ -60,23 +68,24 @@ def other_tiles():
     longer = (("block_m", 64), ("block_k", 128))
     yield Case("h100", "mma", 72, 136, 256, layers=3, config=longer)
     yield Case("h100", "mma", 72, 200, 256, True, config=longer)
-    largest = (("block_m", 256), ("block_n", 256), ("decoders", 2))
+    largest = (("block_m", 256), ("block_n", 256), ("dequantizers", 2))
     yield Case("b200", "tcgen05", 264, 264, 320, layers=3, config=largest)
     yield Case("b200", "tcgen05", 256, 264, 256, True, dtype="float16", config=largest)
+    yield from TCGEN05
 
 
-def streamed_cases(chip):
+def small_m_cases(chip):
     """All kinds on one chip: the code is the same for all."""
-    yield Case(chip, "streaming", 1, 40, 1088, layers=3)
-    yield Case(chip, "streaming", 5, 24, 2112, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
+    yield Case(chip, "small_m", 1, 40, 1088, layers=3)
+    yield Case(chip, "small_m", 5, 24, 2112, quant_type="fp4", dtype="float16", block_size=32, double_quant=False)
     if chip != NAMES[0]:
         return
-    yield Case(chip, "streaming", 16, 33, 576, dtype="float16", block_size=32)
-    yield Case(chip, "streaming", 9, 16, 256, quant_type="fp4", block_size=256)
-    yield Case(chip, "streaming", 8, 16, 64, double_quant=False)
+    yield Case(chip, "small_m", 16, 33, 576, dtype="float16", block_size=32)
+    yield Case(chip, "small_m", 9, 16, 256, quant_type="fp4", block_size=256)
+    yield Case(chip, "small_m", 8, 16, 64, double_quant=False)
 
 
-def decoded_cases(chip):
+def dequantized_cases(chip):
     """All kinds on one chip: the others differ in how codes are copied."""
     yield Case(chip, "dequantize", 0, 136, 192, layers=3)  # tiles of 128 x 64, one group of columns
     yield Case(chip, "dequantize", 0, 72, 640, dtype="float16", block_size=32)  # 64 x 128, groups of columns overlap
@@ -90,7 +99,7 @@ def decoded_cases(chip):
 SMALL = [
     *(case for kernel in TILED for case in tiled_cases(*kernel)),
     *other_tiles(),
-    *(case for chip in NAMES for make in (streamed_cases, decoded_cases) for case in make(chip)),
+    *(case for chip in NAMES for make in (small_m_cases, dequantized_cases) for case in make(chip)),
 ]
 
 # Weights of SmolLM2-135M, [N, K].
@@ -99,18 +108,18 @@ ROWS = [32, 64, 200, 256]
 
 
 def large_cases(everything):
-    """For each chip every shape, with the kernel that `launch` chooses for a number of rows: one in turn, or others."""
+    """For each chip every shape, with the kernel that is selected for a number of rows: one in turn, or others."""
     for chip in NAMES:
         for i, (n, k) in enumerate(LINEAR):
             for transposed in (False, True):
                 for j, m in enumerate(ROWS):
                     if ((i + transposed) % len(ROWS) == j) != everything:
-                        plan = launching.plan(CHIPS[chip], m, (n, k), transposed=transposed)
+                        choice = dispatch.select_kernel(CHIPS[chip], Product(m, n, k, transposed))
                         # It adds rows up to a tile.
-                        yield Case(chip, plan.kernel, max(m, plan.block_m), n, k, transposed)
+                        yield Case(chip, choice.name, max(m, choice.config.block_m), n, k, transposed)
         n, k = LINEAR[3 if everything else 2]
         yield Case(chip, "dequantize", 0, n, k)
-        yield Case(chip, "streaming", 1 if everything else 16, n, k)
+        yield Case(chip, "small_m", 1 if everything else 16, n, k)
 
 
 def check(launch, problem, ctas=None, **options):
@@ -146,12 +155,12 @@ def test_rows_of_padding_have_scales(case, launch):
     weight = quantize(
         random.standard_normal((rows, case.k), np.float32), block_size=case.block_size, double_quant=case.double_quant
     )
-    operands = launching.operands(jax.tree.map(jnp.asarray, weight))
+    packed = dispatch.pack(jax.tree.map(jnp.asarray, weight))
     problem = Problem(case)
-    problem.codes, problem.scales = np.array(operands.codes), tuple(map(np.array, operands.scales))
+    problem.codes, problem.scales = np.array(packed.codes), tuple(map(np.array, packed.scales))
     if case.transposed:
         problem.x[:, rows:] = 0  # as dy is padded
-    assert operands.shape == (case.n, case.k)
+    assert packed.shape == (case.n, case.k)
     out = execute(launch, problem)
     assert not differences(out, expected(problem))
     assert np.isfinite(out.astype(np.float32)).all()
@@ -181,7 +190,7 @@ def test_all_shapes_of_smollm2(case, launch):
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case.kernel == "dequantize"], ids=str)
-def test_numpy_decodes_like_the_library(case):
+def test_numpy_dequantizes_like_the_library(case):
     """Ties the references of this file to `qlora_jax.quantization`, which knows nothing of the kernels."""
     problem = Problem(case)
     absmax, *rest = (array[case.layer] for array in problem.scales[:3])
@@ -189,7 +198,7 @@ def test_numpy_decodes_like_the_library(case):
     codes = problem.codes[case.layer].reshape(-1)
     q = QuantizedTensor(codes, absmax, nested, offset, (case.n, case.k), case.quant_type, case.block_size, case.dtype)
     assert not differences(np.asarray(dequantize(q, DTYPES[case.dtype])), problem.weight)
-    of_stack = Operands.of(q)
+    of_stack = PackedWeight.of(q)
     assert [a.shape[1:] for a in of_stack.arrays] == [
         a.shape[1:] for a in (problem.codes, *problem.scales, problem.layer)
     ]

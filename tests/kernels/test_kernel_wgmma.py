@@ -2,14 +2,15 @@ import jax.numpy as jnp
 import pytest
 from fixtures.mosaic_helpers import check
 
-from qlora_jax.kernels.mosaic import operands, wgmma
+from qlora_jax.kernels.mosaic import wgmma
+from qlora_jax.kernels.mosaic.packed_weight import PackedWeight
 
 
 @pytest.mark.parametrize(
     "shape, config",
     [
         ((264, 136, 192), {}),  # edges in M and N; fewer steps than stages
-        ((136, 264, 640), {"block_m": 128, "block_n": 256, "decoded": 2}),  # the rings go round
+        ((136, 264, 640), {"block_m": 128, "block_n": 256, "dequantized": 2}),  # the rings go round
         ((128, 128, 64), {"block_m": 128}),  # one step
     ],
 )
@@ -42,15 +43,15 @@ def test_no_races():
 
 
 def test_sizes_that_do_not_fit():
-    for config in ({"block_m": 64}, {"block_n": 64}, {"stages": 3}, {"decoded": 1}, {"block_n": 256, "stages": 2}):
+    for config in ({"block_m": 64}, {"block_n": 64}, {"stages": 3}, {"dequantized": 1}, {"block_n": 256, "stages": 2}):
         with pytest.raises(ValueError):
             wgmma.Config(**config)
     for shape in ((132, 128, 64), (120, 128, 64), (128, 132, 64), (128, 64, 64), (128, 128, 96)):
         m, n, k = shape
         codes, scales = jnp.zeros((1, n, k // 2), jnp.uint8), jnp.ones((1, n * k // 32))
-        w = operands.Operands(codes, (scales,), jnp.zeros(1, jnp.int32), "nf4", 32, n)
-        with pytest.raises(ValueError, match=r"need|no multiple"):
+        w = PackedWeight(codes, (scales,), jnp.zeros(1, jnp.int32), "nf4", 32, n)
+        with pytest.raises(ValueError, match="multiples of 8|less than a tile|not whole tiles"):
             wgmma.matmul(jnp.zeros((m, k), jnp.bfloat16), w, config=wgmma.Config(block_m=128))
     with pytest.raises(ValueError, match="128 columns"):
-        w = operands.Operands(jnp.zeros((1, 128, 64), jnp.uint8), (jnp.ones((1, 512)),), w.layer, "nf4", 32, 128)
+        w = PackedWeight(jnp.zeros((1, 128, 64), jnp.uint8), (jnp.ones((1, 512)),), w.layer, "nf4", 32, 128)
         wgmma.matmul(jnp.zeros((128, 64), jnp.bfloat16), w, config=wgmma.Config(block_m=128))

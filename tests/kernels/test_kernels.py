@@ -1,15 +1,12 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from fixtures.pairwise import pairwise
 
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS
 from qlora_jax.kernels import StackedWeight, dequantize, matmul, selection, xla
-from qlora_jax.kernels.mosaic import launch, reference
 from qlora_jax.quantization import quantize
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -32,39 +29,29 @@ def tolerance(dtype, k):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The kernels for an A6000, run by Pallas' interpreter; what it cannot execute is replaced by jax.numpy."""
-    options = {"seam": reference, "interpret": plgpu.InterpretGPUParams()}
+def on_a6000(monkeypatch):
+    """Choices as in a program that is compiled for an A6000."""
     monkeypatch.setattr(selection, "target_chip", lambda: CHIPS["a6000"])
-    for name in ("matmul", "dequantize"):
-        monkeypatch.setattr(launch, name, functools.partial(getattr(launch, name), **options))
 
 
-@pytest.fixture(
-    params=[
-        "xla",
-        "interpreted fused",
-        "interpreted unfused",
-        pytest.param("fused", marks=pytest.mark.gpu),
-        pytest.param("unfused", marks=pytest.mark.gpu),
-    ]
-)
-def implementation(request):
-    """The name to ask for, after whatever it takes to run it here."""
-    kind, _, name = request.param.rpartition(" ")
-    if kind == "interpreted":
-        request.getfixturevalue("interpreted")
-    return name
+IMPLEMENTATIONS = [
+    "xla",
+    "interpreted_fused",
+    "interpreted_unfused",
+    pytest.param("fused", marks=pytest.mark.gpu),
+    pytest.param("unfused", marks=pytest.mark.gpu),
+]
 
 
-# M, N, K, block_size: rows that are streamed and rows that are tiled, on and off the tiles' edges; a small weight.
+# M, N, K, block_size: few rows and rows that are tiled, on and off the tiles' edges; a small weight.
 PRODUCTS = [(1, 192, 576, 64), (21, 136, 256, 32), (70, 200, 192, 64), (130, 24, 320, 512)]
 
 
-@pytest.mark.parametrize("product", PRODUCTS, ids=str)
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "double_quant", "product"),
+    pairwise([jnp.bfloat16, jnp.float16], ["nf4", "fp4"], [True, False], PRODUCTS),
+)
 def test_product_and_gradient(implementation, dtype, kind, double_quant, product):
     m, n, k, block_size = product
     w = quantize(array(n, k, seed=1), quant_type=kind, block_size=block_size, double_quant=double_quant)
@@ -73,12 +60,13 @@ def test_product_and_gradient(implementation, dtype, kind, double_quant, product
     y, vjp = jax.vjp(lambda x: matmul(x, w, implementation=implementation), x)
     (dx,) = vjp(dy)
     assert y.dtype == dx.dtype == dtype and y.shape == dy.shape and dx.shape == x.shape
-    decoded = np.asarray(dequantize(w, dtype, implementation="xla"), np.float64)
-    np.testing.assert_array_equal(dequantize(w, dtype, implementation=implementation), decoded)
-    np.testing.assert_allclose(np.asarray(y, np.float64), np.float64(x) @ decoded.T, **tolerance(dtype, k))
-    np.testing.assert_allclose(np.asarray(dx, np.float64), np.float64(dy) @ decoded, **tolerance(dtype, n))
+    dequantized = np.asarray(dequantize(w, dtype, implementation="xla"), np.float64)
+    np.testing.assert_array_equal(dequantize(w, dtype, implementation=implementation), dequantized)
+    np.testing.assert_allclose(np.asarray(y, np.float64), np.float64(x) @ dequantized.T, **tolerance(dtype, k))
+    np.testing.assert_allclose(np.asarray(dx, np.float64), np.float64(dy) @ dequantized, **tolerance(dtype, n))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rows", [136, 131])  # whole eights lie in the stack as the kernels want them, others do not
 def test_one_of_a_stack(implementation, rows):
     weights = [jax.tree.map(jnp.asarray, quantize(array(rows, 192, seed=i))) for i in range(3)]
@@ -94,18 +82,19 @@ def test_one_of_a_stack(implementation, rows):
         jax.tree.map(np.testing.assert_array_equal, of_stack, product(weight))
 
 
-def test_float32_activations_are_left_to_xla(interpreted):
+@pytest.mark.parametrize("implementation", ["fused", "unfused", "interpreted_fused"])
+def test_float32_activations_are_left_to_xla(implementation, on_a6000):
     w, x = make("nf4", 136, 192), array(40, 192)
-    np.testing.assert_array_equal(matmul(x, w, implementation="fused"), matmul(x, w, implementation="xla"))
+    np.testing.assert_array_equal(matmul(x, w, implementation=implementation), matmul(x, w, implementation="xla"))
 
 
-def test_a_kernel_that_cannot_run_says_why(interpreted, monkeypatch):
+def test_a_kernel_that_cannot_run_says_why(on_a6000, monkeypatch):
     x = array(3, 64, dtype=jnp.bfloat16)
-    for kind, why in (("int8", "the weight is int8, not 4-bit"), ("plain", "the weight is not quantised")):
+    for kind, why in (("int8", "the weight is int8, not 4-bit"), ("plain", "the weight is not quantized")):
         with pytest.raises(UserError, match=f"Kernel 'fused' cannot multiply here: {why}. Choose auto or xla."):
             matmul(x, make(kind, 8, 64), implementation="fused")
         assert matmul(x, make(kind, 8, 64)).shape == (3, 8)  # "auto" falls back
-    with pytest.raises(UserError, match="no whole runs of 64 codes in a row"):
+    with pytest.raises(UserError, match="no whole groups of 64 codes"):
         matmul(array(3, 96, dtype=jnp.bfloat16), make("nf4", 8, 96, 32), implementation="unfused")
     with pytest.raises(UserError, match="Kernel 'unfused' cannot dequantize here: it is a stack of weights"):
         stack = jax.tree.map(lambda leaf: leaf[None], make("nf4", 8, 64))
@@ -125,9 +114,9 @@ def test_xla_takes_every_weight(kind, dtype):
         y, vjp = jax.vjp(lambda x, w=w: matmul(x, w, implementation="xla"), x)
         (dx,) = vjp(dy)
         assert y.dtype == dx.dtype == dtype and y.shape == dy.shape and dx.shape == x.shape
-        decoded = np.asarray(dequantize(w, dtype), np.float64)
-        np.testing.assert_allclose(np.asarray(y, np.float64), np.float64(x) @ decoded.T, **tolerance(dtype, k))
-        np.testing.assert_allclose(np.asarray(dx, np.float64), np.float64(dy) @ decoded, **tolerance(dtype, n))
+        dequantized = np.asarray(dequantize(w, dtype), np.float64)
+        np.testing.assert_allclose(np.asarray(y, np.float64), np.float64(x) @ dequantized.T, **tolerance(dtype, k))
+        np.testing.assert_allclose(np.asarray(dx, np.float64), np.float64(dy) @ dequantized, **tolerance(dtype, n))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "plain"])
@@ -188,9 +177,9 @@ def test_platforms_are_chosen_while_compiling():
     assert " conditional(" not in traced.lower().compile().as_text()
 
 
-def test_the_backward_pass_can_decode_later():
+def test_the_backward_pass_can_dequantize_later():
     q, dy = make("nf4", 64, 128), array(4, 64)
-    for ours, theirs in zip(xla._decode_later(dy, q), (dy, q), strict=True):
+    for ours, theirs in zip(xla._after(dy, q), (dy, q), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 

@@ -1,4 +1,4 @@
-"""The inline assembly that decodes, run from its emitted PTX: every code, and scales that are hard to round."""
+"""The inline PTX that dequantizes, run from its emitted PTX: every code, and scales that are hard to round."""
 
 import itertools
 
@@ -8,8 +8,8 @@ from fixtures.simulated_kernels import Case, Problem, differences, execute, expe
 
 pytestmark = pytest.mark.compile
 
-COLUMNS, RUN = 1024, 64
-# Rows with all codes: 2^16 words of eight codes. Rows with all scales: one a run.
+COLUMNS, GROUP = 1024, 64
+# Rows with all codes: 2^16 words of eight codes. Rows with all scales: one a group.
 CODE_ROWS, SCALE_ROWS = 2**16 * 8 // COLUMNS, 128
 KINDS = [
     ("a6000", "nf4", "bfloat16"),
@@ -60,14 +60,14 @@ def hard_scales(count):
 def test_every_code_and_hard_scales(case, launch):
     problem = Problem(case)
     words = every_word().astype("<u4")
-    codes_of_run = np.array(list(itertools.islice(itertools.cycle(range(16)), RUN)), np.uint8)
+    codes_of_group = np.array(list(itertools.islice(itertools.cycle(range(16)), GROUP)), np.uint8)
     random = np.random.default_rng(1)
-    n_scales = SCALE_ROWS * COLUMNS // RUN
-    runs = random.permuted(np.tile(codes_of_run, (n_scales, 1)), axis=1)
-    packed = runs[:, ::2] << 4 | runs[:, 1::2]
+    n_scales = SCALE_ROWS * COLUMNS // GROUP
+    groups = random.permuted(np.tile(codes_of_group, (n_scales, 1)), axis=1)
+    packed = groups[:, ::2] << 4 | groups[:, 1::2]
     problem.codes = np.concatenate([words.view(np.uint8).reshape(CODE_ROWS, -1), packed.reshape(SCALE_ROWS, -1)])[None]
     # Of scales in [1, 2), the 16 products are as distinct as the codebook's entries are.
-    plain = random.uniform(1, 2, CODE_ROWS * COLUMNS // RUN).astype(np.float32)
+    plain = random.uniform(1, 2, CODE_ROWS * COLUMNS // GROUP).astype(np.float32)
     problem.scales = (np.concatenate([plain, random.permutation(hard_scales(n_scales))])[None],)
     wanted = expected(problem)
     assert not differences(execute(launch, problem), wanted)

@@ -1,4 +1,4 @@
-"""Timings of the kernels on a real GPU: the file that `scripts/benchmark.py kernels` writes and the choice reads."""
+"""The file of kernel timings on real GPUs that `scripts/benchmark.py kernels` writes and `auto` reads."""
 
 import dataclasses
 import functools
@@ -14,7 +14,8 @@ from qlora_jax.kernels.product import Product
 
 VARIABLE = "QLORA_JAX_TUNING"
 _FORMAT = "qlora-jax kernel timings 1"
-# Farther from every timed shape than this, in factors of two of M, N and K together, the model knows more.
+# The roofline model knows more about a product farther than this from every timed one; in factors of two of M, N and K
+# together.
 _REACH = 4.0
 
 
@@ -34,17 +35,17 @@ class Timing:
 
 
 def path() -> Path:
-    """Where the timings are: what QLORA_JAX_TUNING names, else kernels.json in the user's cache directory."""
+    """Return the file: the one QLORA_JAX_TUNING names, else kernels.json in the user's cache directory."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax" / "kernels.json"
 
 
 def timings(title: str) -> tuple[Timing, ...]:
-    """The timings of the GPU that the driver calls `title`; empty without a file. Read again only when it changed.
+    """Return the timings of the GPU that the driver calls `title`; empty without a file. Read only if it changed.
 
     Raises:
-        UserError: the file is not one of these, or it was named by QLORA_JAX_TUNING and is not there; names it.
+        UserError: the file is no file of timings, or QLORA_JAX_TUNING names one that does not exist.
     """
     file = path()
     try:
@@ -81,10 +82,10 @@ def nearest(title: str, product: Product) -> dict[str, float] | None:
 
 
 def save(title: str, measured: Iterable[Timing]) -> Path:
-    """Write the timings of a GPU into the file, in place of its earlier ones of the same products; return the file.
+    """Write the timings of a GPU into the file, replacing earlier ones of the same products; return the file.
 
     Raises:
-        UserError: what is there is not such a file, or it cannot be written.
+        UserError: there is a file of another kind, or it cannot be written.
     """
     file = path()
     chips: dict[str, tuple[Timing, ...]] = {}

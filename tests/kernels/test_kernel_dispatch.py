@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.gpus import CHIPS
-from qlora_jax.kernels.mosaic import dequantize, launch, operands, reference, streaming, tiles
+from qlora_jax.kernels.mosaic import dequantize, dispatch, interpret, mma, small_m, tiles
+from qlora_jax.kernels.mosaic.packed_weight import PackedWeight
+from qlora_jax.kernels.product import Product
 from qlora_jax.quantization import abstract_quantized, quantize
 
 # (N, K) of linears: SmolLM2, TinyLlama, LLaMA 7B 13B 33B 65B, Llama 3 8B and 70B; and of models for tests.
@@ -30,37 +31,40 @@ def test_every_shape_has_a_kernel(chip):
                 n_in, n_out = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
 
                 def product(x, w, transposed=transposed):
-                    return launch.matmul(x, launch.operands(w), transposed=transposed, chip=chip)
+                    return dispatch.matmul(x, dispatch.pack(w), transposed=transposed, chip=chip)
 
                 y = jax.eval_shape(product, jax.ShapeDtypeStruct((rows, n_in), jnp.bfloat16), w)
                 assert y.shape == (rows, n_out)
-        decoded = jax.eval_shape(lambda w: launch.dequantize(launch.operands(w), jnp.bfloat16), w)
-        assert decoded.shape == shape
+        dequantized = jax.eval_shape(lambda w: dispatch.dequantize(dispatch.pack(w), jnp.bfloat16), w)
+        assert dequantized.shape == shape
 
 
 def test_the_kernel_follows_the_chip():
     chips = {"a100": "mma", "rtx5090": "mma", "h100": "wgmma", "h200": "wgmma", "b200": "tcgen05"}
     for name, kernel in chips.items():
         for transposed in (False, True):
-            assert launch.plan(CHIPS[name], 512, (4096, 4096), transposed=transposed).kernel == kernel
-            few_rows = launch.plan(CHIPS[name], 32, (4096, 4096), transposed=transposed).kernel
-            assert few_rows == ("tcgen05" if name == "b200" else "mma")
-        assert launch.plan(CHIPS[name], 16, (4096, 4096), transposed=False).kernel == "streaming"
+            assert dispatch.select_kernel(CHIPS[name], Product(512, 4096, 4096, transposed)).name == kernel
+            few_rows = dispatch.select_kernel(CHIPS[name], Product(32, 4096, 4096, transposed))
+            assert few_rows.name == ("tcgen05" if name == "b200" else "mma")
+        assert dispatch.select_kernel(CHIPS[name], Product(16, 4096, 4096)).name == "small_m"
+        assert dispatch.select_kernel(CHIPS[name], Product(16, 4096, 4096, True)).name != "small_m"
 
 
-@pytest.mark.parametrize(("rows", "columns", "band"), [(1, 5, 8), (8, 3, 4), (11, 7, 4), (9, 1, 8)])
-def test_every_tile_is_placed_once_and_in_blocks(rows, columns, band):
-    placed = [tuple(map(int, tiles.place(cta, rows, columns, band=band))) for cta in range(rows * columns)]
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 5, 8), (8, 3, 4), (11, 7, 4), (9, 1, 8)])
+def test_every_tile_is_placed_once_and_in_blocks(rows, columns, width):
+    placed = [
+        tuple(map(int, tiles.rasterize(cta, rows, columns, grid_tile_width=width))) for cta in range(rows * columns)
+    ]
     assert sorted(placed) == [(row, column) for row in range(rows) for column in range(columns)]
-    # While one band is gone through, no row outside of it is begun.
+    # While one strip is gone through, no row outside of it is begun.
     for cta, (row, _) in enumerate(placed):
-        assert row // band == cta // (band * columns)
+        assert row // width == cta // (width * columns)
 
 
 def test_two_tiles_share_an_sm():
     """The portable kernel's tiles leave room for a second CTA in shared memory (a CTA's limit is near the SM's)."""
     for chip in CHIPS.values():
-        config = launch.mma_config(chip, 4096, odd=False)
+        config = mma.config_for(chip, Product(4096, 4096, 4096))
         x, codes, w = (
             block * config.block_k for block in (2 * config.block_m, config.block_n // 2, 2 * config.block_n)
         )
@@ -68,12 +72,12 @@ def test_two_tiles_share_an_sm():
 
 
 def _weights(n, k):
-    return operands.Operands.of(jax.tree.map(jnp.asarray, quantize(jax.random.normal(jax.random.key(0), (n, k)))))
+    return PackedWeight.of(jax.tree.map(jnp.asarray, quantize(jax.random.normal(jax.random.key(0), (n, k)))))
 
 
-def test_streaming_and_decoding_have_no_races():
+def test_few_rows_and_dequantizing_have_no_races():
     # Whole tiles: what is moved back inside at an edge is written twice, to the same bits, which counts as a race.
-    races = {"seam": reference, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    execution = interpret.execution(detect_races=True)
     x = jnp.ones((3, 1088), jnp.bfloat16)
-    assert streaming.matmul(x, _weights(32, 1088), **races).shape == (3, 32)
-    assert dequantize.dequantize(_weights(128, 512), jnp.bfloat16, **races).shape == (128, 512)
+    assert small_m.matmul(x, _weights(32, 1088), config=small_m.Config(), execution=execution).shape == (3, 32)
+    assert dequantize.dequantize(_weights(128, 512), jnp.bfloat16, execution=execution).shape == (128, 512)

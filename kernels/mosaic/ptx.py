@@ -1,6 +1,6 @@
-"""Words of PTX for one thread: loads, stores, the decoding of eight codes, and which codes are whose.
+"""PTX of one thread: loads, stores, the dequantization of eight codes, and the assignment of codes to threads.
 
-One thread decodes runs of 64 codes, one block of the default size:
+A thread dequantizes groups of 64 codes, one block of the default size:
 
     table[c] = bf16(float32 codebook[c] * float32 absmax)     16 FMUL, 8 CVT, 8 PRMT that part high and low bytes
     value    = table[code]                                    byte permutes (PRMT), four codes at a time
@@ -24,17 +24,17 @@ from qlora_jax.quantization.codebooks import TABLES
 
 
 def i32() -> ir.Type:
-    """The type of words and of indices."""
+    """32-bit integers: words and indices."""
     return ir.IntegerType.get_signless(32)
 
 
 def const(value: int) -> ir.Value:
-    """A 32-bit integer, given signed or unsigned."""
+    """A constant of 32 bits, given signed or unsigned."""
     return arith.constant(i32(), ir.IntegerAttr.get(i32(), value - (1 << 32) if value >= 1 << 31 else value))
 
 
 def thread_index() -> ir.Value:
-    """Index of this thread within its warpgroup, 0..127."""
+    """Index of this thread within its warpgroup, 0 .. 127."""
     return arith.andi(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)), const(tiles.WARPGROUP - 1))
 
 
@@ -47,8 +47,8 @@ def asm(text: str, results: list[ir.Type], operands: list[ir.Value], constraints
     return [llvm.extractvalue(result, value, [i]) for i, result in enumerate(results)]
 
 
-def table(scale: ir.Value, quant_type: str, dtype: Any) -> list[ir.Value]:
-    """The 16 products in 16 bits, as eight registers: low bytes of entries 0-3, 4-7, 8-11, 12-15, then high bytes.
+def scaled_codebook(scale: ir.Value, quant_type: str, dtype: Any) -> list[ir.Value]:
+    """Codebook times scale, 16 products of 16 bits, as eight registers: low bytes of entries 0-3 ... 12-15, then high.
 
     One asm block, so that nothing contracts, reorders or flushes the products.
     """
@@ -70,7 +70,7 @@ prmt.b32 la, $4, $5, {codes}; prmt.b32 lb, $6, $7, {codes};
 prmt.b32 ha, $8, $9, {codes}; prmt.b32 hb, $10, $11, {codes};
 prmt.b32 l, la, lb, {choice}; prmt.b32 h, ha, hb, {choice};
 prmt.b32 ${first}, l, h, 0x4051; prmt.b32 ${second}, l, h, 0x6273; }}"""
-_DECODE = " ".join(
+_DEQUANTIZE = " ".join(
     [
         "{ .reg .b32 codes, choice;",
         "and.b32 codes, $12, 0x77777777;",  # a selector's top bit would replicate a sign
@@ -85,9 +85,9 @@ _DECODE = " ".join(
 ).replace("\n", " ")
 
 
-def decode_word(word: ir.Value, table: list[ir.Value]) -> list[ir.Value]:
+def dequantize_word(word: ir.Value, codebook: list[ir.Value]) -> list[ir.Value]:
     """Four registers of two 16-bit weights each, from eight codes in bitsandbytes' order (even element high)."""
-    return asm(_DECODE, [i32()] * 4, [*table, word], ",".join(["=&r"] * 4 + ["r"] * 9))
+    return asm(_DEQUANTIZE, [i32()] * 4, [*codebook, word], ",".join(["=&r"] * 4 + ["r"] * 9))
 
 
 def load_shared(pointer: ir.Value, offset: ir.Value) -> list[ir.Value]:
@@ -101,38 +101,38 @@ def store_shared(pointer: ir.Value, offset: ir.Value, words: list[ir.Value]) -> 
 
 
 def byte_pointer(pointer: ir.Value, offset: ir.Value) -> ir.Value:
-    """The address `offset` bytes on."""
+    """Add `offset` bytes to a pointer."""
     return mgpu.utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
 
 
 def swizzled(offset: ir.Value, row_bytes: int) -> ir.Value:
-    """`tiles.swizzled` of a value in a register."""
+    """`tiles.swizzled` for an offset in a register."""
     chunk = arith.andi(arith.shrui(offset, const(3)), const(row_bytes - 16))
     return arith.xori(offset, chunk)
 
 
-def runs_of_thread(n_runs: int, rows: int) -> list[tuple[ir.Value, ir.Value]]:
-    """(row, run within the row) of each run this thread decodes: neighbouring threads take neighbouring rows."""
+def groups_of_thread(n_groups: int, rows: int) -> list[tuple[ir.Value, ir.Value]]:
+    """(row, group within it) of each group this thread dequantizes: neighbouring threads take neighbouring rows."""
     thread = thread_index()
     out = []
-    for j in range(n_runs // tiles.WARPGROUP):
-        run = arith.addi(thread, const(j * tiles.WARPGROUP))
-        out.append((arith.remui(run, const(rows)), arith.divui(run, const(rows))))
+    for j in range(n_groups // tiles.WARPGROUP):
+        group = arith.addi(thread, const(j * tiles.WARPGROUP))
+        out.append((arith.remui(group, const(rows)), arith.divui(group, const(rows))))
     return out
 
 
-def runs_of_fragments(n_runs: int, rows: int) -> list[tuple[ir.Value, ir.Value]]:
-    """(row, run) of the two runs of this thread in a tile of 16 rows x 16 runs, 4 runs a warp.
+def groups_of_fragments(n_groups: int, rows: int) -> list[tuple[ir.Value, ir.Value]]:
+    """(row, group) of the two groups of this thread in a tile of 16 rows x 16 groups, 4 groups per warp.
 
-    Lane 4 g + c holds run c of rows g and g + 8, as an operand of mma.sync holds its columns (PTX ISA, "Matrix
+    Lane 4 g + c holds group c of rows g and g + 8, as an operand of mma.sync holds its columns (PTX ISA, "Matrix
     Fragments for mma.m16n8k16").
     """
-    if (n_runs, rows) != (2 * tiles.WARPGROUP, 16):
-        raise ValueError(f"fragments are of 16 rows and 16 runs, not {rows} and {n_runs // rows}.")
+    if (n_groups, rows) != (2 * tiles.WARPGROUP, 16):
+        raise ValueError(f"fragments are of 16 rows and 16 groups, not {rows} and {n_groups // rows}.")
     thread = thread_index()
     row = arith.andi(arith.shrui(thread, const(2)), const(7))
-    run = arith.addi(arith.muli(arith.shrui(thread, const(5)), const(4)), arith.andi(thread, const(3)))
-    return [(row, run), (arith.addi(row, const(8)), run)]
+    group = arith.addi(arith.muli(arith.shrui(thread, const(5)), const(4)), arith.andi(thread, const(3)))
+    return [(row, group), (arith.addi(row, const(8)), group)]
 
 
 def load_global(pointer: ir.Value, offset: ir.Value, keep: ir.Value | None = None) -> list[ir.Value]:
@@ -151,7 +151,7 @@ def load_global(pointer: ir.Value, offset: ir.Value, keep: ir.Value | None = Non
 
 
 def global_pointer(ref: ir.Value) -> ir.Value:
-    """Where a ref in global memory begins."""
+    """Pointer to the first byte of a ref in global memory."""
     return llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
 
 
@@ -169,7 +169,7 @@ def unpack(vector: ir.Value, size: int) -> list[ir.Value]:
 
 
 def array(vectors: Sequence[ir.Value], layout: Any, *, signed: bool | None) -> mgpu.FragmentedArray:
-    """What one thread holds of an array in a WG_STRIDED layout, as that array: a vector for each of its registers."""
+    """Build an array in a WG_STRIDED layout from the vectors that this thread holds of it, one for each register."""
     registers = np.empty(len(vectors), object)
     for i, vector in enumerate(vectors):
         registers[i] = vector

@@ -12,16 +12,16 @@ from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, dynamic_map
 
 
 @dataclasses.dataclass(frozen=True)
-class Operands:
-    """Views of the buffers of a stack of L quantised [N, K] weights, and the layer to use. Nothing is copied.
+class PackedWeight:
+    """Views of the buffers of a stack of L quantized [N, K] weights, and the layer to use. Nothing is copied.
 
     Attributes:
         codes: uint8 [L, N, K / 2].
         scales: (absmax uint8 [L, N K / block_size], nested_absmax float32 [L, ...], offset float32 [L], dynamic map
-            float32 [256]) with double quantisation, else (absmax float32 [L, N K / block_size],).
+            float32 [256]) with double quantization, else (absmax float32 [L, N K / block_size],).
         layer: int32 [1].
         quant_type: "nf4" or "fp4".
-        block_size: elements a scale.
+        block_size: elements of one scale.
         n_rows: N before `with_rows`.
     """
 
@@ -33,7 +33,7 @@ class Operands:
     n_rows: int
 
     @classmethod
-    def of(cls, w: QuantizedTensor, layer: Any = None) -> "Operands":
+    def of(cls, w: QuantizedTensor, layer: Any = None) -> "PackedWeight":
         """View a weight, or a stack of them of which `layer` (an int32 scalar) is used."""
         n, k = w.shape
         stack = w.stack_shape or (1,)
@@ -47,8 +47,8 @@ class Operands:
         layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
         return cls(view(w.codes, n, k // 2), scales, layer, w.quant_type, w.block_size, n)
 
-    def with_rows(self, least: int) -> "Operands":
-        """The same weight with rows of zero codes, if it has fewer than `least` rows or, for TMA, not whole eights."""
+    def with_rows(self, least: int) -> "PackedWeight":
+        """Pad with rows of zero codes to `least` rows, and to a multiple of 8, which TMA needs; self if both hold."""
         n, k = self.shape
         rows = max(least, -(-n // 8) * 8)
         if rows == n:
@@ -73,23 +73,24 @@ class Operands:
 
     @property
     def double_quant(self) -> bool:
-        """Whether the scales are quantised."""
+        """True if the scales are quantized."""
         return len(self.scales) > 1
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
-        """Kernel operands: codes, scales, layer."""
+        """Operands of a kernel: codes, scales, layer."""
         return (self.codes, *self.scales, self.layer)
 
-    def decoding(self, dtype: Any) -> tiles.Decoding:
-        """What the kernel must know of the weight, decoded to `dtype`."""
-        return tiles.Decoding(self.quant_type, jnp.dtype(dtype), self.block_size, self.double_quant, self.shape[1])
+    def format(self, dtype: Any) -> tiles.WeightFormat:
+        """Compile-time facts about the weight, dequantized to `dtype`."""
+        return tiles.WeightFormat(self.quant_type, jnp.dtype(dtype), self.block_size, self.double_quant, self.shape[1])
 
 
 def pad_contraction(dy: jax.Array, n: int, block: int) -> jax.Array:
-    """Return dy [M, N] as [M, ceil(N / block) * block] for a kernel whose last tile of W begins at N - block.
+    """Pad dy [M, N] to [M, ceil(N / block) * block] for a kernel whose last tile of W begins at N - block.
 
-    What that tile shares with the one before it is multiplied by zeros. dy itself if N is a multiple of `block`.
+    Elements that this tile shares with the one before it are multiplied by zeros. dy itself if N is a multiple of
+    `block`.
     """
     rest = n % block
     if not rest:

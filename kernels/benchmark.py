@@ -1,4 +1,4 @@
-"""Times of the 4-bit products on the GPU at hand, beside XLA's and an ordinary bfloat16 product."""
+"""Times of the 4-bit products on the GPU at hand, with XLA's and an ordinary bfloat16 product for comparison."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ import numpy as np
 from jax import lax
 
 from qlora_jax.gpus import Chip
-from qlora_jax.kernels import roofline, tuning, xla
+from qlora_jax.kernels import roofline, timings_cache, xla
 from qlora_jax.kernels.pallas import Fused, Unfused
 from qlora_jax.kernels.product import Product
 from qlora_jax.quantization import abstract_quantized
 
 IMPLEMENTATIONS = ("fused", "unfused", "xla", "bf16")
-"""What is timed; "bf16" multiplies with a weight that was never quantised."""
+"""Names of what can be timed; "bf16" multiplies with a weight that was never quantized."""
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 _IMPLEMENTATIONS: Mapping[str, Any] = MappingProxyType({"fused": Fused(), "unfused": Unfused(), "xla": xla})
 
@@ -31,15 +31,15 @@ TOLERANCE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One implementation of one product.
+    """Time of one implementation of one product.
 
     Attributes:
         layer: a layer whose weight has this shape, such as "7b down".
         product: what is multiplied.
         implementation: one of `IMPLEMENTATIONS`.
         seconds: median; infinite if the GPU's memory was too small.
-        roofline_seconds: what the GPU's data sheet allows at best, see `best_seconds`.
-        bound: "tensor" or "memory": which of the two the sheet's limit is.
+        roofline_seconds: the least that the GPU's data sheet allows, see `best_seconds`.
+        bound: the sheet's limit, "tensor" or "memory".
     """
 
     layer: str
@@ -61,7 +61,7 @@ class Measurement:
 
 
 def best_seconds(chip: Chip, product: Product, implementation: str) -> tuple[float, str]:
-    """Least time that a data sheet allows, at its peaks: reading the weight as it is stored, x and y once."""
+    """Return the least time that a data sheet allows, moving the packed weight, x and y once, and its limit."""
     m, n, k = product.m, product.n, product.k
     weight = 2.0 * n * k if implementation == "bf16" else roofline.packed_bytes(n, k)
     times = {
@@ -73,7 +73,7 @@ def best_seconds(chip: Chip, product: Product, implementation: str) -> tuple[flo
 
 
 def operation(implementation: str, transposed: bool) -> Callable[[jax.Array, Any], jax.Array]:
-    """The product as a function of x and a weight: a quantised one or, for "bf16", an array."""
+    """Return the product as a function of x and a weight: a quantized one or, for "bf16", an array."""
     if implementation == "bf16":
         return lambda x, w: xla.multiply(x, w, axis=0 if transposed else 1)
     module = _IMPLEMENTATIONS[implementation]
@@ -81,7 +81,7 @@ def operation(implementation: str, transposed: bool) -> Callable[[jax.Array, Any
 
 
 def random_operands(product: Product, implementation: str, copies: int, seed: int = 0) -> tuple[jax.Array, list[Any]]:
-    """Random x in bfloat16 and `copies` weights: NF4 with double quantisation, or bfloat16 for "bf16"."""
+    """Return random x in bfloat16 and `copies` weights: NF4 with double quantization, or bfloat16 for "bf16"."""
     keys = iter(jax.random.split(jax.random.key(seed), 1 + 5 * copies))
     x = jax.random.normal(next(keys), (product.m, product.contracted), jnp.bfloat16)
     if implementation == "bf16":
@@ -97,10 +97,10 @@ def random_operands(product: Product, implementation: str, copies: int, seed: in
 
 
 def repeated(function: Callable[[jax.Array, Any], jax.Array], trips: int) -> Callable[..., Any]:
-    """A function (x, weights) that multiplies x with every weight, `trips` times over, in one program.
+    """Return a function (x, weights) that multiplies x with every weight, `trips` times over, in one program.
 
-    Several weights, so that they come from memory as in a model, not from the cache that the call before left them in.
-    The barriers make every call one that XLA can neither leave out nor move out of the loop.
+    Several weights, so that they come from memory as in a model, not from a cache that still holds them. The barriers
+    keep XLA from leaving a call out and from moving it out of the loop.
     """
 
     def run(x: jax.Array, weights: Sequence[Any]) -> Any:
@@ -118,8 +118,8 @@ def repeated(function: Callable[[jax.Array, Any], jax.Array], trips: int) -> Cal
     return run
 
 
-def plan_repeats(chip: Chip, product: Product, implementation: str) -> tuple[int, int]:
-    """Weights to cycle through, so that twice the level-two cache lies between two uses, and trips through them."""
+def repeats(chip: Chip, product: Product, implementation: str) -> tuple[int, int]:
+    """Return weights to cycle through, twice the level-two cache between two uses of one, and trips through them."""
     n, k = product.n, product.k
     size = 2.0 * n * k if implementation == "bf16" else roofline.packed_bytes(n, k)
     copies = max(1, min(8, math.ceil(2 * chip.l2_bytes / size)))
@@ -144,7 +144,7 @@ def check(product: Product, implementation: str, chip: Chip) -> None:
 
 def seconds_of(product: Product, implementation: str, chip: Chip) -> float:
     """Median seconds of one call: compiled once, warmed up, then repeated within one program."""
-    copies, trips = plan_repeats(chip, product, implementation)
+    copies, trips = repeats(chip, product, implementation)
     x, weights = random_operands(product, implementation, copies)
     run = jax.jit(repeated(operation(implementation, product.transposed), trips))
     jax.block_until_ready(run(x, weights))
@@ -156,19 +156,10 @@ def seconds_of(product: Product, implementation: str, chip: Chip) -> float:
     return float(np.median(taken)) / (trips * copies)
 
 
-def layers(models: Iterable[str]) -> dict[tuple[int, int], str]:
-    """(N, K) -> "model layer" for the models' linears (names in `roofline.SHAPES`); equal shapes once."""
-    found: dict[tuple[int, int], str] = {}
-    for model in models:
-        for layer, shape in roofline.SHAPES[model].items():
-            found.setdefault(shape, f"{model} {layer}")
-    return found
-
-
-def tuned(measurements: Iterable[Measurement]) -> list[tuning.Timing]:
+def tuned(measurements: Iterable[Measurement]) -> list[timings_cache.Timing]:
     """Return the timings that `auto` uses."""
     return [
-        tuning.Timing(one.product, one.implementation, one.seconds)
+        timings_cache.Timing(one.product, one.implementation, one.seconds)
         for one in measurements
         if one.implementation in ("fused", "unfused") and math.isfinite(one.seconds)
     ]
@@ -186,13 +177,13 @@ def measure(
 
     Args:
         chip: the data sheet of the device.
-        shapes: of `layers`.
+        shapes: (N, K) of a weight -> name of a layer that has it.
         rows: M.
         directions: values of `transposed`.
         implementations: of `IMPLEMENTATIONS`.
 
     Raises:
-        RuntimeError: a kernel computes something else than XLA does.
+        RuntimeError: a kernel differs from XLA.
     """
     for (n, k), layer in shapes.items():
         for transposed in directions:
