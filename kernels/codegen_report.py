@@ -212,7 +212,7 @@ def _main(name: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number, variant in enumerate(VARIANTS):
             rows.append(dataclasses.asdict(compile_variant(CHIPS[name], variant, Path(scratch) / str(number))))
-    print("\n@" + json.dumps(rows))
+    sys.stdout.write("\n@" + json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ the constants that its time is predicted from live in that module.
 
 import dataclasses
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ class Cost:
     mma_sync: bool
 
 
+@runtime_checkable
 class Config(Protocol):
     """Tile sizes of a kernel.
 
@@ -72,6 +73,7 @@ class Config(Protocol):
     def dequantizers(self) -> int: ...  # noqa: D102
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A module that multiplies x with a 4-bit weight, which it dequantizes tile by tile.
 

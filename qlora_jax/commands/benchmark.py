@@ -78,12 +78,18 @@ class KernelsFlags:
 
     static: bool = flag(False, "Count instructions even where there is a GPU to time.")
     chips: str = flag("all", "Static: GPUs to compile for, by commas; all: one of each architecture.")
-    models: str = flag("7b,13b,8b,70b", "Models whose linear layers are timed, by commas.")
+    models: str = flag(
+        "llama-7b,llama-13b,llama-3.1-8b,llama-2-70b",
+        "Models whose linear layers are timed, by commas; 7b, 13b, 8b, 70b for short.",
+    )
     rows: str = flag("1,4,16,64,256,1024,4096,16384", "M, rows of the activations, by commas.")
-    implementations: str = flag("fused,unfused,xla,bf16", "What is timed, by commas; bf16: an unquantised product.")
+    implementations: str = flag("fused,unfused,xla,bf16", "What is timed, by commas; bf16: an unquantized product.")
     direction: Literal["forward", "backward", "both"] = flag("both", "x W^T, dy W, or both.")
     output_dir: str = flag("output/kernels", "Where kernels.json and, of timings, kernels.png go.")
     tuning: bool = flag(True, "Keep the timings where --kernel auto looks for them (QLORA_JAX_TUNING).")
+
+
+_SHORT = {"7b": "llama-7b", "13b": "llama-13b", "8b": "llama-3.1-8b", "70b": "llama-2-70b"}
 
 
 def time_kernels(flags: KernelsFlags, given: frozenset[str]) -> None:
@@ -94,9 +100,9 @@ def time_kernels(flags: KernelsFlags, given: frozenset[str]) -> None:
     """
     import jax
 
-    from qlora_jax.kernels import selection
+    from qlora_jax.gpus import chip_like
 
-    chip = selection.chip_for(jax.devices()[0])
+    chip = chip_like(jax.devices()[0])
     counted = chip is None or flags.static
     for name in ("models", "rows", "implementations", "direction", "tuning") if counted else ("chips",):
         if name in given:
@@ -121,22 +127,23 @@ def _listed(text: str, allowed: Sequence[str], name: str) -> list[str]:
 
 def _static(flags: KernelsFlags, output: Path) -> None:
     from qlora_jax.gpus import CHIPS
-    from qlora_jax.kernels import static
-    from qlora_jax.training.benchmark import STATIC_COLUMNS, crossover_table, markdown, static_cells
+    from qlora_jax.kernels import codegen_report
+    from qlora_jax.training.benchmark import linear_layers
 
-    chips = static.ARCHITECTURES if flags.chips == "all" else _listed(flags.chips, tuple(CHIPS), "chips")
+    chips = codegen_report.ARCHITECTURES if flags.chips == "all" else _listed(flags.chips, tuple(CHIPS), "chips")
     print(
         "Static: counted in the machine code of kernels compiled for a GPU that need not be here. Nothing is timed.\n"
     )
-    rows = []
-    header = list(markdown(STATIC_COLUMNS, []))
+    reports = []
+    header = list(codegen_report.markdown(codegen_report.COLUMNS, []))
     print(*header, sep="\n")
-    for of_chip in static.tables(chips):
-        rows += of_chip
-        print(*list(markdown(STATIC_COLUMNS, map(static_cells, of_chip)))[len(header) :], sep="\n", flush=True)
-    print("\nPredicted, not measured: M from which on the roofline model decodes first, forward / backward.\n")
-    print(*crossover_table(), sep="\n")
-    content = {"kind": "static", "kernels": [dataclasses.asdict(row) for row in rows]}
+    for of_chip in codegen_report.compile_reports(chips):
+        reports += of_chip
+        table = codegen_report.markdown(codegen_report.COLUMNS, map(codegen_report.cells, of_chip))
+        print(*list(table)[len(header) :], sep="\n", flush=True)
+    print("\nPredicted, not measured: M from which on the roofline model dequantizes first, forward / backward.\n")
+    print(*codegen_report.crossover_table(linear_layers(("llama-7b", "llama-2-70b"))), sep="\n")
+    content = {"kind": "static", "kernels": [dataclasses.asdict(report) for report in reports]}
     (output / "kernels.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(f"\n{output / 'kernels.json'}")
 
@@ -144,11 +151,13 @@ def _static(flags: KernelsFlags, output: Path) -> None:
 def _timed(flags: KernelsFlags, chip: "Chip", output: Path) -> None:
     import jax
 
-    from qlora_jax.kernels import roofline, timing, tuning
-    from qlora_jax.training.benchmark import plot_kernels
+    from qlora_jax.commands.kernel_plot import plot_kernels
+    from qlora_jax.kernels import benchmark, timings_cache
+    from qlora_jax.models import PRESETS
+    from qlora_jax.training.benchmark import linear_layers
 
-    models = _listed(flags.models, tuple(roofline.SHAPES), "models")
-    implementations = _listed(flags.implementations, timing.IMPLEMENTATIONS, "implementations")
+    models = [_SHORT.get(name, name) for name in _listed(flags.models, (*PRESETS, *_SHORT), "models")]
+    implementations = _listed(flags.implementations, benchmark.IMPLEMENTATIONS, "implementations")
     try:
         rows = [int(m) for m in flags.rows.split(",")]
     except ValueError:
@@ -157,16 +166,16 @@ def _timed(flags: KernelsFlags, chip: "Chip", output: Path) -> None:
         raise UserError(f"--rows {flags.rows} are not numbers of rows from 1 on, separated by commas.")
     directions = {"forward": [False], "backward": [True], "both": [False, True]}[flags.direction]
     print(f"{chip.title}, jax {jax.__version__}")
-    print(f"{'layer':14} {'N':>6} {'K':>6} {'':6} {'M':>6}  {'kernel':11} {'us':>10} {'roofline':>9}")
+    print(f"{'layer':22} {'N':>6} {'K':>6} {'':6} {'M':>6}  {'kernel':11} {'us':>10} {'roofline':>9}")
     measured = []
-    for one in timing.measure(
-        chip, timing.layers(models), rows=rows, directions=directions, implementations=implementations
+    for one in benchmark.measure(
+        chip, linear_layers(models), rows=rows, directions=directions, implementations=implementations
     ):
         measured.append(one)
         product = one.product
         time = f"{1e6 * one.seconds:10.1f} {one.percent:6.1f} % of {one.bound}"
         print(
-            f"{one.layer:14} {product.n:6} {product.k:6} {'x W' if product.transposed else 'x W^T':6} {product.m:6}  "
+            f"{one.layer:22} {product.n:6} {product.k:6} {'x W' if product.transposed else 'x W^T':6} {product.m:6}  "
             f"{one.implementation:11} {time if math.isfinite(one.seconds) else 'not enough memory'}",
             flush=True,
         )
@@ -183,7 +192,8 @@ def _timed(flags: KernelsFlags, chip: "Chip", output: Path) -> None:
     plot_kernels(measured, chip.title, output / "kernels.png")
     print(f"{output / 'kernels.json'} {output / 'kernels.png'}")
     if flags.tuning:
-        print(f"{tuning.save(chip.title, timing.tuned(measured))}: --kernel auto follows these timings from now on")
+        file = timings_cache.save(chip.title, benchmark.tuned(measured))
+        print(f"{file}: --kernel auto follows these timings from now on")
 
 
 COMMANDS = {

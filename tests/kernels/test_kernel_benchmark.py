@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from fixtures import compile_in_child
 
+from qlora_jax.commands.kernel_plot import plot_kernels
 from qlora_jax.errors import UserError
-from qlora_jax.gpus import CHIPS, compile_for
-from qlora_jax.kernels import roofline, selection, static, timing, tuning
+from qlora_jax.gpus import CHIPS, chip_like, compile_for
+from qlora_jax.kernels import benchmark, selection, timings_cache
+from qlora_jax.kernels.codegen_report import ARCHITECTURES, VARIANTS, compile_reports, crossover_table
+from qlora_jax.kernels.mosaic import dequantize, dispatch
 from qlora_jax.kernels.product import Product
 from qlora_jax.quantization import abstract_quantized
-from qlora_jax.training.benchmark import crossover_table, plot_kernels
+from qlora_jax.training.benchmark import linear_layers
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 PRODUCT = Product(m=8, n=64, k=128, transposed=False)
@@ -25,49 +28,51 @@ PRODUCT = Product(m=8, n=64, k=128, transposed=False)
 
 @pytest.fixture(autouse=True)
 def timings_file(monkeypatch, tmp_path):
-    monkeypatch.delenv(tuning.VARIABLE, raising=False)
+    monkeypatch.delenv(timings_cache.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def benchmark(*arguments: str) -> int:
+def script(*arguments: str) -> int:
     return runpy.run_path(str(SCRIPT))["main"](["kernels", *arguments])
 
 
 def test_one_chip_of_each_architecture_is_compiled_for():
-    architectures = {CHIPS[name].arch for name in static.ARCHITECTURES}
-    assert len(architectures) == len(static.ARCHITECTURES)
+    architectures = {CHIPS[name].arch for name in ARCHITECTURES}
+    assert len(architectures) == len(ARCHITECTURES)
     assert architectures == {chip.arch for chip in CHIPS.values()}
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("chip", static.ARCHITECTURES)
+@pytest.mark.parametrize("chip", ARCHITECTURES)
 def test_the_static_table(chip):
     """Every kernel compiles for every architecture; limits on its loop, and the model's figures, by machine code."""
-    (rows,) = static.tables([chip])
-    assert [(row.m, row.transposed) for row in rows] == [variant or (0, False) for variant in static.VARIANTS]
-    for row in rows:
+    (reports,) = compile_reports([chip])
+    constants = {name: kernel.COST.alu_per_weight for name, kernel in dispatch.KERNELS.items()}
+    constants["dequantize"] = dequantize.ALU_PER_WEIGHT
+    assert [(row.m, row.transposed) for row in reports] == [variant or (0, False) for variant in VARIANTS]
+    for row in reports:
         assert (row.arch, row.chip, row.spilled, row.serialized) == (CHIPS[chip].arch, chip, 0, False)
         assert 0 < row.registers <= 255 and row.shared_bytes <= CHIPS[chip].shared_memory_bytes
         assert row.bytes_per_weight <= 0.54
         # There ptxas moves mma's accumulators from register to register (BENCHMARKS.md).
-        most = 4.6 if row.arch == "sm_120a" else min(4.1, roofline.ALU_PER_WEIGHT[row.kernel])
+        most = 4.6 if row.arch == "sm_120a" else min(4.1, constants[row.kernel])
         assert 3 < row.alu_per_weight <= most
 
 
 @pytest.mark.compile
 def test_the_script_counts_without_a_gpu(capsys, tmp_path):
-    assert benchmark("--static", "--chips", "rtx4090", "--output_dir", str(tmp_path)) == 0
+    assert script("--static", "--chips", "rtx4090", "--output_dir", str(tmp_path)) == 0
     said = capsys.readouterr().out
     assert "Static:" in said and "Nothing is timed" in said and "Predicted, not measured" in said
-    assert said.count("| sm_89 | ") == len(static.VARIANTS)
+    assert said.count("| sm_89 | ") == len(VARIANTS)
     written = json.loads((tmp_path / "kernels.json").read_text())
-    assert written["kind"] == "static" and len(written["kernels"]) == len(static.VARIANTS)
+    assert written["kind"] == "static" and len(written["kernels"]) == len(VARIANTS)
 
 
 @pytest.mark.parametrize("arguments", [("--chips", "h1000", "--static"), ("--static", "--chips", "a100,,b2")])
 def test_unknown_chips(arguments, tmp_path):
     with pytest.raises(UserError, match=r"--chips has '(h1000|b2)'; choose from a100, "):
-        benchmark(*arguments, "--output_dir", str(tmp_path))
+        script(*arguments, "--output_dir", str(tmp_path))
 
 
 def loop_on_a_gpu(implementation: str) -> str:
@@ -77,7 +82,7 @@ def loop_on_a_gpu(implementation: str) -> str:
     shape = (product.n, product.k)
     weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16) if implementation == "bf16" else abstract_quantized(shape)
     x = jax.ShapeDtypeStruct((product.m, product.contracted), jnp.bfloat16)
-    run = timing.repeated(timing.operation(implementation, product.transposed), 50)
+    run = benchmark.repeated(benchmark.operation(implementation, product.transposed), 50)
     return compile_for(chip(), run, x, [weight] * 3).as_text()
 
 
@@ -95,15 +100,15 @@ def test_no_call_leaves_the_timing_loop(implementation, kernels):
 @pytest.mark.parametrize("implementation", ["xla", "bf16"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_timing(implementation, transposed, monkeypatch):
-    monkeypatch.setattr(timing, "_SECONDS_A_CALL", 1e-5)
+    monkeypatch.setattr(benchmark, "_SECONDS_A_CALL", 1e-5)
     chip = CHIPS["a6000"]
     product = dataclasses.replace(PRODUCT, transposed=transposed)
-    timing.check(product, implementation, chip)
-    assert 0 < timing.seconds_of(product, implementation, chip) < 10
-    x, weights = timing.random_operands(product, implementation, 2)
+    benchmark.check(product, implementation, chip)
+    assert 0 < benchmark.seconds_of(product, implementation, chip) < 10
+    x, weights = benchmark.random_operands(product, implementation, 2)
     assert x.shape == (8, 64 if transposed else 128)
-    function = timing.operation(implementation, transposed)
-    for result, weight in zip(timing.repeated(function, 3)(x, weights), weights, strict=True):
+    function = benchmark.operation(implementation, transposed)
+    for result, weight in zip(benchmark.repeated(function, 3)(x, weights), weights, strict=True):
         np.testing.assert_array_equal(result, jax.jit(function)(x, weight))
 
 
@@ -111,16 +116,16 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     def operation(implementation, transposed):
         return lambda x, w: jnp.full((4, 4), float(implementation == "xla") or 0.9)
 
-    monkeypatch.setattr(timing, "operation", operation)
+    monkeypatch.setattr(benchmark, "operation", operation)
     with pytest.raises(RuntimeError, match=r"fused is wrong on NVIDIA RTX A6000 for Product\(.*off by 0\.1"):
-        timing.check(PRODUCT, "fused", CHIPS["a6000"])
+        benchmark.check(PRODUCT, "fused", CHIPS["a6000"])
 
 
 def test_cold_caches_and_calls_long_enough():
     chip = CHIPS["h100"]
     for product in (Product(1, 1024, 4096, False), Product(16384, 28672, 8192, True)):
-        for implementation in timing.IMPLEMENTATIONS:
-            copies, trips = timing.plan_repeats(chip, product, implementation)
+        for implementation in benchmark.IMPLEMENTATIONS:
+            copies, trips = benchmark.repeats(chip, product, implementation)
             assert 1 <= copies <= 8 and trips >= 1
             size = product.n * product.k * (2 if implementation == "bf16" else 0.5)
             assert copies == 8 or copies * size >= chip.l2_bytes
@@ -129,15 +134,16 @@ def test_cold_caches_and_calls_long_enough():
 def test_the_roofline_of_a_product():
     chip = CHIPS["a6000"]
     small, large = Product(1, 4096, 4096, False), Product(16384, 4096, 4096, True)
-    assert timing.best_seconds(chip, large, "fused") == (2 * 16384 * 4096**2 / chip.bf16_flops, "tensor")
-    four, sixteen = (timing.best_seconds(chip, small, name)[0] for name in ("fused", "bf16"))
-    assert timing.best_seconds(chip, small, "xla") == (four, "memory")
+    assert benchmark.best_seconds(chip, large, "fused") == (2 * 16384 * 4096**2 / chip.bf16_flops, "tensor")
+    four, sixteen = (benchmark.best_seconds(chip, small, name)[0] for name in ("fused", "bf16"))
+    assert benchmark.best_seconds(chip, small, "xla") == (four, "memory")
     np.testing.assert_allclose(sixteen / four, 2 / 0.5159, rtol=0.01)
 
 
 def test_equal_shapes_are_timed_once():
-    shapes = timing.layers(["7b", "8b"])
-    assert shapes[4096, 4096] == "7b q k v o" and shapes[4096, 14336] == "8b down"
+    shapes = linear_layers(["llama-7b", "llama-3.1-8b"])
+    assert sorted(shapes[4096, 4096].split()) == ["k", "llama-7b", "o", "q", "v"]
+    assert shapes[4096, 14336] == "llama-3.1-8b down" and shapes[1024, 4096].startswith("llama-3.1-8b ")
     assert len(shapes) == 6
 
 
@@ -146,22 +152,22 @@ def fake_measurements(*_, **__):
         for implementation, seconds in (("fused", 1e-4), ("unfused", 2e-4), ("xla", 1e-3), ("bf16", math.inf)):
             for transposed in (False, True):
                 product = Product(m, 4096, 4096, transposed)
-                yield timing.Measurement("7b q k v o", product, implementation, seconds, 5e-5, "memory")
+                yield benchmark.Measurement("7b q k v o", product, implementation, seconds, 5e-5, "memory")
 
 
 def test_the_script_times(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(selection, "chip_for", lambda device: CHIPS["h100"])
-    monkeypatch.setattr(timing, "measure", fake_measurements)
-    assert benchmark("--output_dir", str(tmp_path / "out"), "--models", "7b", "--rows", "1,64") == 0
+    monkeypatch.setattr("qlora_jax.gpus.chip_like", lambda device: CHIPS["h100"])
+    monkeypatch.setattr(benchmark, "measure", fake_measurements)
+    assert script("--output_dir", str(tmp_path / "out"), "--models", "7b", "--rows", "1,64") == 0
     said = capsys.readouterr().out
     assert "50.0 % of memory" in said and "not enough memory" in said
     written = json.loads((tmp_path / "out" / "kernels.json").read_text())
     assert written["gpu"] == CHIPS["h100"].title and len(written["measurements"]) == 12
     assert (tmp_path / "out" / "kernels.png").read_bytes().startswith(b"\x89PNG")
-    assert len(tuning.timings(CHIPS["h100"].title)) == 8
+    assert len(timings_cache.timings(CHIPS["h100"].title)) == 8
     for flags in (("--rows", "0"), ("--rows", "many"), ("--models", "9b"), ("--implementations", "cublas")):
         with pytest.raises(UserError, match=flags[0]):
-            benchmark("--output_dir", str(tmp_path / "out"), *flags)
+            script("--output_dir", str(tmp_path / "out"), *flags)
 
 
 def test_one_panel_plots(tmp_path):
@@ -170,17 +176,17 @@ def test_one_panel_plots(tmp_path):
 
 
 def test_the_table_of_crossovers():
-    header, rule, *rows = crossover_table(("7b",))
+    header, rule, *rows = crossover_table(linear_layers(["llama-7b"]))
     assert header.split(" | ")[2] == "a6000" and set(rule) <= set("| -")
-    assert [row.split(" | ")[1] for row in rows] == ["4096 x 4096", "11008 x 4096", "4096 x 11008"]
+    assert sorted(row.split(" | ")[1] for row in rows) == ["11008 x 4096", "4096 x 11008", "4096 x 4096"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("transposed", [False, True])
 def test_timing_on_the_gpu(transposed):
-    chip = selection.chip_for(jax.devices()[0])
-    found = list(timing.measure(chip, {(4096, 4096): "7b"}, rows=(1, 300), directions=(transposed,)))
-    assert [one.implementation for one in found] == 2 * list(timing.IMPLEMENTATIONS)
+    chip = chip_like(jax.devices()[0])
+    found = list(benchmark.measure(chip, {(4096, 4096): "7b"}, rows=(1, 300), directions=(transposed,)))
+    assert [one.implementation for one in found] == 2 * list(benchmark.IMPLEMENTATIONS)
     # Nothing is faster than the data sheet allows: the loop did what it says.
     assert all(0 < one.percent < 105 for one in found)
-    assert len(timing.tuned(found)) == 4
+    assert len(benchmark.tuned(found)) == 4

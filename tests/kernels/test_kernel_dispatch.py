@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from fixtures.pairwise import pairwise
 
 from qlora_jax.gpus import CHIPS
 from qlora_jax.kernels.mosaic import dequantize, dispatch, interpret, mma, small_m, tiles
@@ -24,17 +25,16 @@ ROWS = [1, 17, 100, 129, 16384]
 def test_every_shape_has_a_kernel(chip):
     """Tracing runs every check on shapes that the kernels make."""
     chip = CHIPS[chip]
+    for shape, rows, transposed in pairwise(SHAPES, ROWS, [False, True]):
+        n_in, n_out = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+
+        def product(x, w, transposed=transposed):
+            return dispatch.matmul(x, dispatch.pack(w), transposed=transposed, chip=chip)
+
+        y = jax.eval_shape(product, jax.ShapeDtypeStruct((rows, n_in), jnp.bfloat16), abstract_quantized(shape))
+        assert y.shape == (rows, n_out)
     for shape in SHAPES:
         w = abstract_quantized(shape)
-        for rows in ROWS:
-            for transposed in (False, True):
-                n_in, n_out = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
-
-                def product(x, w, transposed=transposed):
-                    return dispatch.matmul(x, dispatch.pack(w), transposed=transposed, chip=chip)
-
-                y = jax.eval_shape(product, jax.ShapeDtypeStruct((rows, n_in), jnp.bfloat16), w)
-                assert y.shape == (rows, n_out)
         dequantized = jax.eval_shape(lambda w: dispatch.dequantize(dispatch.pack(w), jnp.bfloat16), w)
         assert dequantized.shape == shape
 
@@ -52,9 +52,8 @@ def test_the_kernel_follows_the_chip():
 
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 5, 8), (8, 3, 4), (11, 7, 4), (9, 1, 8)])
 def test_every_tile_is_placed_once_and_in_blocks(rows, columns, width):
-    placed = [
-        tuple(map(int, tiles.rasterize(cta, rows, columns, grid_tile_width=width))) for cta in range(rows * columns)
-    ]
+    places = [tiles.rasterize(cta, rows, columns, grid_tile_width=width) for cta in range(rows * columns)]
+    placed = [tuple(map(int, place)) for place in places]
     assert sorted(placed) == [(row, column) for row in range(rows) for column in range(columns)]
     # While one strip is gone through, no row outside of it is begun.
     for cta, (row, _) in enumerate(placed):

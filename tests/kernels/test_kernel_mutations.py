@@ -129,7 +129,7 @@ def test_a_missing_wait_is_noticed(case, mutate, launch):
 TRY_WAIT = r"mbarrier\.try_wait[^;]*;\s*@P1 bra\.uni DONE;"
 
 
-# With waits that are implied by others. tcgen05: that of the products for the copies, for which the dequantizing warps waited.
+# With waits that are implied by others. tcgen05: that of the products for the copies, which the dequantizing warps did.
 @pytest.mark.parametrize("case, redundant", [(WGMMA, 0), (TCGEN05, 1)], ids=str)
 def test_every_wait_for_a_barrier_is_needed(case, redundant, launch):
     waits = len(re.findall(TRY_WAIT, launch.ptx))

@@ -50,7 +50,7 @@ def test_sizes_that_do_not_fit():
         m, n, k = shape
         codes, scales = jnp.zeros((1, n, k // 2), jnp.uint8), jnp.ones((1, n * k // 32))
         w = PackedWeight(codes, (scales,), jnp.zeros(1, jnp.int32), "nf4", 32, n)
-        with pytest.raises(ValueError, match="multiples of 8|less than a tile|not whole tiles"):
+        with pytest.raises(ValueError, match=r"multiples of 8|less than a tile|not whole tiles"):
             wgmma.matmul(jnp.zeros((m, k), jnp.bfloat16), w, config=wgmma.Config(block_m=128))
     with pytest.raises(ValueError, match="128 columns"):
         w = PackedWeight(jnp.zeros((1, 128, 64), jnp.uint8), (jnp.ones((1, 512)),), w.layer, "nf4", 32, 128)
