@@ -199,12 +199,6 @@ def test_packages_say_what_they_export(module):
 
 
 RIDDLES = {
-    "kernels/mosaic/emit.py",
-    "kernels/mosaic/operands.py",
-    "kernels/mosaic/tiles.py",
-    "kernels/selection.py",
-    "kernels/static.py",
-    "kernels/tuning.py",
     "qlora_jax/checkpoints/conversion.py",
     "qlora_jax/checkpoints/files.py",
     "qlora_jax/checkpoints/hub.py",
@@ -215,9 +209,6 @@ RIDDLES = {
     "qlora_jax/defaults.py",
     "qlora_jax/finetuning.py",
     "qlora_jax/generation.py",
-    "qlora_jax/gpus/ahead_of_time.py",
-    "qlora_jax/gpus/chips.py",
-    "qlora_jax/gpus/sass.py",
     "qlora_jax/models/common.py",
     "qlora_jax/models/llama.py",
     "qlora_jax/nn/attention.py",
@@ -234,19 +225,15 @@ RIDDLES = {
     "qlora_jax/planner/planning.py",
     "qlora_jax/planner/report.py",
     "qlora_jax/planner/search.py",
-    "qlora_jax/quantization/quantized_tensor.py",
     "qlora_jax/training/benchmark.py",
     "qlora_jax/training/config.py",
     "qlora_jax/training/reporting.py",
     "qlora_jax/training/run_directory.py",
     "qlora_jax/training/setup.py",
     "qlora_jax/training/trainer.py",
-    "tests/ptx_simulator/errors.py",
-    "tests/ptx_simulator/mosaic.py",
 }
 PRINTING = {
     "qlora_jax.finetuning",
-    "qlora_jax.kernels.static",
     "qlora_jax.training.trainer",
 }
 DASHED = {

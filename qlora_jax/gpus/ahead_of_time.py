@@ -1,7 +1,7 @@
 """Compile for a GPU that this machine does not have: XLA needs its CUDA plugin and the chip's description.
 
-What comes back cannot run here, but it is the program that would: `memory_analysis()` is XLA's own buffer assignment,
-`as_text()` the optimised HLO. Traps:
+The result cannot run here, but it is the program that would: `memory_analysis()` is XLA's own buffer assignment,
+`as_text()` the optimized HLO. Traps:
 
 - An `LLVM ERROR` or a failed check in XLA ends the process, with no exception to catch: where a program may be one the
   compiler cannot take, compile in a child process.
@@ -39,7 +39,7 @@ _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 def _plugin_installed() -> bool:
-    """Whether JAX's CUDA compiler is here, of whichever CUDA version."""
+    """Return True if JAX's CUDA compiler is installed, of whichever CUDA version."""
     try:
         return any(importlib.util.find_spec(name) for name in _PLUGINS)
     except ModuleNotFoundError:  # not even the package the plugins share

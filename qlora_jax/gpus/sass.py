@@ -1,8 +1,8 @@
-"""What a Pallas Mosaic GPU kernel became: registers, spills, shared memory, and the instructions of its main loop.
+"""Registers, spills, shared memory and main-loop instructions of a compiled Pallas Mosaic GPU kernel.
 
 `dumped_kernels` makes the compiler write PTX, ptxas' log and machine code (SASS) of the kernels it compiles;
-`kernel_report` reads them. No GPU takes part, so nothing here knows a time: loads that miss, bank conflicts and how
-well instructions overlap show on hardware only. Needs `nvdisasm` (pip install 'qlora-jax[plan]').
+`kernel_report` reads them. No GPU takes part and nothing is timed: cache misses, bank conflicts and the overlap of
+instructions show on hardware only. Needs `nvdisasm` (pip install 'qlora-jax[plan]').
 
 Everything is counted in the text of the program: a loop's body once, both sides of a branch, predicated instructions as
 if they ran, per thread.
@@ -52,7 +52,7 @@ _LAUNCH = re.compile(
 
 
 def kind_of(opcode: str) -> Kind:
-    """Which part of the SM an instruction keeps busy.
+    """Return the part of the SM that an instruction keeps busy.
 
     Args:
         opcode: With or without its modifiers: "IMAD", "LDS.128".
@@ -75,7 +75,7 @@ def kind_of(opcode: str) -> Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Instructions of a piece of a program by what they keep busy (see `kind_of`), for one thread.
+    """Instructions of a piece of a program by the part of the SM they keep busy (see `kind_of`), for one thread.
 
     `opcodes` maps each opcode without modifiers to its count; the five sums add up to all of them.
     """
@@ -88,11 +88,11 @@ class Counts:
     opcodes: Mapping[str, int]
 
     def alu_per_weight(self, *, threads: int, weights: int) -> float:
-        """ALU instructions, counted per thread, for each weight.
+        """Return the ALU instructions, counted per thread, for each weight.
 
         Args:
             threads: Threads that run this piece together: of all warps of the block that take part in it.
-            weights: Weights that those threads decode in one pass of it.
+            weights: Weights that those threads dequantize in one pass of it.
         """
         return self.alu * threads / weights
 
@@ -102,7 +102,7 @@ class Loop:
     """One pass through a loop.
 
     Attributes:
-        label: Where it begins in the SASS text.
+        label: Its first label in the SASS text.
         counts: Its instructions; loops inside it count once, but for those that only wait for a barrier, not at all.
         inner_loops: Loops inside it that count once though they may run more often.
     """
@@ -114,19 +114,19 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
-    """What the compiler made of one kernel.
+    """Resources and loops of one compiled kernel.
 
     Attributes:
         name: The kernel's name, "_mosaic_gpu_kernel" left out.
-        arch: What it was assembled for, such as "sm_86".
+        arch: Target architecture, such as "sm_86".
         threads: Threads of a block.
         registers: Registers of a thread, as it starts.
         spill_stores: Bytes that a thread's registers spill to local memory.
         spill_loads: Bytes it reads back.
         shared_bytes: Shared memory of a block that the launch asks for: buffers and barriers.
         warnings: ptxas' numbered remarks, such as C7510 and C7511: wgmma instructions run one after the other.
-        loops: Every loop but those that only wait for a barrier. Where some warps decode and others multiply, each has
-            its own.
+        loops: Every loop but those that only wait for a barrier. Where some warps dequantize and others multiply,
+            each has its own.
         main_loop: The loop whose tensor instructions are in no loop inside it (of several, the one with most); in a
             kernel without tensor instructions, the innermost loop with most loads. None without any loop.
         total: The whole program.
@@ -146,7 +146,7 @@ class KernelReport:
 
     @property
     def serialized(self) -> bool:
-        """Whether ptxas says that it made wgmma instructions wait for one another."""
+        """True if ptxas says that it made wgmma instructions wait for one another."""
         return any("serialized" in warning for warning in self.warnings)
 
 
@@ -183,7 +183,7 @@ class _Block:
 
 
 def _basic_blocks(sass: str) -> list[_Block]:
-    """Straight pieces of the program and where each may go on."""
+    """Split a program into basic blocks, with the successors of each."""
     blocks = [_Block("entry", [])]
     for line in sass.splitlines():
         if label := _LABEL.match(line):
@@ -212,10 +212,9 @@ def _basic_blocks(sass: str) -> list[_Block]:
 
 
 def _natural_loops(blocks: Sequence[_Block]) -> dict[int, frozenset[int]]:
-    """First block of every loop -> its blocks.
+    """Return first block -> blocks of every natural loop.
 
-    A jump backwards alone makes no loop, for rarely run code stands behind all else and jumps back: the place it goes
-    to must be one that every way from the entry has passed.
+    A backward jump alone makes no loop, for rarely run code is placed last and jumps back: its target must dominate it.
     """
     reached, waiting = {0}, [0]
     while waiting:
@@ -261,7 +260,7 @@ def _loads(counts: Counts) -> int:
 
 
 def program_loops(sass: str) -> tuple[tuple[Loop, ...], Loop | None, Counts]:
-    """Every loop of a program in the order of the text, the main one (see `KernelReport`), and the whole's counts.
+    """Return every loop of a program in the order of the text, the main one (see `KernelReport`), and counts of all.
 
     Args:
         sass: What `nvdisasm` prints, with or without scheduling codes. Loops that only wait for a barrier are left out.
@@ -292,7 +291,7 @@ def program_loops(sass: str) -> tuple[tuple[Loop, ...], Loop | None, Counts]:
 
 
 def _nvdisasm() -> Path:
-    """NVIDIA's disassembler: a wheel's, or the one on the PATH."""
+    """Find NVIDIA's disassembler: a wheel's, or the one on the PATH."""
     with contextlib.suppress(ModuleNotFoundError):
         for root in importlib.import_module("nvidia").__path__:
             for found in Path(root).glob("*/bin/nvdisasm"):
@@ -304,10 +303,10 @@ def _nvdisasm() -> Path:
 
 @contextlib.contextmanager
 def dumped_kernels(directory: Path) -> Iterator[None]:
-    """Kernels that are compiled in this context leave PTX, ptxas' log, SASS and every compiler pass in `directory`.
+    """Dump PTX, ptxas' log, SASS and every compiler pass of kernels compiled in this context into `directory`.
 
-    Some MB a kernel, named after the kernel with a number. A program that JAX has compiled before in this process is
-    not compiled again and leaves nothing.
+    Some MB for each kernel, named after the kernel with a number. A program that JAX has compiled before in this
+    process is not compiled again and leaves nothing.
 
     Raises:
         UserError: `nvdisasm` is not installed.
@@ -332,7 +331,7 @@ def dumped_kernels(directory: Path) -> Iterator[None]:
 
 
 def _launch(passes: Path) -> tuple[int, int]:
-    """Threads of a block and its bytes of shared memory, from the program as it went into the first pass."""
+    """Return the threads of a block and its bytes of shared memory, from the program before the first pass."""
     constants = {}
     with passes.open(encoding="utf-8") as lines:
         for line in lines:
@@ -371,7 +370,7 @@ def _report(ptxas: Path) -> KernelReport:
 
 
 def kernel_reports(directory: Path) -> list[KernelReport]:
-    """Reports of all kernels in a directory that `dumped_kernels` filled, in the order of compilation.
+    """Return reports of all kernels in a directory that `dumped_kernels` filled, in the order of compilation.
 
     Raises:
         UserError: A file is missing or is not what the compiler writes.
@@ -380,7 +379,7 @@ def kernel_reports(directory: Path) -> list[KernelReport]:
 
 
 def kernel_report(directory: Path) -> KernelReport:
-    """The report of the one kernel in a directory that `dumped_kernels` filled.
+    """Return the report of the only kernel in a directory that `dumped_kernels` filled.
 
     Raises:
         UserError: There is none or more than one, or a file is missing or is not what the compiler writes.

@@ -16,7 +16,7 @@ QUANT_TYPES = ("nf4", "fp4", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
-    """How the linear layers of a base model are stored.
+    """Storage of the linear layers of a base model.
 
     Attributes:
         quant_type: "nf4" or "fp4" (4 bits, block-wise), "int8" (8 bits, row-wise) or "none" (left as they are).
@@ -71,7 +71,7 @@ class QuantizedTensor:
 
     `table` and `dynamic_map` are constants (`qlora_jax.quantization.codebooks`), found by `quant_type` and not stored.
     The buffers are the bytes of a bitsandbytes checkpoint. `dtype` is the name of the original weight's dtype and what
-    `dequantize` returns by default. Leaves may be numpy or JAX arrays, ShapeDtypeStructs or whatever a pytree
+    `dequantize` returns by default. Leaves may be numpy or JAX arrays, ShapeDtypeStructs or anything that a pytree
     transformation puts there, so nothing is checked on construction.
     """
 
@@ -91,7 +91,7 @@ class QuantizedTensor:
 
     @property
     def double_quant(self) -> bool:
-        """Whether the scales themselves are quantised."""
+        """True if the scales themselves are quantized."""
         return self.nested_absmax is not None
 
     @property

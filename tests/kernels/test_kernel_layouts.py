@@ -49,7 +49,7 @@ def test_swizzle(arithmetic, row_bytes):
 
 
 def test_swizzle_written_out(arithmetic):
-    """Where the first byte of each chunk of eight lines goes, copied from the manual's figures of each mode."""
+    """Positions of the first byte of each chunk of eight lines, copied from the manual's figures of each mode."""
     lines = {
         128: ["01234567", "10325476", "23016745", "32107654", "45670123", "54761032", "67452301", "76543210"],
         64: ["01234567", "10325476", "23016745", "32107654"] * 2,

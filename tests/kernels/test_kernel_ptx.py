@@ -57,7 +57,7 @@ def tiled_cases(chip, kernel, narrow):
 
 
 def other_tiles():
-    """What kernels choose for fewer rows or for larger outputs, and other numbers of warps and stages."""
+    """Tiles that kernels choose for fewer rows or for larger outputs, and other numbers of warps and stages."""
     yield Case("a6000", "mma", 32, 136, 192, dtype="float16")
     yield Case("a6000", "mma", 32, 136, 256, True)
     yield Case(

@@ -1,4 +1,4 @@
-"""What a simulated program can do wrong."""
+"""Errors of simulated programs."""
 
 
 class PtxError(RuntimeError):

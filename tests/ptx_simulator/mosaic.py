@@ -10,7 +10,7 @@ from ptx_simulator.tensor_map import TensorMap
 
 @dataclasses.dataclass
 class MosaicLaunch:
-    """How a Mosaic GPU host function launches its kernel, recovered from MOSAIC_GPU_DUMP_TO output."""
+    """Launch parameters of a Mosaic GPU kernel, recovered from MOSAIC_GPU_DUMP_TO output."""
 
     ptx: str
     entry: str
