@@ -228,6 +228,15 @@ def test_an_unknown_command_is_told_in_one_sentence(argv, message):
         commands.main(argv)
 
 
+@pytest.mark.parametrize("name", ["rows", "models", "implementations", "direction", "tuning"])
+def test_flags_of_timing_are_not_ignored_where_kernels_are_counted(name, tmp_path):
+    argv = ["benchmark", "kernels", "--static", "--output_dir", str(tmp_path), f"--{name}", "both"]
+    if name == "tuning":
+        argv[-1] = "False"
+    with pytest.raises(UserError, match=f"^--{name} is for timing, .*instructions are counted; leave it out"):
+        commands.main(argv)
+
+
 def test_the_installed_program_is_the_one_tested_here():
     project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert pkgutil.resolve_name(project["scripts"]["qlora-jax"]) is commands.entry
