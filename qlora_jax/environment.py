@@ -1,11 +1,13 @@
-"""Process settings that must be made before JAX is loaded; command lines make them, the library never does."""
+"""The process's surroundings: settings that command lines make before JAX is loaded, and a quiet import."""
 
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from qlora_jax.device_memory import CONTEXT_BYTES, PINNED_LIMIT_VARIABLE, RESERVE_FRACTION, pinned_share
 
@@ -48,3 +50,15 @@ def let_jax_pin_the_hosts_memory() -> None:
     makes an allocation fail that would otherwise end in the process being killed.
     """
     os.environ.setdefault(PINNED_LIMIT_VARIABLE, str(pinned_share()))
+
+
+def import_transformers() -> ModuleType:
+    """Import transformers without its advice to install PyTorch, which would alarm people who do not need it."""
+    variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(variable)
+    os.environ.setdefault(variable, "1")
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        if before is None:
+            del os.environ[variable]

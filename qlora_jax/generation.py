@@ -10,15 +10,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.models import KVCache
-
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 _PROMPT_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Choice of the next token.
 
     Attributes:
         max_new_tokens: longest continuation.
@@ -71,7 +69,7 @@ def _decode(
     stop = jnp.asarray(eos_ids, jnp.int32)
     lengths = jnp.sum(valid, axis=1)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    cache = KVCache.empty(model.config, batch, seq + sampling.max_new_tokens, model.dtype)
+    cache = model.empty_cache(batch, seq + sampling.max_new_tokens)
     hidden, cache = model(input_ids, positions, cache=cache, valid=valid)
     first = next_token(model.logits(hidden[:, -1:])[:, 0], jax.random.fold_in(key, 0), sampling)
     tokens = jnp.zeros((batch, sampling.max_new_tokens), jnp.int32).at[:, 0].set(first)

@@ -1,19 +1,17 @@
-"""What every model family shares: the split into trainable and frozen state, tensor tables, adapter initialisation."""
+"""Parts that every model family shares: the split into trained and frozen state, tensor tables, initialisation."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from qlora_jax import kernels
 from qlora_jax.errors import UserError
-from qlora_jax.nn.linear import LoRAParam
-from qlora_jax.quantization import QuantizedTensor
+from qlora_jax.models.family import LAYER, Name
+from qlora_jax.nn.variables import Trainable
 
 Path = tuple[str, ...]
 
@@ -38,41 +36,20 @@ class TensorSpec:
 
     @property
     def quantized(self) -> bool:
-        """Whether a quantised model stores it in 4 or 8 bits: the linears, but neither embedding nor head."""
+        """True if a quantised model stores it in 4 or 8 bits: the linears, but neither embedding nor head."""
         return self.kind == "linear"
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(graphdef, lora, frozen): `lora` holds every LoRAParam and nothing else, `frozen` all the rest."""
-    graphdef, *states = nnx.split(model, LoRAParam, ...)
-    lora, frozen = states
-    return graphdef, lora, frozen
+    """(graphdef, trained, frozen): `trained` holds every `Trainable` and nothing else, `frozen` all the rest."""
+    graphdef, *states = nnx.split(model, Trainable, ...)
+    trained, frozen = states
+    return graphdef, trained, frozen
 
 
 def flatten(state: nnx.State) -> dict[Path, Any]:
     """{path: value} of a state; a value is an array, a ShapeDtypeStruct or a QuantizedTensor."""
     return {tuple(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-
-
-def split_stacks(layers: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """(quantised weights, all the rest) of a state with leading layer axes.
-
-    A scan over layers slices the rest but only indexes the weights (`layer_of`): they are too large to be copied.
-    """
-
-    def quantized(path: Any, variable: nnx.Variable) -> bool:
-        return isinstance(variable.get_value(), QuantizedTensor)
-
-    stacks, rest = nnx.split_state(layers, quantized, ...)
-    return stacks, rest
-
-
-def layer_of(stacks: nnx.State, layer: Array) -> nnx.State:
-    """The quantised weights of one layer, still inside their stacks."""
-    flat = nnx.to_flat_state(stacks)
-    return nnx.from_flat_state(
-        [(path, variable.replace(kernels.StackedWeight(variable.get_value(), layer))) for path, variable in flat]
-    )
 
 
 def unflatten_like(state: nnx.State, values: Mapping[Path, Any], *, what: str) -> nnx.State:
@@ -116,22 +93,46 @@ def fill_base(frozen: nnx.State, tensors: Mapping[Path, Any]) -> nnx.State:
     return unflatten_like(frozen, tensors, what="base model")
 
 
-def init_lora(lora: nnx.State, key: Array) -> nnx.State:
-    """Fresh adapters, as PEFT initialises them: A Kaiming-uniform with a = sqrt(5), B zero.
+def initialize(trained: nnx.State, key: Array) -> nnx.State:
+    """Fresh values of what trains, each by the initialiser that its variable declares.
 
-    That bound is sqrt(6 / ((1 + 5) fan_in)) = 1 / sqrt(in), so W is unchanged at the start. Each tensor's key is folded
-    from its position in the sorted paths: the same seed gives the same adapters whatever else the model holds.
+    Each tensor's key is folded from its path: the same seed gives the same values whatever else the model holds.
     """
     values = {}
-    for i, (path, abstract) in enumerate(sorted(flatten(lora).items())):
-        if path[-1] == "lora_a":
-            bound = 1 / math.sqrt(abstract.shape[-1])
-            values[path] = jax.random.uniform(
-                jax.random.fold_in(key, i), abstract.shape, abstract.dtype, minval=-bound, maxval=bound
-            )
+    for keys, variable in nnx.to_flat_state(trained):
+        path, abstract = tuple(map(str, keys)), variable.get_value()
+        own = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
+        values[path] = variable.get_metadata("initializer")(own, abstract.shape, abstract.dtype)
+    return unflatten_like(trained, values, what="adapter")
+
+
+def tensor_specs(frozen: nnx.State, names: Sequence[Name]) -> list[TensorSpec]:
+    """Names and shapes of the base tensors as a checkpoint stores them, one per layer.
+
+    Args:
+        frozen: the abstract, unquantised state.
+        names: the family's table.
+
+    Returns:
+        The embedding, the layers one by one, the rest.
+    """
+    by_module = {name.ours: name for name in names}
+    top, stacked = [], []
+    for keys, variable in nnx.to_flat_state(frozen):
+        path, value, kind = tuple(map(str, keys)), variable.get_value(), variable.get_metadata("kind")
+        name = f"{by_module['.'.join(path[:-1])].hf}.{path[-1]}"
+        if LAYER in name:
+            stacked.append((path, value, kind, name))
         else:
-            values[path] = jnp.zeros(abstract.shape, abstract.dtype)
-    return unflatten_like(lora, values, what="adapter")
+            top.append(TensorSpec(path, None, name, value.shape, kind))
+    layers = [
+        TensorSpec(path, layer, name.replace(LAYER, str(layer)), value.shape[1:], kind)
+        for layer in range(max(value.shape[0] for _, value, _, _ in stacked))
+        for path, value, kind, name in stacked
+        if layer < value.shape[0]
+    ]
+    first = [spec for spec in top if spec.kind == "embedding"]
+    return first + layers + [spec for spec in top if spec.kind != "embedding"]
 
 
 def select_lora_modules(linears: Mapping[str, tuple[str, ...]], selection: str) -> tuple[str, ...]:
@@ -146,7 +147,7 @@ def select_lora_modules(linears: Mapping[str, tuple[str, ...]], selection: str) 
     if unknown or not chosen:
         choices = ", ".join(["all", *linears, *names])
         raise UserError(
-            f"--lora_modules {selection!r}: {unknown[0] if unknown else 'an empty list'!r} is not a linear "
+            f"lora_modules {selection!r}: {unknown[0] if unknown else 'an empty list'!r} is not a linear "
             f"of this model; choose from {choices}."
         )
     return tuple(name for name in names if name in chosen)

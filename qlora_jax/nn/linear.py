@@ -1,8 +1,4 @@
-"""Building blocks of the models: frozen base weights, LoRA-adapted linear layers, RMS norm.
-
-Every module is built *abstractly*: its variables hold `jax.ShapeDtypeStruct` leaves, so that a model of any size exists
-before a byte of its weights does. Loading, planning and restoring all fill or read that one declaration.
-"""
+"""Linear layers whose weights are frozen, usually in 4 bits, with low-rank adapters that train."""
 
 import dataclasses
 import functools
@@ -16,52 +12,21 @@ from jaxtyping import Array, Float
 
 from qlora_jax import kernels
 from qlora_jax.errors import UserError
+from qlora_jax.nn.variables import (
+    Axes,
+    Frozen,
+    Initializer,
+    LoRAParam,
+    frozen_array,
+    kaiming_uniform,
+    trained_value,
+    zeros,
+)
 from qlora_jax.quantization import QuantizationConfig, abstract_quantized
+from qlora_jax.sharding import REPLICATED, ShardingRules
 
 # Name of the activations that are worth keeping for the backward pass when memory allows: each cost a matrix product.
 SAVED = "saved"
-
-
-class Frozen(nnx.Variable):
-    """A base-model tensor: read by the forward pass, never trained.
-
-    Deliberately *not* an `nnx.Param`: no filter for parameters may ever catch a base weight. Its value is an array or a
-    `QuantizedTensor`. Metadata `kind` is one of linear, embedding, head, norm, bias.
-    """
-
-
-class LoRAParam(nnx.Variable):
-    """A trainable adapter matrix. The only variable type gradients and the optimizer see.
-
-    Declared float32, which is what is saved. While it trains its value may be a 16-bit working copy of that, or a
-    `GradientSlot` around either.
-    """
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GradientSlot:
-    """An adapter matrix with a place for its float32 gradient, whatever its own dtype.
-
-    JAX gives a gradient the dtype of what it is taken with respect to; with respect to a 16-bit working copy, every
-    sum over micro-batches would be rounded to 16 bits. Differentiate with respect to `slot` instead.
-
-    Attributes:
-        matrix: [*stack, rows, columns], any floating dtype.
-        slot: float32 of that shape; its gradient is the matrix's. Its values are never read.
-    """
-
-    matrix: Any
-    slot: Any
-
-
-@jax.custom_vjp
-def _read(matrix: Array, slot: Array) -> Array:
-    """`matrix` in float32; its cotangent goes to `slot`."""
-    return matrix.astype(slot.dtype)
-
-
-_read.defvjp(lambda matrix, slot: (_read(matrix, slot), None), lambda _, cotangent: (None, cotangent))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,30 +47,27 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """What the low-rank product is multiplied by."""
+        """Factor of the low-rank product."""
         return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
 class QLoRAConfig:
-    """How a model is stored and computed.
+    """Storage and computation of a model.
 
     Attributes:
         quantization: how linear weights are stored.
         dtype: compute dtype, and the storage dtype of what is not quantised (norms stay float32).
         lora: adapters, or None for the bare base model.
         kernel: which implementation of the 4-bit ops runs, see `qlora_jax.kernels.matmul`.
+        rules: how its tensors are cut over a mesh of devices.
     """
 
     quantization: QuantizationConfig = dataclasses.field(default_factory=QuantizationConfig)
     dtype: Any = jnp.bfloat16
     lora: LoRAConfig | None = None
     kernel: str = "auto"
-
-
-def frozen_array(shape: tuple[int, ...], dtype: Any, kind: str) -> Frozen:
-    """Declare an unquantised base tensor."""
-    return Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), kind=kind)
+    rules: ShardingRules = REPLICATED
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,16 +109,12 @@ def _low_rank_backward(scaling: float, residuals: tuple[Array, ...], dy: Array) 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
-def _adapter(param: LoRAParam) -> Array:
-    value = param.get_value()
-    return _read(value.matrix, value.slot) if isinstance(value, GradientSlot) else value
-
-
 class QLoRALinear(nnx.Module):
     """y = x W^T + b + (alpha / R) dropout(x) A^T B^T, with W frozen and usually 4-bit (QLoRA equation 5).
 
-    Shapes (with `stack` the leading layer axis, removed by `lax.scan` before the call): weight [*stack, out, in] as in
-    torch, lora_a [*stack, R, in], lora_b [*stack, out, R]. Adapters are computed in x's dtype.
+    Shapes (with `stack` the leading layer axis, removed before the call): weight [*stack, out, in] as in torch, lora_a
+    [*stack, R, in], lora_b [*stack, out, R]. Adapters are computed in x's dtype. `name` is the linear's name in a
+    configuration of adapters, in profiles and in errors.
     """
 
     def __init__(
@@ -169,11 +127,11 @@ class QLoRALinear(nnx.Module):
         bias: bool = False,
         stack: tuple[int, ...] = (),
     ):
-        self.kernel = qlora.kernel
+        self.name, self.kernel = name, qlora.kernel
         quantization = qlora.quantization
-        shape = (out_features, in_features)
+        shape, layers = (out_features, in_features), ("layers",) * len(stack)
         if quantization.quant_type == "none":
-            self.weight = frozen_array((*stack, *shape), qlora.dtype, "linear")
+            self.weight = frozen_array((*stack, *shape), qlora.dtype, "linear", (*layers, "rows", None))
         else:
             if quantization.quant_type != "int8" and in_features % quantization.block_size:
                 raise UserError(
@@ -188,40 +146,30 @@ class QLoRALinear(nnx.Module):
                 dtype=jnp.dtype(qlora.dtype).name,
                 stack=stack,
             )
-            self.weight = Frozen(abstract, kind="linear")
-        self.bias = frozen_array((*stack, out_features), qlora.dtype, "bias") if bias else None
+            self.weight = Frozen(abstract, kind="linear", axes=(*layers, "rows", None))
+        self.bias = frozen_array((*stack, out_features), qlora.dtype, "bias", (*layers, None)) if bias else None
 
         lora = qlora.lora if qlora.lora is not None and name in qlora.lora.modules else None
         self.scaling, self.dropout = (lora.scaling, lora.dropout) if lora else (0.0, 0.0)
 
-        def adapter(rows: int, columns: int) -> LoRAParam:
-            return LoRAParam(jax.ShapeDtypeStruct((*stack, rows, columns), jnp.float32))
+        def matrix(rows: int, columns: int, initializer: Initializer, axes: Axes) -> LoRAParam:
+            abstract = jax.ShapeDtypeStruct((*stack, rows, columns), jnp.float32)
+            return LoRAParam(abstract, initializer=initializer, axes=(*layers, *axes))
 
-        self.lora_a = adapter(lora.rank, in_features) if lora else None
-        self.lora_b = adapter(out_features, lora.rank) if lora else None
+        self.lora_a = matrix(lora.rank, in_features, kaiming_uniform, ("rank", None)) if lora else None
+        # B = 0: a fresh adapter changes nothing.
+        self.lora_b = matrix(out_features, lora.rank, zeros, (None, "rank")) if lora else None
 
     def __call__(self, x: Float[Array, "... in"], dropout_key: Array | None = None) -> Float[Array, "... out"]:
         """Apply to x [..., in]; `dropout_key` None means no dropout (evaluation)."""
-        y = kernels.matmul(x, self.weight.get_value(), implementation=self.kernel)
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(y.dtype)
-        if self.lora_a is not None and self.lora_b is not None:
-            if self.dropout > 0 and dropout_key is not None:
-                keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-            y = y + low_rank(self.scaling, x, _adapter(self.lora_a), _adapter(self.lora_b))
-        return checkpoint_name(y, SAVED)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * weight (Zhang & Sennrich 2019), computed in float32 whatever x's dtype."""
-
-    def __init__(self, features: int, *, eps: float, stack: tuple[int, ...] = ()):
-        self.eps = eps
-        self.weight = frozen_array((*stack, features), jnp.float32, "norm")
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalise the last axis."""
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        return (h * self.weight.get_value()).astype(x.dtype)
+        with jax.named_scope(self.name):
+            y = kernels.matmul(x, self.weight.get_value(), implementation=self.kernel)
+            if self.bias is not None:
+                y = y + self.bias.get_value().astype(y.dtype)
+            if self.lora_a is not None and self.lora_b is not None:
+                with jax.named_scope("adapter"):
+                    if self.dropout > 0 and dropout_key is not None:
+                        keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+                        x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+                    y = y + low_rank(self.scaling, x, trained_value(self.lora_a), trained_value(self.lora_b))
+            return checkpoint_name(y, SAVED)

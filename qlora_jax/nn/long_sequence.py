@@ -8,13 +8,13 @@ Here gradients take the place of what they are gradients of, and the input is re
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qlora_jax.nn import attention
+from qlora_jax.nn import attention, jax_internals
 from qlora_jax.nn.remat import Remat
 
 # Tokens of a tile: enough rows for full-speed products, few enough that a tile's hidden layer is small.
@@ -35,216 +35,382 @@ def tile_size(tokens: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """A layer around its attention, as functions of single tokens.
+class Program:
+    """The layers to execute; static.
 
     Attributes:
-        before: before(place, trainable, sliced, whole, *constants, h) -> (q [T, H, E], k [T, K, E], v [T, K, E]).
-        after: after(place, trainable, sliced, whole, h, attended [T, H, E]) -> the layer's output [T, D].
-        window: of the attention, see `qlora_jax.nn.attention.attend`.
-
-    place is (layer, tile), the two numbers; the rest is as in `run`: `trainable` and `sliced` of this layer, rows of
-    this tile.
+        layer_at: layer_at(layer, tile, trainable, sliced, whole) -> (layer, dropout keys): the layer's module from its
+            slices of `trainable` and `sliced`, see `run`; one for each tile, whose dropout is its own.
+        segments: attentions of the layers, see `qlora_jax.nn.stack.Segment`.
+        remat: `full`, `save_attention` or `offload`.
     """
 
-    before: Callable[..., tuple[Array, Array, Array]]
-    after: Callable[..., Array]
-    window: tuple[int, int] | None
+    layer_at: Callable[..., tuple[Any, Any]]
+    segments: tuple[Any, ...]
+    remat: Remat
 
 
 def run(
-    layer: Layer,
-    remat: Remat,
-    trainable: Any,
-    sliced: Any,
-    whole: Any,
-    constants: tuple[Float[Array, "B S ..."], ...],
-    mask: Array | None,
-    h: Float[Array, "B S D"],
+    program: Program, trainable: Any, sliced: Any, whole: Any, ctx: Any, masks: Any, h: Float[Array, "B S D"]
 ) -> Float[Array, "B S D"]:
     """Apply layers one after the other; the backward pass computes each again from what `remat` says is kept.
 
     Args:
-        layer: what to compute.
-        remat: `full`, `save_attention` or `offload`.
+        program: what to compute.
         trainable: adapters, leading axis L.
         sliced: without gradients, leading axis L.
         whole: without gradients, given to every layer as it is.
-        constants: without gradients, cut into tiles as h is.
-        mask: of the attention.
+        ctx: `qlora_jax.nn.stack.Context`; a gradient reaches the encoder's output, if there is one.
+        masks: of each different attention.
         h: the first layer's input.
     """
     batch, seq, width = h.shape
-    constants = tuple(x.reshape(batch * seq, *x.shape[2:]) for x in constants)
-    out = _run(layer, remat, batch, trainable, (sliced, whole, constants, mask), h.reshape(batch * seq, width))
+    rope = jax.tree.map(lambda x: x.reshape(batch * seq, *x.shape[2:]), ctx.rope)
+    keys = tuple(masks)
+    frozen = _Frozen(sliced, whole, rope, tuple(masks[key] for key in keys))
+    out = _run(program, keys, batch, trainable, ctx.encoder, frozen, h.reshape(batch * seq, width))
     return out.reshape(h.shape)
 
 
+class _Frozen(NamedTuple):
+    """Arguments without gradients, see `run`; masks without their names."""
+
+    sliced: Any
+    whole: Any
+    rope: Any
+    masks: Any
+
+
+class _LayerState(NamedTuple):
+    """Parts of one layer, without its adapters."""
+
+    index: Any
+    sliced: Any
+    whole: Any
+    rope: Any
+    masks: Any
+    encoder: Any
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(layer: Layer, remat: Remat, batch: int, trainable: Any, frozen: Any, h: Array) -> Array:
-    def one(h: Array, index: Array) -> tuple[Array, None]:
-        return _forward_layer(layer, batch, index, trainable, frozen, h)[0], None
-
-    return jax.lax.scan(one, h, jnp.arange(_depth(trainable)))[0]
+def _run(program: Program, kinds: Any, batch: int, trainable: Any, encoder: Any, frozen: _Frozen, h: Array) -> Array:
+    return _forward_layers(program, kinds, batch, trainable, encoder, frozen, h)[0]
 
 
-def _forward(layer: Layer, remat: Remat, batch: int, trainable: Any, frozen: Any, h: Array) -> tuple[Array, Any]:
-    def one(h: Array, index: Array) -> tuple[Array, Any]:
-        out, attention_saved = _forward_layer(layer, batch, index, trainable, frozen, h)
-        kept = jax.device_put(h, jax.memory.Space.Host) if remat == "offload" else h
-        return out, (kept, attention_saved if remat == "save_attention" else None)
+def _forward(
+    program: Program, kinds: Any, batch: int, trainable: Any, encoder: Any, frozen: _Frozen, h: Array
+) -> tuple[Array, Any]:
+    out, saved = _forward_layers(program, kinds, batch, trainable, encoder, frozen, h, keep=True)
+    return out, (trainable, encoder, frozen, saved)
 
-    out, saved = jax.lax.scan(one, h, jnp.arange(_depth(trainable)))
-    return out, (trainable, frozen, *saved)
+
+def _forward_layers(
+    program: Program,
+    kinds: Any,
+    batch: int,
+    trainable: Any,
+    encoder: Any,
+    frozen: _Frozen,
+    h: Array,
+    keep: bool = False,
+) -> tuple[Array, Any]:
+    """The last layer's output and, to `keep`, of every segment what its layers' backward pass begins from."""
+    saved = []
+    for start, pattern, repeats in program.segments:
+
+        def period(h: Array, repeat: Array, start: int = start, pattern: Any = pattern) -> tuple[Array, Any]:
+            kept = []
+            for j, attentions in enumerate(pattern):
+                index = start + repeat * len(pattern) + j
+                mine, state = _layer_state(index, trainable, encoder, frozen, kinds)
+                layer = _TiledLayer(program, attentions, batch, mine, state)
+                out, attended = layer.forward(h)
+                if keep:
+                    inputs = jax.device_put(h, jax.memory.Space.Host) if program.remat == "offload" else h
+                    kept.append((inputs, attended if program.remat == "save_attention" else None))
+                h = out
+            return h, tuple(kept)
+
+        h, kept = jax.lax.scan(period, h, jnp.arange(repeats))
+        saved.append(kept)
+    return h, saved
 
 
 def _backward(
-    layer: Layer,
-    remat: Remat,
+    program: Program,
+    kinds: Any,
     batch: int,
     residuals: Any,
     d_out: Array,
     for_trainable: Any,
+    for_encoder: Any,
     for_frozen: Any,
     for_h: Any,
 ) -> None:
-    trainable, frozen, inputs, saved = residuals
-    # A matrix whose gradient nobody asked for has an accumulator that holds nothing.
-    accumulators, structure = jax.tree.flatten(for_trainable)
-    asked = [
-        i for i, accumulator in enumerate(accumulators) if hasattr(accumulator, "ref") or hasattr(accumulator, "val")
-    ]
-    leaves = jax.tree.leaves(trainable)
-    given = [getattr(accumulators[i], "ref", None) for i in asked]
-    # Added to in place, layer by layer: where the caller gave a place, no second copy of the gradients exists.
-    totals = [
-        jax.new_ref(jnp.zeros_like(leaves[i])) if ref is None else ref for i, ref in zip(asked, given, strict=True)
-    ]
+    trainable, encoder, frozen, saved = residuals
+    gradients = _Gradients(trainable, for_trainable)
+    carry: Any = (d_out, None if encoder is None else jnp.zeros(encoder.shape, jnp.float32))
+    for (start, pattern, repeats), kept in reversed(list(zip(program.segments, saved, strict=True))):
 
-    def backward_layer(step: Array, dh: Array) -> Array:
-        index = _depth(trainable) - 1 - step
-        sliced, whole, constants, mask = frozen
-        here, sliced = (jax.tree.map(lambda x: _at(x, index), tree) for tree in (trainable, sliced))
+        def period(step: Array, carry: Any, segment: Any = (start, pattern, repeats), kept: Any = kept) -> Any:
+            start, pattern, repeats = segment
+            repeat = repeats - 1 - step
+            for j, attentions in reversed(list(enumerate(pattern))):
+                index = start + repeat * len(pattern) + j
+                mine, state = _layer_state(index, trainable, encoder, frozen, kinds)
+                inputs, attended = kept[j]
+                attended = None if attended is None else jax.tree.map(lambda x: _at(x, repeat), attended)
+                layer = _TiledLayer(program, attentions, batch, mine, state)
+                dh, d_encoder = carry
+                carry = layer.backward(_Tiles(inputs, repeat), attended, dh, d_encoder, gradients)
+            return carry
 
-        def differentiate(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[..., Any]]:
-            """`function` of the matrices asked for and of arrays, differentiated."""
-
-            def of_asked(asked_leaves: list[Array], *arrays: Array) -> Any:
-                mine = jax.tree.leaves(here)
-                for i, leaf in zip(asked, asked_leaves, strict=True):
-                    mine[i] = leaf
-                return function(jax.tree.unflatten(structure, mine), *arrays)
-
-            return jax.vjp(of_asked, [jax.tree.leaves(here)[i] for i in asked], *arrays)
-
-        def add(gradients: list[Array]) -> None:
-            for total, gradient in zip(totals, gradients, strict=True):
-                total[index] += gradient
-
-        q, k, v = _queries(layer, batch, index, here, sliced, whole, constants, inputs)
-        if saved is None:
-            attended, statistics = attention.forward(q, k, v, mask, layer.window)
-        else:
-            attended, statistics = (_at(x, index) for x in saved)
-        rows = attended.reshape(dh.shape[0], *attended.shape[2:])
-
-        def after(i: Array, h: Array, carry: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-            dh, d_rows = carry
-            _, vjp = differentiate(
-                lambda mine, h, attended: layer.after((index, i), mine, sliced, whole, h, attended), h, _cut(rows, i)
-            )
-            gradients, dh_tile, d_tile = vjp(_cut(dh, i))
-            add(gradients)
-            return (_write(dh, dh_tile, i), _write(d_rows, d_tile, i)), None
-
-        (dh, d_rows), _ = _each_tile(inputs, index, after, (dh, jnp.zeros_like(rows)))
-        d_attended = d_rows.reshape(attended.shape)
-        d_qkv = [
-            x.reshape(dh.shape[0], *x.shape[2:])
-            for x in attention.backward(q, k, v, mask, attended, statistics, d_attended, layer.window)
-        ]
-
-        def before(i: Array, h: Array, dh: Array) -> tuple[Array, None]:
-            tiles = [_cut(x, i) for x in constants]
-            _, vjp = differentiate(lambda mine, h: layer.before((index, i), mine, sliced, whole, *tiles, h), h)
-            gradients, dh_tile = vjp(tuple(_cut(x, i) for x in d_qkv))
-            add(gradients)
-            return _write(dh, _cut(dh, i) + dh_tile, i), None
-
-        return _each_tile(inputs, index, before, dh)[0]
-
-    for_h.accum(jax.lax.fori_loop(0, _depth(trainable), backward_layer, d_out))
-    for i, ref, total in zip(asked, given, totals, strict=True):
-        if ref is None:
-            accumulators[i].accum(jax.freeze(total))
+        carry = jax.lax.fori_loop(0, repeats, period, carry)
+    for_h.accum(carry[0])
+    if encoder is not None:
+        for_encoder.accum(carry[1].astype(encoder.dtype))
+    gradients.deliver()
 
 
 _run.defvjp_with_accums(_forward, _backward)
 
 
-def _forward_layer(
-    layer: Layer, batch: int, index: Array, trainable: Any, frozen: Any, h: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    """A layer's output, and what its attention returned."""
-    sliced, whole, constants, mask = frozen
-    trainable, sliced = (jax.tree.map(lambda x: _at(x, index), tree) for tree in (trainable, sliced))
-    q, k, v = _queries(layer, batch, index, trainable, sliced, whole, constants, h[None])
-    attended, statistics = attention.forward(q, k, v, mask, layer.window)
-    rows = attended.reshape(h.shape[0], *attended.shape[2:])
+class _Gradients:
+    """Gradients of the trained matrices, added to in place, layer by layer.
 
-    def after(i: Array, out: Array) -> Array:
-        return _write(out, layer.after((index, i), trainable, sliced, whole, _cut(out, i), _cut(rows, i)), i)
-
-    return jax.lax.fori_loop(0, _tiles(h), after, h), (attended, statistics)
-
-
-def _queries(
-    layer: Layer, batch: int, index: Array, trainable: Any, sliced: Any, whole: Any, constants: Any, inputs: Array
-) -> tuple[Array, ...]:
-    """q, k, v [B, S, ...] of a layer, from its input inputs[index], or inputs[0] if there is no other."""
-
-    def before(i: Array, h: Array, carry: None) -> tuple[None, tuple[Array, Array, Array]]:
-        tiles = [_cut(x, i) for x in constants]
-        return None, layer.before((index, i), trainable, sliced, whole, *tiles, h)
-
-    _, qkv = _each_tile(inputs, index if inputs.shape[0] > 1 else 0, before, None)
-    return tuple(x.reshape(batch, inputs.shape[1] // batch, *x.shape[2:]) for x in qkv)
-
-
-def _each_tile(
-    inputs: Array, layer: Array | int, body: Callable[[Array, Array, Any], tuple[Any, Any]], carry: Any
-) -> tuple[Any, Any]:
-    """Scan body(i, tile i of inputs[layer], carry) -> (carry, result) over the tiles of inputs [L, T, D].
-
-    From host memory the next tile comes while this one is worked on.
+    Where the caller gave a place, no second copy of them exists; a matrix whose gradient nobody asked for is skipped.
     """
-    tile = tile_size(inputs.shape[1])
-    tiles = inputs.shape[1] // tile
 
-    def cut(i: Array | int) -> Array:
+    def __init__(self, trainable: Any, accumulators: Any):
+        self._accumulators, self._structure = jax.tree.flatten(accumulators)
+        leaves = jax.tree.leaves(trainable)
+        self._asked = [i for i, accumulator in enumerate(self._accumulators) if jax_internals.is_asked(accumulator)]
+        self._given = [jax_internals.given_ref(self._accumulators[i]) for i in self._asked]
+        self._totals = [
+            jax.new_ref(jnp.zeros_like(leaves[i])) if ref is None else ref
+            for i, ref in zip(self._asked, self._given, strict=True)
+        ]
+
+    def differentiate(self, function: Callable[..., Any], mine: Any, *arrays: Array) -> tuple[Any, Callable[..., Any]]:
+        """Return `function(mine, *arrays)` and its pullback to [matrices asked for], *arrays."""
+
+        def of_asked(asked: list[Array], *arrays: Array) -> Any:
+            leaves = jax.tree.leaves(mine)
+            for i, leaf in zip(self._asked, asked, strict=True):
+                leaves[i] = leaf
+            return function(jax.tree.unflatten(self._structure, leaves), *arrays)
+
+        return jax.vjp(of_asked, [jax.tree.leaves(mine)[i] for i in self._asked], *arrays)
+
+    def add(self, index: Array, gradients: list[Array]) -> None:
+        """Add one layer's gradients to the totals."""
+        for total, gradient in zip(self._totals, gradients, strict=True):
+            total[index] += gradient
+
+    def deliver(self) -> None:
+        """Hand over the totals that lie in no place of the caller's."""
+        for i, ref, total in zip(self._asked, self._given, self._totals, strict=True):
+            if ref is None:
+                self._accumulators[i].accum(jax.freeze(total))
+
+
+def _layer_state(index: Array, trainable: Any, encoder: Any, frozen: _Frozen, kinds: Any) -> tuple[Any, _LayerState]:
+    """A layer's adapters, and all else that it is made of."""
+    mine, sliced = (jax.tree.map(lambda x: _at(x, index), tree) for tree in (trainable, frozen.sliced))
+    masks = dict(zip(kinds, frozen.masks, strict=True))
+    return mine, _LayerState(index, sliced, frozen.whole, frozen.rope, masks, encoder)
+
+
+class _TiledLayer:
+    """One layer on a whole sequence, of which everything but attention takes a tile at a time."""
+
+    def __init__(self, program: Program, attentions: Any, batch: int, mine: Any, state: _LayerState):
+        self.attentions, self.batch, self.mine, self.state = attentions, batch, mine, state
+        self._layer_at = program.layer_at
+
+    def _layer(self, tile: Array | int, mine: Any) -> tuple[Any, Any]:
+        return self._layer_at(self.state.index, tile, mine, self.state.sliced, self.state.whole)
+
+    # One tile: h [T, D], queries, keys, values and what was attended [T, heads, E].
+
+    def pre_attention(self, i: int, tile: Array, rope: Any, mine: Any, h: Array) -> tuple[Array, ...]:
+        """Queries, keys and values of one tile."""
+        layer, keys = self._layer(tile, mine)
+        rope = None if rope is None else jax.tree.map(lambda x: x[None], rope)
+        return tuple(x[0] for x in layer.pre_attention(i, h[None], rope, keys))
+
+    def post_attention(self, i: int, tile: Array, mine: Any, h: Array, attended: Array) -> Array:
+        """The residual stream of one tile after attention i."""
+        layer, keys = self._layer(tile, mine)
+        return layer.post_attention(i, h[None], attended[None], keys)[0]
+
+    def encoder_keys_values(self, i: int, mine: Any, encoder: Array) -> tuple[Array, Array]:
+        """Keys and values of a cross-attention, of the whole encoder output."""
+        # Tiles are counted from 0: the encoder's dropout has a number that no tile has.
+        layer, keys = self._layer(-1, mine)
+        return layer.encoder_keys_values(i, encoder, keys)
+
+    # All tiles, forward.
+
+    def _rope(self, i: int) -> Any:
+        name = self.attentions[i].rope
+        return None if name is None else self.state.rope[name]
+
+    def queries(self, i: int, inputs: "_Tiles") -> tuple[Array, ...]:
+        """Queries, keys and values [B, S, ...] of attention i from its input."""
+        rope = self._rope(i)
+
+        def one(tile: Array, h: Array, carry: None) -> tuple[None, tuple[Array, ...]]:
+            here = None if rope is None else jax.tree.map(lambda x: _cut(x, tile), rope)
+            return None, self.pre_attention(i, tile, here, self.mine, h)
+
+        _, made = inputs.scan(one, None)
+        seq = inputs.tokens // self.batch
+        made = tuple(x.reshape(self.batch, seq, *x.shape[2:]) for x in made)
+        if self.attentions[i].cross:
+            made = (*made, *self.encoder_keys_values(i, self.mine, self.state.encoder))
+        return made
+
+    def attend(self, i: int, qkv: tuple[Array, ...]) -> tuple[Array, Array]:
+        """Output and row statistics of attention i."""
+        facts = self.attentions[i]
+        with jax.named_scope("attention"):
+            q, k, v = qkv
+            return attention.forward(q, k, v, facts, self.state.masks[facts])
+
+    def advance(self, i: int, h: Array, attended: Array) -> Array:
+        """The residual stream [T, D] after attention i, written over the one before it."""
+        rows = attended.reshape(h.shape[0], *attended.shape[2:])
+
+        def one(tile: Array, out: Array) -> Array:
+            return _write(out, self.post_attention(i, tile, self.mine, _cut(out, tile), _cut(rows, tile)), tile)
+
+        return jax.lax.fori_loop(0, _tiles(h), one, h)
+
+    def forward(self, h: Array) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
+        """The layer's output, and what its attentions returned."""
+        returned = []
+        for i in range(len(self.attentions)):
+            returned.append(self.attend(i, self.queries(i, _Tiles(h[None], 0))))
+            h = self.advance(i, h, returned[-1][0])
+        return h, tuple(returned)
+
+    # Backward.
+
+    def backward(
+        self, inputs: "_Tiles", returned: Any, dh: Array, d_encoder: Array | None, gradients: _Gradients
+    ) -> tuple[Array, Array | None]:
+        """Gradients of the layer's input and of the encoder's output, which is added to; `gradients` is added to."""
+        streams: list[_Tiles] = [inputs]
+        again: list[Any] = [] if returned is None else list(returned)
+        qkv: list[tuple[Array, ...]] = []
+        # All but the last attention's part once more, for the streams between them.
+        for i in range(len(self.attentions)):
+            qkv.append(self.queries(i, streams[i]))
+            if returned is None:
+                again.append(self.attend(i, qkv[i]))
+            if i + 1 < len(self.attentions):
+                streams.append(_Tiles(self.advance(i, streams[i].whole(), again[i][0])[None], 0))
+        for i in reversed(range(len(self.attentions))):
+            dh, d_encoder = self._attention_backward(i, streams[i], qkv[i], again[i], dh, d_encoder, gradients)
+        return dh, d_encoder
+
+    def _attention_backward(
+        self,
+        i: int,
+        inputs: "_Tiles",
+        qkv: tuple[Array, ...],
+        returned: tuple[Array, Array],
+        dh: Array,
+        d_encoder: Array | None,
+        gradients: _Gradients,
+    ) -> tuple[Array, Array | None]:
+        """Gradients of the stream before attention i from that of the stream after it, written over it."""
+        facts, index, rope = self.attentions[i], self.state.index, self._rope(i)
+        attended, _ = returned
+        rows = attended.reshape(dh.shape[0], *attended.shape[2:])
+
+        def after(tile: Array, h: Array, carry: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+            dh, d_rows = carry
+            function = functools.partial(self.post_attention, i, tile)
+            _, vjp = gradients.differentiate(function, self.mine, h, _cut(rows, tile))
+            of_matrices, dh_tile, d_tile = vjp(_cut(dh, tile))
+            gradients.add(index, of_matrices)
+            return (_write(dh, dh_tile, tile), _write(d_rows, d_tile, tile)), None
+
+        (dh, d_rows), _ = inputs.scan(after, (dh, jnp.zeros_like(rows)))
+        d_attended = d_rows.reshape(attended.shape)
+        with jax.named_scope("attention"):
+            q, k, v = qkv
+            d_qkv: tuple[Array, ...] = attention.backward(q, k, v, facts, self.state.masks[facts], returned, d_attended)
+        if facts.cross:
+            function = functools.partial(self.encoder_keys_values, i)
+            _, vjp = gradients.differentiate(function, self.mine, self.state.encoder)
+            of_matrices, more = vjp(d_qkv[1:])
+            gradients.add(index, of_matrices)
+            d_encoder = more.astype(jnp.float32) if d_encoder is None else d_encoder + more.astype(jnp.float32)
+            d_qkv = d_qkv[:1]
+        d_qkv = tuple(x.reshape(dh.shape[0], *x.shape[2:]) for x in d_qkv)
+
+        def before(tile: Array, h: Array, dh: Array) -> tuple[Array, None]:
+            here = None if rope is None else jax.tree.map(lambda x: _cut(x, tile), rope)
+            function = functools.partial(self.pre_attention, i, tile, here)
+            _, vjp = gradients.differentiate(function, self.mine, h)
+            of_matrices, dh_tile = vjp(tuple(_cut(x, tile) for x in d_qkv))
+            gradients.add(index, of_matrices)
+            return _write(dh, _cut(dh, tile) + dh_tile, tile), None
+
+        return inputs.scan(before, dh)[0], d_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """inputs[index] of [L, T, D], tile by tile, wherever it lies."""
+
+    inputs: Array
+    index: Array | int
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.inputs.shape[1]
+
+    @property
+    def on_host(self) -> bool:
+        """True where the inputs lie in host memory."""
+        return jax.typeof(self.inputs).memory_space == jax.memory.Space.Host
+
+    def whole(self) -> Array:
+        """All tiles, on the device."""
+        return jax.device_put(_at(self.inputs, self.index), jax.memory.Space.Device)
+
+    def tile(self, i: Array | int) -> Array:
+        """Tile i, on the device."""
+        size = tile_size(self.tokens)
         # One slice: two would copy a whole layer within the host's memory.
-        cut = jax.lax.dynamic_slice(inputs, (layer, i * tile, 0), (1, tile, inputs.shape[2]))
-        return jax.device_put(cut, jax.memory.Space.Device)[0] if on_host else cut[0]
+        cut = jax.lax.dynamic_slice(self.inputs, (self.index, i * size, 0), (1, size, self.inputs.shape[2]))
+        return jax.device_put(cut, jax.memory.Space.Device)[0] if self.on_host else cut[0]
 
-    on_host = jax.typeof(inputs).memory_space == jax.memory.Space.Host
-    if not on_host:
-        return jax.lax.scan(lambda carry, i: body(i, cut(i), carry), carry, jnp.arange(tiles))
+    def scan(self, body: Callable[[Array, Array, Any], tuple[Any, Any]], carry: Any) -> tuple[Any, Any]:
+        """Scan body(i, tile i, carry) -> (carry, result) over the tiles.
 
-    def step(state: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Any]:
-        h, carry = state
-        coming = cut(jnp.minimum(i + 1, tiles - 1))
-        carry, result = body(i, h, carry)
-        return (coming, carry), result
+        From host memory the next tile comes while this one is worked on.
+        """
+        tiles = self.tokens // tile_size(self.tokens)
+        if not self.on_host:
+            return jax.lax.scan(lambda carry, i: body(i, self.tile(i), carry), carry, jnp.arange(tiles))
 
-    (_, carry), results = jax.lax.scan(step, (cut(0), carry), jnp.arange(tiles))
-    return carry, results
+        def step(state: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Any]:
+            h, carry = state
+            coming = self.tile(jnp.minimum(i + 1, tiles - 1))
+            carry, result = body(i, h, carry)
+            return (coming, carry), result
+
+        (_, carry), results = jax.lax.scan(step, (self.tile(0), carry), jnp.arange(tiles))
+        return carry, results
 
 
-def _depth(trainable: Any) -> int:
-    return jax.tree.leaves(trainable)[0].shape[0]
-
-
-def _at(x: Array, layer: Array) -> Array:
+def _at(x: Array, layer: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
 
 

@@ -1,4 +1,4 @@
-"""What the backward pass of a layer finds in memory, and what it computes again."""
+"""Rematerialisation policies: what the backward pass of a layer finds in memory, and what it computes again."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -35,7 +35,13 @@ none: the outputs of its linears and of attention are kept. Scores and elementwi
 """
 
 
-def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`body`, the body of a scan over layers, with a policy of `POLICIES`."""
-    # prevent_cse is for code outside a scan; inside it only blocks fusion.
-    return jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])
+def rematerialised(body: Callable[..., Any], remat: Remat, prevent_cse: bool = False) -> Callable[..., Any]:
+    """Apply a policy of `POLICIES` to a layer.
+
+    Args:
+        body: the layer.
+        remat: name of the policy.
+        prevent_cse: keep XLA from merging the recomputation with the forward pass. Needed where both stand in one
+            computation; in the body of a loop they do not, and there it only blocks fusion.
+    """
+    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=POLICIES[remat])

@@ -56,14 +56,22 @@ class RotaryConfig:
     parameters: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> "RotaryConfig":
+    def from_hf(cls, config: Mapping[str, Any], head_dim: int, max_positions: int | None = None) -> "RotaryConfig":
         """Read a Hugging Face config: `rope_parameters` (transformers 5), or `rope_theta` + `rope_scaling` (before).
+
+        Args:
+            config: contents of config.json.
+            head_dim: width of a head.
+            max_positions: the model's context length; by default `config`'s `max_position_embeddings`.
 
         Raises:
             UserError: an unknown scaling, or a field of it that is unknown or missing; names the field.
         """
         source = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        values = dict(config.get(source) or {})
+        values = config.get(source) or {}
+        if not isinstance(values, Mapping):
+            raise UserError(f"config.json: {source} must be an object, not {values!r}.")
+        values = dict(values)
         theta = values.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         legacy, kind = values.pop("type", None), values.pop("rope_type", None)
         kind = kind or legacy or "default"
@@ -79,7 +87,7 @@ class RotaryConfig:
             raise UserError(f"config.json: {source}.{min(unknown)} is not supported for rope_type {kind!r}.")
         if missing:
             raise UserError(f"config.json: {source}.{min(missing)} is missing; rope_type {kind!r} needs it.")
-        max_positions = int(config.get("max_position_embeddings") or 2048)
+        max_positions = int(max_positions or config.get("max_position_embeddings") or 2048)
         if kind in ("llama3", "yarn"):
             values["original_max_position_embeddings"] = (
                 config.get("original_max_position_embeddings")

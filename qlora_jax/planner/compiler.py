@@ -243,7 +243,8 @@ def _least_work(
     """
     accumulated, rows, length = shape
     products = _products_of_a_micro_batch(config, model_config, length)
-    visible = causal_fraction(length, models.model_config(model_config).sliding_window)
+    attentions = models.model_config(model_config).attentions
+    visible = sum(causal_fraction(length, facts.window) for facts in attentions) / len(attentions)
     weights = _passes(config) * (memory.base.linears + memory.adapters) + memory.base.head
     state = memory.optimizer_device + memory.optimizer_host
     return StepCost(

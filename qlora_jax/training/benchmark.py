@@ -126,7 +126,7 @@ def time_step(
     frozen = random_base(frozen)
     defaults = TrainConfig()
     optimizer = make_optimizer(defaults, steps, lora, dtype=dtype, limit=device_limit(jax.devices()[0]))
-    state = TrainState.create(models.init_lora(lora, jax.random.key(0)), optimizer)
+    state = TrainState.create(models.initialize(lora, jax.random.key(0)), optimizer)
     step_config = StepConfig(remat=remat, max_grad_norm=defaults.max_grad_norm)
     train_step = make_train_step(graphdef, optimizer, step_config)
     shape = (1, workload.batch, workload.sequence)

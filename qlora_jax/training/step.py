@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.device_memory import PINNED_LIMIT_VARIABLE, ProgramMemory, pinned_limit
 from qlora_jax.errors import UserError
-from qlora_jax.nn.linear import GradientSlot
 from qlora_jax.nn.remat import Remat
+from qlora_jax.nn.variables import GradientSlot
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
 from qlora_jax.optimizers.paged import ChunkState
 from qlora_jax.training.config import StepConfig

@@ -135,7 +135,7 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
     adapters = setup.find_adapters(config, base.config)
     declared = setup.declare_model(config, base.config, adapters.config, dtype)
     if adapters.tensors is None:
-        lora = models.init_lora(declared.lora, jax.random.key(config.seed))
+        lora = models.initialize(declared.lora, jax.random.key(config.seed))
     else:
         logger.info(
             "adapter %s: rank %d, alpha %g, on %s (its own, not those of the configuration)",

@@ -11,7 +11,8 @@ from fixtures import tiny_model
 
 from qlora_jax import models
 from qlora_jax.errors import UserError
-from qlora_jax.nn.linear import Frozen, LoRAParam, QLoRAConfig
+from qlora_jax.nn.linear import QLoRAConfig
+from qlora_jax.nn.variables import Frozen, LoRAParam
 from qlora_jax.quantization import QuantizationConfig
 
 VARIANTS = json.loads((tiny_model.GOLDEN / "llama_variants.json").read_text())
@@ -104,7 +105,7 @@ def test_lora_modules(selection, names):
 
 
 def test_unknown_lora_module():
-    with pytest.raises(UserError, match="--lora_modules 'q_proj,lm_head': 'lm_head' is not a linear"):
+    with pytest.raises(UserError, match="lora_modules 'q_proj,lm_head': 'lm_head' is not a linear"):
         tiny_model.build(modules="q_proj,lm_head")
 
 

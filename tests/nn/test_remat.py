@@ -88,16 +88,16 @@ class TestAttention:
         return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes.values())]
 
     @pytest.mark.parametrize("groups", [1, 2, 4])
-    @pytest.mark.parametrize("window", [None, (5, 0)])
+    @pytest.mark.parametrize("window", [None, 6])
     @pytest.mark.parametrize("masked", [False, True])
     def test_groups(self, groups, window, masked, monkeypatch):
         q, k, v, d = self.arrays()
+        facts = attention.Attention(window=window, scale=0.3)
         segments = jnp.asarray([[1] * 10 + [2] * 14, [1] * 24])
-        mask = (segments[:, None, :, None] == segments[:, None, None, :]) & jnp.tril(jnp.ones((24, 24), bool))
-        mask = mask if masked else None
-        want, want_vjp = jax.vjp(lambda *qkv: attention.attend_xla(*qkv, mask, window), q, k, v)
+        mask = attention.segment_mask(facts, segments) if masked else None
+        want, want_vjp = jax.vjp(lambda *qkv: attention.attend_xla(*qkv, facts, mask), q, k, v)
         monkeypatch.setattr(attention, "head_groups", lambda *_: groups)
-        got, got_vjp = jax.vjp(lambda *qkv: attention._attend(window, *qkv, mask), q, k, v)
+        got, got_vjp = jax.vjp(lambda *qkv: attention._attend(facts, *qkv, mask), q, k, v)
         np.testing.assert_allclose(got, want, atol=1e-6)
         for a, b in zip(got_vjp(d), want_vjp(d), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)

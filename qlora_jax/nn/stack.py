@@ -1,0 +1,448 @@
+"""Stacks of layers: the only code that scans, rematerialises, tiles, caches, and takes a layer's weights.
+
+A model declares its layers once, every leaf with a leading axis of all layers; `Stack` says which attentions each layer
+has. Layers that repeat in a pattern (Gemma 3: five local, one global) are scanned period by period, so that compile
+time does not grow with depth; what does not repeat is written out. Long sequences go through
+`qlora_jax.nn.long_sequence`, the second executor of the same layers.
+"""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax import kernels
+from qlora_jax.nn import long_sequence
+from qlora_jax.nn.attention import Attention, attend, attend_xla, segment_mask
+from qlora_jax.nn.remat import LAYER_INPUT, Remat, rematerialised
+from qlora_jax.nn.variables import Trainable
+from qlora_jax.quantization import QuantizedTensor
+from qlora_jax.sharding import REPLICATED, ShardingRules, gathered
+
+Rope = tuple[Array, Array]
+"""Cosines and sines of a rotary table, each [B, S, half]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutKeys:
+    """Dropout keys of one layer: `keys("q_proj")`; None for no dropout.
+
+    Each is folded from its name: adding one linear to a layer changes the masks of no other.
+    """
+
+    key: Array | None = None
+
+    def __call__(self, name: str) -> Array | None:
+        """Key of the linear called `name`."""
+        return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+
+
+class Layer(Protocol):
+    """The part that a family writes: functions of single tokens around its attentions.
+
+    The arrays have leading axes [B, S], which may be a tile of a longer sequence: nothing here may look from one token
+    to another, which is what the attentions are for.
+    """
+
+    def pre_attention(self, i: int, h: Array, rope: Rope | None, keys: DropoutKeys) -> tuple[Array, ...]:
+        """Queries [B, S, H, E], keys and values [B, S, K, E] of attention i; of a cross-attention, queries alone."""
+        ...
+
+    def post_attention(self, i: int, h: Array, attended: Array, keys: DropoutKeys) -> Array:
+        """The residual stream [B, S, D] after attention i; after the last one the MLP too."""
+        ...
+
+
+class CrossLayer(Layer, Protocol):
+    """A layer with cross-attention."""
+
+    def encoder_keys_values(self, i: int, encoder: Array, keys: DropoutKeys) -> tuple[Array, Array]:
+        """Keys and values [B, T, K, E] of cross-attention i from an encoder's output [B, T, D]."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Inputs of all layers beside the residual stream.
+
+    Attributes:
+        rope: rotary tables by name, see `Attention.rope`.
+        segment_ids: int32 [B, S], document of each token in a packed row (0: padding); None where every row is one
+            document, padded on the right if at all, and causality alone hides the padding.
+        encoder: an encoder's output [B, T, D], for cross-attention.
+        encoder_segment_ids: int32 [B, T], its documents.
+    """
+
+    rope: dict[str, Rope]
+    segment_ids: Any = None
+    encoder: Any = None
+    encoder_segment_ids: Any = None
+
+    def rope_of(self, facts: Attention) -> Rope | None:
+        """Rotary table of an attention."""
+        return None if facts.rope is None else self.rope[facts.rope]
+
+    def mask(self, facts: Attention) -> Bool[Array, "B 1 S T"] | None:
+        """Mask of an attention; None where `facts` alone say what is seen."""
+        if self.segment_ids is None or (facts.cross and self.encoder_segment_ids is None):
+            return None
+        return segment_mask(facts, self.segment_ids, self.encoder_segment_ids if facts.cross else None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far.
+
+    Self-attentions that see the same number of tokens share a pair of arrays; with a window W those have W slots, and
+    the token in slot s of all is written to slot s mod W. Every row writes the same slot: prompts are padded on the
+    left.
+
+    Attributes:
+        keys, values: one array [attentions, B, slots, K, E] for each window of the stack, in order of first use.
+        valid: bool [B, T], False for padding and for slots not written yet.
+        length: int32 [], slots written.
+    """
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    valid: Any
+    length: Any
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a row that there is room for."""
+        return self.valid.shape[1]
+
+
+class Segment(NamedTuple):
+    """Layers start, start + 1, ...: `pattern` of attentions, repeated."""
+
+    start: int
+    pattern: tuple[tuple[Attention, ...], ...]
+    repeats: int
+
+
+@functools.lru_cache
+def segments_of(layers: tuple[tuple[Attention, ...], ...]) -> tuple[Segment, ...]:
+    """Cut layers into repeated patterns, so that as few as possible are written out, in as few segments."""
+    n = len(layers)
+    # best[i]: (layers written out, segments, the segments) of layers[i:].
+    best: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())] * (n + 1)
+    for start in range(n - 1, -1, -1):
+        options = []
+        for period in range(1, n - start + 1):
+            pattern, repeats = layers[start : start + period], 1
+            while layers[start + repeats * period : start + (repeats + 1) * period] == pattern:
+                repeats += 1
+            for times in {repeats, 1}:
+                written, segments, rest = best[start + times * period]
+                options.append((written + period, segments + 1, (Segment(start, pattern, times), *rest)))
+        best[start] = min(options, key=lambda option: (*option[:2], -len(option[2][0].pattern) * option[2][0].repeats))
+    return best[0][2]
+
+
+def split_stacks(layers: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """(quantised weights, all the rest) of a state with leading layer axes.
+
+    A scan over layers slices the rest but only indexes the weights (`layer_of`): they are too large to be copied.
+    """
+
+    def quantized(path: Any, variable: nnx.Variable) -> bool:
+        return isinstance(variable.get_value(), QuantizedTensor)
+
+    stacks, rest = nnx.split_state(layers, quantized, ...)
+    return stacks, rest
+
+
+def layer_of(stacks: nnx.State, layer: Array | int, rules: ShardingRules = REPLICATED) -> nnx.State:
+    """Return the quantised weights of one layer: still inside their stacks or, where those are cut, gathered."""
+
+    def weight(stack: QuantizedTensor) -> Any:
+        one = kernels.StackedWeight(stack, layer)
+        return one if rules.rows is None else gathered(one.take(), rules.rows)
+
+    return nnx.from_flat_state(
+        [(path, variable.replace(weight(variable.get_value()))) for path, variable in nnx.to_flat_state(stacks)]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Executes layers one after the other.
+
+    Attributes:
+        layers: attentions of each layer, in order: (self,) or (self, cross).
+        rules: how the layers' weights are cut over a mesh of devices.
+    """
+
+    layers: tuple[tuple[Attention, ...], ...]
+    rules: ShardingRules = REPLICATED
+
+    def __post_init__(self) -> None:
+        """Check the layers."""
+        if not all(self.layers):
+            raise ValueError("Every layer needs an attention.")
+
+    @classmethod
+    def of(cls, attentions: Sequence[Attention], rules: ShardingRules = REPLICATED) -> "Stack":
+        """Layers with one attention each."""
+        return cls(tuple((facts,) for facts in attentions), rules)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The repeated patterns that the layers fall into."""
+        return segments_of(self.layers)
+
+    @property
+    def kinds(self) -> tuple[Attention, ...]:
+        """Every different attention, in order of first use."""
+        return tuple(dict.fromkeys(itertools.chain(*self.layers)))
+
+    def __call__(
+        self,
+        layers: nnx.Module,
+        h: Float[Array, "B S D"],
+        ctx: Context,
+        *,
+        remat: Remat = "none",
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Apply all layers.
+
+        Args:
+            layers: the layers' module, every leaf with a leading axis of layers; see `Layer`.
+            h: residual stream.
+            ctx: what all layers see.
+            remat: what of a layer is kept for the backward pass, see `qlora_jax.nn.remat`. With any policy but `none`,
+                long sequences pass through all but attention by tiles (`qlora_jax.nn.long_sequence`).
+            dropout_key: key for adapter dropout, or None for none.
+        """
+        n_layers = len(self.layers)
+        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
+        masks = {facts: ctx.mask(facts) for facts in self.kinds}
+        tokens = h.shape[0] * h.shape[1]
+        if remat != "none" and long_sequence.tile_size(tokens) < tokens:
+            return self._by_tiles(layers, h, ctx, masks, layer_keys, remat)
+
+        graphdef, state = nnx.split(layers)
+        stacks, sliced = split_stacks(state)
+
+        def apply(attentions: tuple[Attention, ...], h: Array, index: Array | int, xs: Any) -> Array:
+            own, key = xs
+            layer = nnx.merge(graphdef, own, layer_of(stacks, index, self.rules))
+            return _apply(layer, attentions, checkpoint_name(h, LAYER_INPUT), ctx, masks, DropoutKeys(key))
+
+        for segment in self.segments:
+            start, pattern, repeats = segment
+            # XLA may see a layer's forward pass beside its recomputation where a loop has one turn or many layers.
+            shared = repeats == 1 or len(pattern) > 1
+            bodies = [rematerialised(functools.partial(apply, attentions), remat, shared) for attentions in pattern]
+            mine = _cut(((sliced, layer_keys)), start, len(pattern), repeats, n_layers)
+
+            def period(h: Array, xs: Any, bodies: Any = bodies) -> tuple[Array, None]:
+                first, mine = xs
+                for j, body in enumerate(bodies):
+                    h = body(h, first + j, mine if len(bodies) == 1 else jax.tree.map(lambda x, j=j: x[j], mine))
+                return h, None
+
+            indices = start + len(pattern) * jnp.arange(repeats)
+            h, _ = jax.lax.scan(period, h, (indices, mine))
+        return h
+
+    def _by_tiles(
+        self,
+        layers: nnx.Module,
+        h: Float[Array, "B S D"],
+        ctx: Context,
+        masks: dict[Attention, Array | None],
+        layer_keys: Array | None,
+        remat: Remat,
+    ) -> Float[Array, "B S D"]:
+        graphdef, *states = nnx.split(layers, Trainable, ...)
+        trainable, frozen = states
+        stacks, sliced = split_stacks(frozen)
+
+        def layer_at(index: Array, tile: Array | int, trainable: Any, sliced: Any, stacks: Any) -> tuple[Any, Any]:
+            own, key = sliced
+            keys = DropoutKeys(None if key is None else jax.random.fold_in(key, tile))
+            return nnx.merge(graphdef, trainable, own, layer_of(stacks, index, self.rules)), keys
+
+        return long_sequence.run(
+            long_sequence.Program(layer_at, self.segments, remat),
+            trainable,
+            (sliced, layer_keys),
+            stacks,
+            ctx,
+            masks,
+            h,
+        )
+
+    def abstract_cache(self, batch: int, capacity: int, heads: tuple[int, int], dtype: Any) -> Cache:
+        """Shapes of an empty cache: room for `capacity` tokens a row, `heads` = (kv heads, head width)."""
+
+        def array(window: int, attentions: int) -> Any:
+            kv_heads, head_dim = heads
+            return jax.ShapeDtypeStruct((attentions, batch, window, kv_heads, head_dim), dtype)
+
+        arrays = tuple(array(min(window, capacity), len(places)) for window, places in self._windows(capacity).items())
+        return Cache(
+            arrays,
+            arrays,
+            jax.ShapeDtypeStruct((batch, capacity), jnp.bool_),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+
+    def empty_cache(self, batch: int, capacity: int, heads: tuple[int, int], dtype: Any) -> Cache:
+        """Return a cache without tokens, see `abstract_cache`."""
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_cache(batch, capacity, heads, dtype)
+        )
+
+    def _windows(self, capacity: int) -> dict[int, list[tuple[int, int]]]:
+        """Slots -> the (layer, attention) pairs whose keys and values have so many, in order."""
+        windows: dict[int, list[tuple[int, int]]] = {}
+        for layer, attentions in enumerate(self.layers):
+            for i, facts in enumerate(attentions):
+                if not facts.cross:
+                    windows.setdefault(min(facts.window or capacity, capacity), []).append((layer, i))
+        return windows
+
+    def decode(
+        self,
+        layers: nnx.Module,
+        h: Float[Array, "B S D"],
+        ctx: Context,
+        cache: Cache,
+        valid: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Apply all layers to new tokens after those in the cache, which is returned with them.
+
+        Args:
+            layers: as for `__call__`.
+            h: residual stream of the new tokens.
+            ctx: rotary tables of the new tokens, and the encoder's output.
+            cache: the tokens before them; there must be room.
+            valid: False for padding.
+        """
+        seq, start = h.shape[1], cache.length
+        seen = jax.lax.dynamic_update_slice(cache.valid, valid, (0, start))
+        windows = self._windows(cache.capacity)
+        places = {pair: (group, n) for group, pairs in enumerate(windows.values()) for n, pair in enumerate(pairs)}
+        graphdef, state = nnx.split(layers)
+        stacks, sliced = split_stacks(state)
+
+        def period(carry: Any, xs: Any, segment: Segment) -> tuple[Any, None]:
+            (h, arrays), (repeat, mine) = carry, xs
+            first, pattern, _ = segment
+            for j, attentions in enumerate(pattern):
+                own = mine if len(pattern) == 1 else jax.tree.map(lambda x, j=j: x[j], mine)
+                layer: Any = nnx.merge(graphdef, own, layer_of(stacks, first + repeat * len(pattern) + j, self.rules))
+                for i, facts in enumerate(attentions):
+                    qkv = layer.pre_attention(i, h, ctx.rope_of(facts), DropoutKeys())
+                    if facts.cross:
+                        k, v = layer.encoder_keys_values(i, ctx.encoder, DropoutKeys())
+                        attended = attend(qkv[0], k, v, facts, ctx.mask(facts))
+                    else:
+                        group, here = places[first + j, i]
+                        # From one period to the next, a place moves by the attentions of its window in a period.
+                        _, further = places.get((first + len(pattern) + j, i), (group, here))
+                        arrays[group], attended = _attend_cached(
+                            qkv, facts, seen, arrays[group], (here + repeat * (further - here), start)
+                        )
+                    h = layer.post_attention(i, h, attended, DropoutKeys())
+            return (h, arrays), None
+
+        carry = (h, list(zip(cache.keys, cache.values, strict=True)))
+        for segment in self.segments:
+            mine = _cut(sliced, segment.start, len(segment.pattern), segment.repeats, len(self.layers))
+            body = functools.partial(period, segment=segment)
+            carry, _ = jax.lax.scan(body, carry, (jnp.arange(segment.repeats), mine))
+        h, arrays = carry
+        keys, values = zip(*arrays, strict=True) if arrays else ((), ())
+        return h, Cache(keys, values, seen, start + seq)
+
+
+def _apply(
+    layer: Any,
+    attentions: tuple[Attention, ...],
+    h: Array,
+    ctx: Context,
+    masks: dict[Attention, Array | None],
+    keys: DropoutKeys,
+) -> Array:
+    """One layer."""
+    for i, facts in enumerate(attentions):
+        qkv = layer.pre_attention(i, h, ctx.rope_of(facts), keys)
+        q, k, v = (*qkv, *layer.encoder_keys_values(i, ctx.encoder, keys)) if facts.cross else qkv
+        h = layer.post_attention(i, h, attend(q, k, v, facts, masks[facts]), keys)
+    return h
+
+
+def _cut(tree: Any, start: int, period: int, repeats: int, n_layers: int) -> Any:
+    """Leaves of layers start ... as a scan takes them: [repeats, ...] where the period is one layer, else
+    [repeats, period, ...].
+    """
+
+    def leaf(x: Array) -> Array:
+        x = x if period * repeats == n_layers else x[start : start + period * repeats]
+        return x if period == 1 else x.reshape(repeats, period, *x.shape[1:])
+
+    return jax.tree.map(leaf, tree)
+
+
+def _attend_cached(
+    qkv: tuple[Array, ...],
+    facts: Attention,
+    seen: Bool[Array, "B T"],
+    arrays: tuple[Array, Array],
+    place: tuple[Array | int, Int[Array, ""]],
+) -> tuple[tuple[Array, Array], Float[Array, "B S H E"]]:
+    """Attend over cached tokens and new ones, whose keys and values are written into the cache.
+
+    Args:
+        qkv: queries [B, S, H, E], keys and values [B, S, K, E] of the new tokens.
+        facts: of the attention.
+        seen: False for padding, and for slots that hold no token yet.
+        arrays: keys and values of all attentions with this window, so that a loop over layers writes them in place.
+        place: (which of them, slots written before).
+    """
+    (q, *kv), (which, start) = qkv, place
+    seq, slots, capacity = q.shape[1], arrays[0].shape[2], seen.shape[1]
+    queries = start + jnp.arange(seq)
+    ring = slots < capacity
+    if not ring or seq == 1:
+        first = start % slots if ring else start
+        written = tuple(
+            jax.lax.dynamic_update_slice(a, x[None].astype(a.dtype), (which, 0, first, 0, 0))
+            for a, x in zip(arrays, kv, strict=True)
+        )
+        k, v = (jax.lax.dynamic_index_in_dim(a, which, keepdims=False) for a in written)
+        # Token in each slot: in a ring, the last one that was written there.
+        at = jnp.arange(slots)
+        at = start - (start - at) % slots if ring else at
+    else:
+        old = [jax.lax.dynamic_index_in_dim(a, which, keepdims=False) for a in arrays]
+        before = start - 1
+        at = jnp.concatenate([before - (before - jnp.arange(slots)) % slots, queries])
+        k, v = (jnp.concatenate([a, x.astype(a.dtype)], axis=1) for a, x in zip(old, kv, strict=True))
+        # The last tokens stay, each in its slot.
+        kept = min(seq, slots)
+        where = (start + seq - kept + jnp.arange(kept)) % slots
+        written = tuple(
+            jax.lax.dynamic_update_slice(a, b.at[:, where].set(x[:, -kept:].astype(a.dtype))[None], (which, 0, 0, 0, 0))
+            for a, b, x in zip(arrays, old, kv, strict=True)
+        )
+    mask = facts.visible(queries, at) & (at >= 0)
+    mask = mask[None, None] & jnp.take(seen, jnp.maximum(at, 0), axis=1)[:, None, None, :]
+    # The mask may hide everything from a padded query, and one token a step leaves no scores to save.
+    return (written[0], written[1]), attend_xla(q, k, v, facts, mask)

@@ -1,0 +1,90 @@
+"""Logical axes of tensors -> axes of a mesh of devices: one declaration yields shapes, dtypes and shardings.
+
+Every frozen or trained variable names its logical axes (`qlora_jax.nn.variables`); `ShardingRules` say over which mesh
+axis each is cut. Placing, planning, restoring and the step read the same rules. A weight that is cut is gathered where
+a layer takes it (`qlora_jax.nn.stack`), as packed bytes: a row-major weight's rows are contiguous in its codes, so that
+a cut through the bytes is a cut through the rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qlora_jax.quantization import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axis of each logical axis; None for whole on every device.
+
+    Attributes:
+        batch: rows of a batch.
+        rows: rows (outputs) of quantised linear weights.
+        vocabulary: rows of embedding and head.
+    """
+
+    batch: str | None = "data"
+    rows: str | None = None
+    vocabulary: str | None = None
+
+    def mesh_axis(self, logical: str | None) -> str | None:
+        """Mesh axis of a logical one; those without a rule are whole everywhere."""
+        return getattr(self, logical, None) if logical is not None else None
+
+    def batch_spec(self, dims: int = 2) -> PartitionSpec:
+        """Of a batch's arrays: the second of three axes [A, B, S], or the first of two [B, S]."""
+        return PartitionSpec(*(None,) * (dims - 2), self.batch)
+
+
+REPLICATED = ShardingRules()
+"""Sequences are split over the devices; weights and adapters are whole on each."""
+
+
+def specs(state: nnx.State, rules: ShardingRules) -> nnx.State:
+    """`state` with a PartitionSpec in place of every array, by the axes its variables declare."""
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        axes = [rules.mesh_axis(axis) for axis in variable.get_metadata("axes")]
+        flat.append((path, variable.replace(_specs_of(variable.get_value(), axes))))
+    return nnx.from_flat_state(flat)
+
+
+def shardings(state: nnx.State, mesh: jax.sharding.Mesh, rules: ShardingRules) -> nnx.State:
+    """`state` with a NamedSharding in place of every array."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(state, rules))
+
+
+def place(state: nnx.State, mesh: jax.sharding.Mesh, rules: ShardingRules) -> nnx.State:
+    """The arrays of `state` on the devices of a mesh."""
+    return jax.device_put(state, shardings(state, mesh, rules))
+
+
+def _specs_of(value: Any, axes: list[str | None]) -> Any:
+    if not isinstance(value, QuantizedTensor):
+        return jax.tree.map(lambda leaf: PartitionSpec(*axes), value)
+    stack, rows = len(value.stack_shape), axes[-2]
+    # Codes and scales are cut as rows are; scales of scales run across rows and are small.
+    cut, whole = PartitionSpec(*axes[:stack], rows), PartitionSpec()
+    return dataclasses.replace(
+        value,
+        codes=cut,
+        absmax=cut,
+        nested_absmax=None if value.nested_absmax is None else whole,
+        offset=None if value.offset is None else whole,
+    )
+
+
+def gathered(weight: QuantizedTensor, mesh_axis: str | None) -> QuantizedTensor:
+    """One whole weight from this device's rows of it; itself where it is whole already.
+
+    Packed bytes travel, and nothing is decoded.
+    """
+    rows = weight.shape[0]
+    whole = rows if weight.quant_type == "int8" else -(-weight.n_elements // 2)
+    if mesh_axis is None or weight.codes.shape[0] == whole:
+        return weight
+    codes, absmax = (jax.lax.all_gather(x, mesh_axis, tiled=True) for x in (weight.codes, weight.absmax))
+    return dataclasses.replace(weight, codes=codes, absmax=absmax)
