@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from qlora_jax.errors import UserError
-from qlora_jax.models import llama
+from qlora_jax.models import gemma3, llama, qwen2, qwen3
 from qlora_jax.models.common import (
     TensorSpec,
     fill_base,
@@ -46,7 +46,7 @@ __all__ = [
     "unflatten_like",
 ]
 
-_FAMILIES = (llama.FAMILY,)
+_FAMILIES = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gemma3.FAMILY)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {architecture: family for family in _FAMILIES for architecture in family.architectures}

@@ -1,0 +1,175 @@
+"""Gemma 3 (Kamath et al. 2025), its text part: norms around both halves of a layer, local and global attention."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from qlora_jax.errors import UserError
+from qlora_jax.models.decoder import (
+    LORA_GROUPS,
+    DecoderConfig,
+    DecoderLM,
+    decoder_names,
+    head_norm_names,
+    ignored_tensors,
+    in_layer,
+    shared_fields,
+)
+from qlora_jax.models.family import GGUF, Family, Name
+from qlora_jax.models.hf_config import decoder_fields
+from qlora_jax.models.layer_types import attentions_of
+from qlora_jax.nn.blocks import AttentionProjections, GatedMLP, Keys
+from qlora_jax.nn.linear import QLoRAConfig
+from qlora_jax.nn.norms import RMSNorm
+from qlora_jax.nn.rotary import RotaryConfig
+
+_CONDITIONAL = "Gemma3ForConditionalGeneration"
+_READ = frozenset((
+    "layer_types", "query_pre_attn_scalar", "rope_local_base_freq", "sliding_window", "sliding_window_pattern",
+    "_sliding_window_pattern",
+))  # fmt: skip
+_NEUTRAL = {
+    "attention_bias": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+    "use_bidirectional_attention": (False, None),
+}
+# Fields beside the text part's, none of which concerns it.
+_OUTER = frozenset((
+    "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id", "boi_token_id", "eoi_token_id",
+    "mm_tokens_per_image", "vision_config", "text_config",
+))  # fmt: skip
+_ROPE_OF = {"sliding_attention": "local", "full_attention": "global"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma3Config(DecoderConfig):
+    """A Gemma 3 text model; `conditional`: it is the text part of one that sees images too."""
+
+    conditional: bool = False
+
+
+def read_config(config: Mapping[str, Any]) -> Gemma3Config:
+    """Read config.json; UserError names a field that is missing, unknown or not implemented."""
+    conditional = (config.get("architectures") or [""])[0] == _CONDITIONAL
+    text = config
+    if conditional:
+        text = config.get("text_config") or {}
+        if not isinstance(text, Mapping):
+            raise UserError("config.json: text_config must be an object.")
+        outer = {name: value for name, value in config.items() if name not in _OUTER}
+        decoder_fields({**text, **outer}, "Gemma3TextConfig", read=_READ, neutral=_NEUTRAL)
+    fields = decoder_fields(text, "Gemma3TextConfig", read=_READ, neutral=_NEUTRAL)
+    if not fields["query_pre_attn_scalar"] > 0:
+        raise UserError(f"config.json: query_pre_attn_scalar {fields['query_pre_attn_scalar']!r} must be positive.")
+    return Gemma3Config(
+        **{**shared_fields({"eos_token_id": text.get("eos_token_id"), **config}, fields), "source": config},
+        attentions=attentions_of(fields, scale=fields["query_pre_attn_scalar"] ** -0.5, ropes=_ROPE_OF),
+        rotary=_rotary(text, fields),
+        conditional=conditional,
+    )
+
+
+def _rotary(text: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[tuple[str, RotaryConfig], ...]:
+    """The two tables; a scaling stretches the global one only."""
+    nested = text.get("rope_parameters") or {}
+    by_type = {kind: nested.get(kind) for kind in _ROPE_OF}
+    if nested and not all(by_type.values()):
+        raise UserError("config.json: rope_parameters must have sliding_attention and full_attention.")
+    if not nested:
+        by_type["sliding_attention"] = {"rope_theta": text.get("rope_local_base_freq") or 1e4}
+        by_type["full_attention"] = {
+            **(text.get("rope_scaling") or {}),
+            "rope_theta": text.get("rope_theta") or 1e6,
+        }
+
+    def table(parameters: Any) -> RotaryConfig:
+        return RotaryConfig.from_hf(
+            {"rope_parameters": parameters}, fields["head_dim"], fields["max_position_embeddings"]
+        )
+
+    return tuple((_ROPE_OF[kind], table(parameters)) for kind, parameters in by_type.items())
+
+
+class Gemma3Layer(nnx.Module):
+    """Attention and a gated MLP, each between two norms (1 + weight); queries and keys are normed by head."""
+
+    def __init__(self, config: Gemma3Config, qlora: QLoRAConfig, stack: tuple[int, ...]):
+        def norm(features: int) -> RMSNorm:
+            return RMSNorm(features, eps=config.rms_norm_eps, offset=1.0, stack=stack)
+
+        hidden = config.hidden_size
+        gelu = functools.partial(jax.nn.gelu, approximate=True)
+        self.input_layernorm = norm(hidden)
+        self.self_attn = AttentionProjections(hidden, config.heads, qlora, stack, head_norm=norm)
+        self.post_attention_layernorm = norm(hidden)
+        self.pre_feedforward_layernorm = norm(hidden)
+        self.mlp = GatedMLP(hidden, config.intermediate_size, gelu, qlora, stack)
+        self.post_feedforward_layernorm = norm(hidden)
+
+    def pre_attention(self, i: int, h: Array, rope: tuple[Array, Array] | None, keys: Keys) -> tuple[Array, ...]:
+        """Queries, keys and values."""
+        return self.self_attn.project(self.input_layernorm(h), rope, keys)
+
+    def post_attention(self, i: int, h: Array, attended: Array, keys: Keys) -> Array:
+        """Residual attention, then residual MLP."""
+        h = h + self.post_attention_layernorm(self.self_attn.output(attended, keys))
+        return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h), keys))
+
+
+def make_model(config: Gemma3Config, qlora: QLoRAConfig) -> DecoderLM:
+    """Declare the model without its weights."""
+    layer = functools.partial(Gemma3Layer, config, qlora)
+    return DecoderLM(config, qlora, layer, embedding_scale=math.sqrt(config.hidden_size), norm_offset=1.0)
+
+
+def _names(config: Gemma3Config) -> tuple[Name, ...]:
+    plus_one = "plus_one"
+    table = decoder_names(
+        *head_norm_names(plus_one),
+        in_layer("post_attention_layernorm", "post_attention_norm", plus_one),
+        in_layer("pre_feedforward_layernorm", "ffn_norm", plus_one),
+        in_layer("post_feedforward_layernorm", "post_ffw_norm", plus_one),
+        norm_layout=plus_one,
+    )
+    if not config.conditional:
+        return table
+    # Its files say language_model.model.layers, its modules are model.language_model.layers.
+    return tuple(
+        name._replace(hf=f"language_model.{name.hf}", peft_name=name.hf.replace("model.", "model.language_model.", 1))
+        for name in table
+    )
+
+
+def _gguf_fields(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    # As llama.cpp does: the largest model scales by hidden / heads, for which no key exists.
+    largest = config["num_hidden_layers"] == 62
+    scale = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    return {"query_pre_attn_scalar": scale}
+
+
+FAMILY = Family(
+    title="Gemma 3 (text)",
+    architectures=("Gemma3ForCausalLM", _CONDITIONAL),
+    config=read_config,
+    model=make_model,
+    names=_names,
+    lora_groups=LORA_GROUPS,
+    gguf=GGUF(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        fields={"attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_local_base_freq"},
+        derived=_gguf_fields,
+    ),
+    ignored=lambda config: (*ignored_tensors(config), r"language_model\.lm_head\.weight"),
+    skipped={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the vision tower and its projector"},
+    aliases={"model.language_model.": "language_model.model."},
+)
