@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_jax import models
 from qlora_jax.commands import benchmark, convert, finetune, plan
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,11 @@ def test_commands_have_the_flags_they_are_shown_with(page):
         for word in words:
             if word.startswith("--"):
                 assert word[2:].partition("=")[0].replace("-", "_") in known, f"{page.name}: {command} {word}"
+
+
+def test_the_readme_lists_every_family():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in models.FAMILIES if f"`{name}`" not in text]
 
 
 def test_there_is_something_to_check():
