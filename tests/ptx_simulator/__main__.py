@@ -1,4 +1,4 @@
-"""Lists what a PTX file uses and the simulator does not model: `python -m ptx --list file.ptx`, in tests/."""
+"""Lists what a PTX file uses and the simulator does not model: `python -m ptx_simulator --list file.ptx`, in tests/."""
 
 import collections
 import re
@@ -9,7 +9,7 @@ from ptx_simulator import unsupported
 
 def main(argv):
     if len(argv) != 2 or argv[0] != "--list":
-        print("usage: python -m ptx --list file.ptx")
+        print("usage: python -m ptx_simulator --list file.ptx")
         return 2
     with open(argv[1]) as file:
         by_entry = unsupported(file.read())

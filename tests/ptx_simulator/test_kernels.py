@@ -1,7 +1,6 @@
 """Whole kernels as Mosaic GPU compiled them, from data/, against numpy; and mutations of them, which must be caught.
 
-k9f and k9b (forward and transposed product with NF4 weights, mma.sync, for sm_86), k14 and k9wgb2 (the same with wgmma
-and TMA, for sm_90a), k4 (wgmma with A in registers), tmast (a pipeline of TMA loads and stores).
+The README describes the kernels.
 """
 
 import numpy as np
@@ -12,6 +11,7 @@ from ptx_simulator.programs import BF, DATA, FAULTS, RNG, agrees, nth
 
 pytestmark = pytest.mark.simulator
 
+# Not the library's table: the simulator is an oracle and imports nothing of what it checks.
 NF4 = np.array(
     [
         -1.0,
@@ -34,7 +34,10 @@ NF4 = np.array(
     np.float32,
 )
 SHAPES = dict(
-    k9f=(64, 256, 128, False), k9b=(64, 256, 128, True), k14=(128, 256, 256, False), k9wgb2=(128, 256, 256, True)
+    a6000_nf4_mma=(64, 256, 128, False),
+    a6000_nf4_mma_transposed=(64, 256, 128, True),
+    h100_nf4_wgmma=(128, 256, 256, False),
+    h100_nf4_wgmma_transposed=(128, 256, 256, True),
 )
 
 
@@ -67,7 +70,7 @@ def test_real_kernel(name, kw):
 
 
 def test_real_kernel_wgmma_a_in_registers():
-    """k4: W^T dequantised into the A fragments (bf16 codebook * bf16 scale), x^T from TMA-filled smem."""
+    """W^T dequantised into the A fragments (bf16 codebook * bf16 scale), x^T from TMA-filled smem."""
     M, K, N = 128, 256, 128
     r = np.random.default_rng(4)
     codes = r.integers(0, 16, (N, K)).astype(np.uint8)
@@ -81,21 +84,21 @@ def test_real_kernel_wgmma_a_in_registers():
         .astype(np.float64)
     )
     out = np.full((N, M), np.nan, BF)
-    mosaic_args(DATA / "k4").run([x, q, np.ascontiguousarray(s.T), out])
+    mosaic_args(DATA / "h100_wgmma_a_in_registers").run([x, q, np.ascontiguousarray(s.T), out])
     ref = w @ x.astype(np.float64).T
     assert agrees(out.astype(np.float64), ref, np.abs(w) @ np.abs(x.astype(np.float64)).T)
 
 
 def test_real_kernel_tma_store_pipeline():
-    """tmast: emit_pipeline with TMA loads and TMA stores (bulk groups), o = a + 2*b."""
+    """emit_pipeline with TMA loads and TMA stores (bulk groups), o = a + 2*b."""
     a, b = (RNG.standard_normal((64, 256)).astype(BF) for _ in range(2))
     o = np.full((64, 256), np.nan, BF)
-    mosaic_args(DATA / "tmast").run([a, b, o])
+    mosaic_args(DATA / "h100_tma_store_pipeline").run([a, b, o])
     np.testing.assert_array_equal(o, (a.astype(np.float32) + 2 * b.astype(np.float32)).astype(BF))
 
 
 MUTANTS = [
-    ("k9f", p, r, k)
+    ("a6000_nf4_mma", p, r, k)
     for p, r, k in [
         (r"0x4051", "0x4151", 0),
         (r"0x6273", "0x6237", 5),
@@ -113,7 +116,7 @@ MUTANTS = [
         (r"cvt\.rn\.bf16x2\.f32 (\s*%r\d+), (%r\d+), (%r\d+)", r"cvt.rn.bf16x2.f32 \1, \3, \2", 0),
     ]
 ] + [
-    ("k14", p, r, k)
+    ("h100_nf4_wgmma", p, r, k)
     for p, r, k in [
         (r"fence\.proxy\.async\.shared::cta;", "", 0),
         (r"wgmma\.wait_group\.sync\.aligned 0;", "wgmma.wait_group.sync.aligned 1;", 0),
@@ -142,12 +145,12 @@ REDUNDANT = (0, 1, 2, 3, 4, 6, 9, 11, 13, 14)
 
 
 @pytest.mark.parametrize("i", range(15))
-def test_removed_bar_sync_k9f(i):
-    """Each of k9f's 15 bar.sync removed in turn.  Mosaic emits redundant ones; checked by hand in the PTX:
+def test_removed_bar_sync(i):
+    """Each of 15 bar.sync removed in turn.  Mosaic emits redundant ones; checked by hand in the PTX:
     0-4 precede any shared access, 6/11 (before st.shared) follow 5/10 with no store in between, 9 follows 8
     with only a cp.async issue in between, 13/14 surround the epilogue's global stores."""
     try:
-        bad = not agrees(*execute("k9f", nth(r"bar\.sync[^;]*;", "", i)))
+        bad = not agrees(*execute("a6000_nf4_mma", nth(r"bar\.sync[^;]*;", "", i)))
     except FAULTS:
         bad = True
     assert bad == (i not in REDUNDANT)
@@ -156,17 +159,17 @@ def test_removed_bar_sync_k9f(i):
 @pytest.mark.parametrize(
     "name,bars",
     [
-        ("k14", (11,)),
-        ("k14", (12, 13)),
-        ("k14", (0, 1, 2)),
-        ("k9f", (8, 9)),
-        ("k9b", (3,)),
-        ("k9b", (5,)),
-        ("k9wgb2", (5,)),
+        ("h100_nf4_wgmma", (11,)),
+        ("h100_nf4_wgmma", (12, 13)),
+        ("h100_nf4_wgmma", (0, 1, 2)),
+        ("a6000_nf4_mma", (8, 9)),
+        ("a6000_nf4_mma_transposed", (3,)),
+        ("a6000_nf4_mma_transposed", (5,)),
+        ("h100_nf4_wgmma_transposed", (5,)),
     ],
 )
 def test_removed_barrier_combinations(name, bars):
-    """k14: 11 guards the smem tile against the previous wgmma, 12/13 are redundant only one at a time
+    """Of h100_nf4_wgmma, 11 guards the smem tile against the previous wgmma, 12/13 are redundant only one at a time
     (st.shared; bar; fence.proxy.async; bar; wgmma), 0-2 order mbarrier.init before use."""
 
     def f(t):

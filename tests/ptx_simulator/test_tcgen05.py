@@ -1,9 +1,6 @@
 """Blackwell's tensor memory and tcgen05: kernels as Mosaic GPU compiled them, mutations of them, and small programs.
 
-b200_nt, b200_bn: one product with B stored [N, K] and [K, N], both operands in shared memory; b200_tn64: A stored
-[K, M] and B [K, N], with a swizzle of 64 bytes; b200_atmem: A is copied to tensor memory first; b200_ws: persistent and
-warp-specialised, with a TMA warp, a warp that issues the products and a warpgroup that stores results, two buffers of
-each kind. All are x[128, 256] @ w in bfloat16; their source is data/b200_kernels.py.
+The README describes the kernels; their source is data/b200_kernels.py.
 """
 
 import numpy as np
@@ -14,7 +11,13 @@ from ptx_simulator.programs import BF, DATA, FAULTS, RNG, agrees, go, nth
 
 pytestmark = pytest.mark.simulator
 
-WIDTHS = dict(b200_nt=128, b200_bn=128, b200_tn64=128, b200_atmem=128, b200_ws=256)
+WIDTHS = dict(
+    b200_b_k_major=128,
+    b200_b_n_major=128,
+    b200_transposed_a_swizzle_64=128,
+    b200_a_in_tensor_memory=128,
+    b200_warp_specialized=256,
+)
 
 
 def execute(name, mutate=lambda text: text, dtype=BF, **kw):
@@ -23,8 +26,8 @@ def execute(name, mutate=lambda text: text, dtype=BF, **kw):
     a = RNG.standard_normal((128, 256)).astype(dtype)
     b = RNG.standard_normal((256, WIDTHS[name])).astype(dtype)
     out = np.full((128, WIDTHS[name]), np.nan, BF)
-    stored_a = np.ascontiguousarray(a.T) if name == "b200_tn64" else a
-    stored_b = np.ascontiguousarray(b.T) if name in ("b200_nt", "b200_atmem") else b
+    stored_a = np.ascontiguousarray(a.T) if name == "b200_transposed_a_swizzle_64" else a
+    stored_b = np.ascontiguousarray(b.T) if name in ("b200_b_k_major", "b200_a_in_tensor_memory") else b
     launch.run([stored_a, stored_b, out], **kw)
     a, b = a.astype(np.float64), b.astype(np.float64)
     return out.astype(np.float64), a @ b, np.abs(a) @ np.abs(b)
@@ -43,7 +46,7 @@ def test_float16():
         assert text.count("136316048") == 4
         return text.replace("136316048", str(136316048 - (1 << 7) - (1 << 10)))
 
-    assert agrees(*execute("b200_nt", mutate, np.float16))
+    assert agrees(*execute("b200_b_k_major", mutate, np.float16))
 
 
 WAIT = r"mbarrier\.try_wait\.parity\.shared\.b64 P1, \[%r\d+\], %r\d+, %r\d+; \s*@P1 bra"
@@ -53,39 +56,45 @@ AFTER = r"tcgen05\.fence::after_thread_sync;"
 @pytest.mark.parametrize(
     "name,pattern,repl,k,error",
     [
-        ("b200_nt", WAIT, "bra", 0, "read of"),  # does not wait for TMA: operands in flight
-        ("b200_nt", WAIT, "bra", 1, "being read asynchronously"),  # TMA into operands of a product
-        ("b200_nt", WAIT, "bra", 7, "being written asynchronously"),  # reads a product in flight
-        ("b200_nt", AFTER, "", 3, "after_thread_sync"),
-        ("b200_nt", r"tcgen05\.commit[^;]*;", "", 3, "deadlock"),
-        ("b200_nt", r"(tcgen05\.commit\S+\s+\[__dynamic_shmem__0\+)65544", r"\g<1>65536", 0, "arrivals|deadlock|read"),
-        ("b200_nt", r"fence\.proxy\.async\.shared::cta;", "", 0, "fence.proxy.async"),
-        ("b200_nt", r"mov\.b32 (\s*%r16, )128;", r"mov.b32 \g<1>64;", 0, "outside an allocation|columns"),
-        ("b200_nt", r"tcgen05\.dealloc[^;]*;", "", 0, "without tcgen05.dealloc"),
-        ("b200_nt", r"mov\.pred (\s*%p11, )0;", r"mov.pred \g<1>-1;", 0, "uninitialised tensor memory"),
-        ("b200_nt", r"mov\.pred (\s*%p12, )-1;", r"mov.pred \g<1>0;", 0, None),
+        ("b200_b_k_major", WAIT, "bra", 0, "read of"),  # does not wait for TMA: operands in flight
+        ("b200_b_k_major", WAIT, "bra", 1, "being read asynchronously"),  # TMA into operands of a product
+        ("b200_b_k_major", WAIT, "bra", 7, "being written asynchronously"),  # reads a product in flight
+        ("b200_b_k_major", AFTER, "", 3, "after_thread_sync"),
+        ("b200_b_k_major", r"tcgen05\.commit[^;]*;", "", 3, "deadlock"),
         (
-            "b200_nt",
+            "b200_b_k_major",
+            r"(tcgen05\.commit\S+\s+\[__dynamic_shmem__0\+)65544",
+            r"\g<1>65536",
+            0,
+            "arrivals|deadlock|read",
+        ),
+        ("b200_b_k_major", r"fence\.proxy\.async\.shared::cta;", "", 0, "fence.proxy.async"),
+        ("b200_b_k_major", r"mov\.b32 (\s*%r16, )128;", r"mov.b32 \g<1>64;", 0, "outside an allocation|columns"),
+        ("b200_b_k_major", r"tcgen05\.dealloc[^;]*;", "", 0, "without tcgen05.dealloc"),
+        ("b200_b_k_major", r"mov\.pred (\s*%p11, )0;", r"mov.pred \g<1>-1;", 0, "uninitialised tensor memory"),
+        ("b200_b_k_major", r"mov\.pred (\s*%p12, )-1;", r"mov.pred \g<1>0;", 0, None),
+        (
+            "b200_b_k_major",
             r"b_desc_low, 1073741888",
             "b_desc_low, 1073741952",
             2,
             "uninitialised shared",
         ),  # stride of B's groups of 8 rows
-        ("b200_nt", r"b_desc_low, 1073741888", "b_desc_low, -2147483584", 2, None),  # 64-byte swizzle
-        ("b200_nt", r"add\.s32 a_desc_low, (%r\d+), 4;", r"add.s32 a_desc_low, \1, 6;", 1, None),
-        ("b200_bn", r"136\d+;", "136316048;", 0, "uninitialised shared"),  # B taken for K-major
-        ("b200_atmem", r"tcgen05\.wait::st\.sync\.aligned;", "", 0, "being written asynchronously"),
-        ("b200_atmem", r"(wait::st\.sync\.aligned;[^;]*)bar\.sync[^;]*;", r"\1", 0, "race|uninitialised"),
-        ("b200_atmem", r"tcgen05\.st[^;]*;", "", 0, "uninitialised"),
-        ("b200_atmem", r"add\.s32 a_desc_low, (%r\d+), 8;", r"add.s32 a_desc_low, \1, 4;", 1, None),
-        ("b200_atmem", r"16x128b", "16x256b", 0, "operands"),
-        ("b200_ws", r"tcgen05\.wait::ld\.sync\.aligned;", "", 0, "being read asynchronously"),
-        ("b200_ws", WAIT, "bra", 0, "race|being read|more arrivals"),  # accumulator still being read
-        ("b200_ws", WAIT, "bra", 1, "read of"),
-        ("b200_ws", WAIT, "bra", 2, "read of uninitialised|being written"),
-        ("b200_ws", WAIT, "bra", 3, "noComplete|asynchronously"),
-        ("b200_ws", r"mov\.b32 (\s*%r254, )3;", r"mov.b32 \g<1>4;", 0, "noComplete|arrivals"),
-        ("b200_ws", r"tcgen05\.commit[^;]*;", "", 0, "deadlock"),
+        ("b200_b_k_major", r"b_desc_low, 1073741888", "b_desc_low, -2147483584", 2, None),  # 64-byte swizzle
+        ("b200_b_k_major", r"add\.s32 a_desc_low, (%r\d+), 4;", r"add.s32 a_desc_low, \1, 6;", 1, None),
+        ("b200_b_n_major", r"136\d+;", "136316048;", 0, "uninitialised shared"),  # B taken for K-major
+        ("b200_a_in_tensor_memory", r"tcgen05\.wait::st\.sync\.aligned;", "", 0, "being written asynchronously"),
+        ("b200_a_in_tensor_memory", r"(wait::st\.sync\.aligned;[^;]*)bar\.sync[^;]*;", r"\1", 0, "race|uninitialised"),
+        ("b200_a_in_tensor_memory", r"tcgen05\.st[^;]*;", "", 0, "uninitialised"),
+        ("b200_a_in_tensor_memory", r"add\.s32 a_desc_low, (%r\d+), 8;", r"add.s32 a_desc_low, \1, 4;", 1, None),
+        ("b200_a_in_tensor_memory", r"16x128b", "16x256b", 0, "operands"),
+        ("b200_warp_specialized", r"tcgen05\.wait::ld\.sync\.aligned;", "", 0, "being read asynchronously"),
+        ("b200_warp_specialized", WAIT, "bra", 0, "race|being read|more arrivals"),  # accumulator still being read
+        ("b200_warp_specialized", WAIT, "bra", 1, "read of"),
+        ("b200_warp_specialized", WAIT, "bra", 2, "read of uninitialised|being written"),
+        ("b200_warp_specialized", WAIT, "bra", 3, "noComplete|asynchronously"),
+        ("b200_warp_specialized", r"mov\.b32 (\s*%r254, )3;", r"mov.b32 \g<1>4;", 0, "noComplete|arrivals"),
+        ("b200_warp_specialized", r"tcgen05\.commit[^;]*;", "", 0, "deadlock"),
     ],
 )
 def test_mutation_is_caught(name, pattern, repl, k, error):

@@ -148,11 +148,11 @@ def warp_specialized(n=256, tile=64, buffers=2):
 
 
 call, shapes = {
-    "b200_nt": lambda: simple(False, False),
-    "b200_bn": lambda: simple(False, True),
-    "b200_tn64": lambda: simple(True, True, swizzle=64),
-    "b200_atmem": lambda: simple(False, False, a_in_tensor_memory=True),
-    "b200_ws": warp_specialized,
+    "b200_b_k_major": lambda: simple(False, False),
+    "b200_b_n_major": lambda: simple(False, True),
+    "b200_transposed_a_swizzle_64": lambda: simple(True, True, swizzle=64),
+    "b200_a_in_tensor_memory": lambda: simple(False, False, a_in_tensor_memory=True),
+    "b200_warp_specialized": warp_specialized,
 }[NAME]()
 with open(TARGET) as file:
     topology = topologies.get_topology_desc(

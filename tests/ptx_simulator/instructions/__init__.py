@@ -1,4 +1,4 @@
-"""The instructions by family. Importing this package fills the table of builders in `ptx.decode`."""
+"""The instructions by family. Importing this package fills the table of builders in `ptx_simulator.decode`."""
 
 from ptx_simulator.instructions import (
     async_copy,
