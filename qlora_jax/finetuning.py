@@ -1,81 +1,144 @@
-"""A fine-tuning run from flags to saved adapters: load, adapt, train, evaluate, save, resume."""
+"""Fine-tuning from a configuration to saved adapters, and the plan of the same run."""
 
 import contextlib
+import dataclasses
 import functools
+import importlib.metadata
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from qlora_jax import data, gpus, kernels
+from qlora_jax import gpus, kernels
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
-from qlora_jax.defaults import DEFAULT_DATASET
-from qlora_jax.device_memory import pinned_limit
+from qlora_jax.device_memory import device_limit, pinned_limit
 from qlora_jax.errors import UserError
 from qlora_jax.planner.advice import planned_advice
 from qlora_jax.planner.planning import Advice, Planner, StepPlan
+from qlora_jax.training import setup
+from qlora_jax.training.answers import Answer, Questionnaire, read_prompts
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.reporting import plot_losses, read_metrics
-from qlora_jax.training.run_directory import read_json, write_json
-from qlora_jax.training.trainer import (
-    Result,
-    Trainer,
-    kernel_choices,
-    load_datasets,
-    load_model,
-    longest_batch,
-    make_mesh,
-)
+from qlora_jax.training.datasets import Datasets, load_datasets, longest_batch
+from qlora_jax.training.failures import memory_advice
+from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
+from qlora_jax.training.reporting import MetricsLog, plot_losses, read_metrics
+from qlora_jax.training.run_directory import RunDirectory, check_output_dir
+from qlora_jax.training.run_state import initial_state, refuse_finished, restored_state
+from qlora_jax.training.summary import summarize
+from qlora_jax.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def read_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """Return the prompts to answer before and after training: those of `prompts`, or the embedded data's own."""
-    if config.prompts is None:
-        return data.default_prompts() if config.dataset == DEFAULT_DATASET else ()
-    try:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`prompts={config.prompts}` cannot be read: {error}.") from error
-    prompts = tuple(line for line in lines if line.strip())
-    if not prompts:
-        raise UserError(f"`prompts={config.prompts}` holds no prompt; write one a line.")
-    return prompts
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Outcome of a run.
+
+    Attributes:
+        summary: the contents of summary.json.
+        answers: prompts with their answers before and after training, empty if the run was interrupted.
+        interrupted: stopped by a signal; the same configuration resumes it.
+    """
+
+    summary: dict[str, Any]
+    answers: list[Answer]
+    interrupted: bool
 
 
 def finetune(config: TrainConfig) -> Result:
     """Run, or resume, a fine-tuning run and save everything it makes.
 
     Raises:
-        UserError: bad input, told in one sentence; NonFiniteLoss if training diverged.
+        UserError: bad input, told in one sentence; NonFiniteLoss if training diverged, OutOfMemory if a step did not
+            fit.
     """
+    # Resolve: what can be refused is refused before anything large is read.
     kernels.check_implementation(config.kernel)
+    check_output_dir(config)
     prompts = read_prompts(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = ensure_pad(load_tokenizer(path))
+
+    # Data.
     datasets = load_datasets(config, tokenizer)
     for report in datasets.reports:
         logger.info("%s", report)
-    mesh = make_mesh()
+
+    # Model: the frozen base on the devices, and the shapes of what is trained.
+    mesh = setup.make_mesh()
     model = load_model(config, path, mesh)
     logger.info("base model: %s", model.base.description)
-    for line in kernel_choices(config, model, datasets):
-        logger.info("%s", line)
-    advise = functools.partial(planned_advice, model_config=model.base.config)
-    trainer = Trainer(config, model, datasets, tokenizer, mesh, advise)
-    # Closed however the run ends: TensorBoard and W&B hold lines back.
-    with contextlib.closing(trainer.log):
-        return _train_and_save(trainer, prompts)
+
+    # Run directory: of a new run, or of one to resume, which keeps the kernels it began with.
+    rows = product_rows(config, datasets)
+    facts = {"kernels": kernels.choices_to_json(kernel_choices(config, model, rows)), "versions": _versions()}
+    directory = RunDirectory.open(config, _identity(config, model, datasets), facts)
+    refuse_finished(config, directory, datasets.total_steps)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kernels.pinned(kernels.choices_from_json(directory.facts["kernels"])))
+        for line in kernels.describe(kernel_choices(config, model, rows[:1])):
+            logger.info("%s", line)
+
+        # Optimizer and step, then their state: restored or initialised. Devices hold the same: one is counted.
+        limit = device_limit(jax.local_devices()[0])
+        programs = setup.make_programs(config, model.parts, datasets.total_steps, limit=limit, mesh=mesh)
+        optimizer = programs.train.optimizer
+        if directory.checkpoints():
+            start = restored_state(directory, optimizer, datasets.train, mesh)
+            logger.info("resuming %s after step %d of %d", config.output_dir, start.step, datasets.total_steps)
+        else:
+            start = initial_state(config, model, optimizer, mesh)
+        directory.summary_file.unlink(missing_ok=True)  # of a shorter run that this one continues
+
+        # Loop, between the answers before and after it. TensorBoard and W&B hold lines back until they are closed.
+        log = stack.enter_context(contextlib.closing(MetricsLog(directory.path, config, start.step)))
+        trainer = Trainer(config, model, programs, datasets, directory, log, start)
+        questions = Questionnaire(prompts, config, model, tokenizer, datasets.dataset_format)
+        before = questions.recorded(directory) if start.step else None
+        if before is None:
+            before = questions.ask(trainer.adapters_alone())
+            questions.record(directory, before)
+            trainer.evaluate(0)
+        after = before
+        if config.do_train:
+            with memory_advice(directory, functools.partial(planned_advice, config, model_config=model.base.config)):
+                finished = trainer.train()
+            if not finished:
+                return Result(summarize(trainer), [], interrupted=True)
+            model.write_adapter(trainer.masters, directory.path / "adapter", config.model_name_or_path)
+            after = questions.ask(trainer.adapters_alone())
+
+        # Report. summary.json is last: without it the same configuration completes the run.
+        answers = questions.answers(before, after)
+        summary = summarize(trainer, answers)
+        directory.write_json("answers.json", [answer._asdict() for answer in answers])
+        plot_losses(read_metrics(log.path), directory.path / "loss.png")
+        directory.write_json(directory.summary_file.name, summary)
+        return Result(summary, answers, interrupted=False)
+
+
+def _identity(config: TrainConfig, model: Model, datasets: Datasets) -> dict[str, Any]:
+    """Return what a resumed run must share with the one before, beside its configuration."""
+    return {
+        "data": datasets.train.fingerprint,
+        "compute_dtype": jnp.dtype(setup.compute_dtype(config)).name,
+        "devices": jax.device_count(),
+        "adapters": [model.adapters.rank, model.adapters.alpha, *model.adapters.modules],
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "qlora-jax")}
 
 
 def plan(config: TrainConfig, gpu: str | None = None) -> tuple[StepPlan, Advice | None]:
-    """What the run of exactly these flags would take of one GPU in its longest training batch; weights are not read.
+    """Plan a step of the run of a configuration on its longest training batch; weights are not read.
 
     Args:
-        config: the flags.
+        config: of the run.
         gpu: short name of the GPU (`qlora_jax.gpus.CHIPS`); by default the one that is here.
 
     Returns:
@@ -96,35 +159,3 @@ def plan(config: TrainConfig, gpu: str | None = None) -> tuple[StepPlan, Advice 
     with Planner.open(chip, resolve_config(path), host_limit=host_limit) as planner:
         planned = planner.plan(config, length)
         return planned, None if planned.plan.fits else planner.advice(config, length)
-
-
-def _train_and_save(trainer: Trainer, prompts: Sequence[str]) -> Result:
-    if trainer.start_step:
-        logger.info(
-            "resuming %s after step %d of %d", trainer.config.output_dir, trainer.start_step, trainer.total_steps
-        )
-    trainer.summary_file.unlink(missing_ok=True)  # of a shorter run that this one continues
-    before_file = trainer.directory.path / "answers_before.json"
-    if trainer.start_step and before_file.exists():
-        known = dict(read_json(before_file))
-        before = [known.get(prompt, "(not asked before training)") for prompt in prompts]
-    else:
-        before = trainer.answer(prompts)
-        write_json(before_file, list(zip(prompts, before, strict=True)))
-        trainer.evaluate(0)
-    after = before
-    if trainer.config.do_train:
-        if not trainer.train():
-            return Result(trainer.summary(), [], interrupted=True)
-        trainer.write_adapter(trainer.directory.path / "adapter")
-        after = trainer.answer(prompts)
-    answers = list(zip(prompts, before, after, strict=True))
-    summary = trainer.summary()
-    if trainer.config.dataset == DEFAULT_DATASET:
-        summary["answers_in_style_before"] = sum(map(data.follows_style, before))
-        summary["answers_in_style_after"] = sum(map(data.follows_style, after))
-    write_json(trainer.directory.path / "answers.json", [{"prompt": p, "before": b, "after": a} for p, b, a in answers])
-    plot_losses(read_metrics(trainer.log.path), trainer.directory.path / "loss.png")
-    # Last: without it the run is not finished, and the same command completes it.
-    write_json(trainer.summary_file, summary)
-    return Result(summary, answers, interrupted=False)

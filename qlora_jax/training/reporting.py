@@ -1,20 +1,23 @@
-"""What a run writes down and shows: metrics.jsonl, TensorBoard, W&B, the loss plot."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B, the loss plot, and the clocks behind the rates."""
 
+import concurrent.futures
+import contextlib
 import importlib.util
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import UserError
+from qlora_jax.files import atomic_write
 from qlora_jax.training.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; a last line that a killed run left half-written is left out."""
+    """Return the lines of a metrics.jsonl, without a last line that a killed run left half-written."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -26,7 +29,8 @@ class MetricsLog:
     """Appends one JSON object a line to metrics.jsonl and passes it on to TensorBoard and W&B.
 
     Training lines hold step, loss, learning_rate, grad_norm, tokens, tokens_per_second, seconds; evaluation lines hold
-    step, eval_loss, eval_perplexity, eval_tokens. Losses are nats a token, tokens and seconds are totals of the run.
+    step, eval_loss, eval_perplexity, eval_tokens. Losses are nats a token, tokens and seconds are totals of the run;
+    tokens_per_second is the rate of training since the last training line, without compilation, evaluation and saving.
     Where the optimizer pages, training lines also hold optimizer_on_host_bytes, evicted_bytes, returned_bytes,
     paged_bytes and paging_seconds (see `qlora_jax.optimizers.TransferStats`), since the last line that did; a step that
     evicts or brings back chunks between two training lines has a line of these alone.
@@ -41,9 +45,8 @@ class MetricsLog:
         # A run that starts over evaluates step 0 again.
         kept = [line for line in read_metrics(path) if resume_step and line["step"] <= resume_step]
         self.evaluated = {line["step"] for line in kept if "eval_loss" in line}
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.path = path
         self._file = path.open("a", encoding="utf-8")
         self._board = self._wandb = None
@@ -100,9 +103,8 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 class Stopwatch:
@@ -115,3 +117,54 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds so far."""
         return self._before + time.perf_counter() - self._start
+
+
+class Throughput:
+    """Tokens a second of training alone: its clock stands still while something else is done.
+
+    Moments are those of `time.perf_counter`.
+    """
+
+    def __init__(self, tokens: int):
+        self._begin, self._tokens = time.perf_counter(), tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock while the block runs; all steps before it must have been waited for."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._begin += time.perf_counter() - begin
+
+    def rate(self, tokens: int, moment: float) -> float:
+        """Return tokens a second since the last `restart`, or since the beginning; `tokens` are those of the run."""
+        return (tokens - self._tokens) / max(moment - self._begin, 1e-9)
+
+    def restart(self, tokens: int, moment: float) -> None:
+        """Count from a moment on."""
+        self._begin, self._tokens = moment, tokens
+
+
+class StepTimer:
+    """Notes the moments at which arrays are computed, from a thread that waits for them.
+
+    The loop itself cannot: it reads a step's numbers once the next step is dispatched, and on a CPU dispatching may
+    take as long as the step.
+    """
+
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step-timer")
+
+    def moment(self, array: Any) -> concurrent.futures.Future[float]:
+        """Return the moment, by `time.perf_counter`, at which an array will have been computed."""
+        return self._thread.submit(self._wait, array)
+
+    @staticmethod
+    def _wait(array: Any) -> float:
+        array.block_until_ready()
+        return time.perf_counter()
+
+    def close(self) -> None:
+        """Let the thread end; what it waits for at present is not waited for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,6 @@
-"""A run's directory: whose run it is, its checkpoints, and exact resume.
+"""A run's directory: the run it belongs to, its checkpoints, and exact resume.
 
-    output_dir/run.json             flags and data fingerprint; written once, before the first step
+    output_dir/run.json             configuration, identity and facts of the run; written before the first step
     output_dir/checkpoint-000250/   state/ (orbax: adapters, optimizer, step), position.json (data and counters),
                                     adapter_config.json + adapter_model.safetensors (PEFT's format)
 
@@ -9,6 +9,7 @@ A checkpoint is written under a temporary name and renamed when complete: a dire
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -23,28 +24,25 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from qlora_jax import files
 from qlora_jax.cli import names_where
 from qlora_jax.errors import UserError
-from qlora_jax.files import file_sizes
 from qlora_jax.optimizers import OPTIMIZERS
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import TrainState
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Everything a run writes, as patterns; run.json last.
-_WRITTEN = (
-    "checkpoint-*", ".checkpoint-*", "adapter", "tensorboard", "wandb", "metrics.jsonl", "answers.json",
-    "answers_before.json", "summary.json", "loss.png", "run.json",
-)  # fmt: skip
+RUN_FILE = "run.json"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_POSITION = "position.json"
+# Names that every run writes, and those that some runs write; run.json proves which are a run's own.
+_FILES = ("metrics.jsonl", "answers.json", "answers_before.json", "summary.json", "loss.png")
+_DIRECTORIES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "adapter": lambda flags: flags.get("do_train", True),
+    "tensorboard": lambda flags: flags.get("report_to") in ("tensorboard", "all"),
+    "wandb": lambda flags: flags.get("report_to") in ("wandb", "all"),
+}
 # Fields that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
 _FREE = frozenset(names_where(TrainConfig, resume="free"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it: the file is whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> Any:
@@ -58,106 +56,123 @@ def read_json(path: Path) -> Any:
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
-    """{key path: leaf}: what is stored does not depend on the Python types that hold the state."""
+    """Return {key path: leaf}: what is stored does not depend on the Python types that hold the state."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax's threads log what they raise as well, in hundreds of lines; what is raised is told in one sentence."""
+    """Silence orbax: its threads also log what they raise, in hundreds of lines."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("absl", "asyncio"))}
     for logger in levels:
         logger.setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # when a load fails
-    yield
-    # Only if all went well: the threads of a save that failed go on, and fail, after it.
-    for logger, level in levels.items():
-        logger.setLevel(level)
-
-
-def _reason(error: Exception) -> str:
-    """First line of an error without the pages of settings that tensorstore adds to it."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].partition(" [tensorstore_spec")[0]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            try:
+                yield
+            except BaseException:
+                gc.collect()  # of a load or save that failed: what is left of it complains when it is collected
+                raise
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
-def _saving(directory: Path, temporary: Path) -> Iterator[None]:
-    """Turn a failure to write into one sentence, and leave nothing half-written behind."""
+def _saving(directory: Path) -> Iterator[None]:
+    """Turn a failure to write into one sentence."""
     try:
         with _quiet_orbax():
             yield
     except (OSError, ValueError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        # tensorstore reports a full disk as ValueError with the operating system's text.
-        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        reason = "the disk is full" if full else _reason(error)
         raise UserError(
-            f"{directory} could not be saved: {reason}; earlier checkpoints are intact. "
+            f"{directory} could not be saved: {files.reason(error)}; earlier checkpoints are intact. "
             "Free space and run the same command again to resume."
         ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run; make it with `RunDirectory.open`."""
+    """The directory of one run; make it with `RunDirectory.open`.
+
+    Attributes:
+        path: of the directory.
+        save_total_limit: checkpoints kept.
+        facts: values recorded when the run began, which a resumed run keeps.
+    """
 
     path: Path
     save_total_limit: int = 40
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def open(cls, config: TrainConfig, identity: Mapping[str, Any]) -> "RunDirectory":
+    def open(
+        cls, config: TrainConfig, identity: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+    ) -> "RunDirectory":
         """Create the directory, or take up the run that is in it.
 
         Args:
-            config: the run's flags.
-            identity: whatever else must be the same to resume (model, data fingerprint); JSON values.
+            config: of the run.
+            identity: whatever else must be the same to resume (data fingerprint, devices); JSON values.
+            facts: JSON values to record if a run begins; a run that is resumed keeps its own.
 
         Raises:
-            UserError: the directory holds another run's checkpoints; names what differs.
+            UserError: the directory holds another run's checkpoints (names what differs), or content of another
+                program under a name that this run writes.
         """
-        path = Path(config.output_dir)
-        record = {"flags": dataclasses.asdict(config), "identity": dict(identity)}
-        run_file = path / "run.json"
-        if path.exists() and not path.is_dir():
-            raise UserError(f"`output_dir={path}` is a file; give a directory.")
-        directory = cls(path, config.save_total_limit)
-        if config.overwrite_output_dir and (run_file.exists() or directory.checkpoints()):
+        check_output_dir(config)
+        directory = cls(Path(config.output_dir), config.save_total_limit)
+        if config.overwrite_output_dir:
             directory.clear()
-        if run_file.exists():
-            before = read_json(run_file)
-            changed = _differences(before, record)
-            if changed and directory.checkpoints():
+        flags, recorded = dataclasses.asdict(config), dict(facts or {})
+        before = _read_record(directory.path)
+        if directory.checkpoints():
+            changed = _differences(before, flags, identity)
+            if changed:
                 raise UserError(
-                    f"`output_dir={path}` holds the checkpoints of another run ({'; '.join(changed)}); give another "
-                    "`output_dir`, the same settings to resume it, or `overwrite_output_dir` to delete it."
+                    f"`output_dir={directory.path}` holds the checkpoints of another run ({'; '.join(changed)}); give "
+                    "another `output_dir`, the same settings to resume it, or `overwrite_output_dir` to delete it."
                 )
-        elif directory.checkpoints():
-            raise UserError(f"`output_dir={path}` holds checkpoints without a run.json; give another `output_dir`.")
+            recorded |= before.get("facts", {})
+        wrote = sorted(_own_directories(before) | _own_directories({"flags": flags}))
+        record = {"flags": flags, "identity": dict(identity), "facts": recorded, "wrote": wrote}
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(run_file, record)
+            directory.path.mkdir(parents=True, exist_ok=True)
+            files.write_json(directory.path / RUN_FILE, record)
         except OSError as error:
-            raise UserError(f"`output_dir={path}` cannot be written: {error.strerror}.") from error
-        for leftover in path.glob(".checkpoint-*"):
-            shutil.rmtree(leftover)
-        return directory
+            raise UserError(f"`output_dir={directory.path}` cannot be written: {error.strerror}.") from error
+        for leftover in directory.path.glob(".checkpoint-*"):
+            files.remove(leftover)
+        return dataclasses.replace(directory, facts=recorded)
 
     def clear(self) -> None:
-        """Delete what runs have written here, and nothing else; what says whose they are goes last."""
-        for name in _WRITTEN:
-            for entry in self.path.glob(name):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Delete the run that run.json belongs to, and nothing else; run.json last."""
+        record = _read_record(self.path)
+        if not record:
+            return
+        own = [self.checkpoint_path(step) for step in self.checkpoints()]
+        own += self.path.glob(".checkpoint-*")
+        own += (self.path / name for name in (*sorted(_own_directories(record)), *_FILES, RUN_FILE))
+        for entry in own:
+            files.remove(entry)
 
     def checkpoints(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        if not self.path.is_dir():
-            return []
-        found = (_CHECKPOINT.fullmatch(entry.name) for entry in self.path.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        """Return the steps of the complete checkpoints, oldest first."""
+        found = (int(entry.name.removeprefix("checkpoint-")) for entry in _numbered(self.path) if _is_own(entry))
+        return sorted(found)
+
+    @property
+    def summary_file(self) -> Path:
+        """The file whose presence says that the run is finished."""
+        return self.path / "summary.json"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file; it is whole or absent."""
+        files.write_json(self.path / name, value)
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or will be."""
+        """Return the path of the checkpoint of a step."""
         return self.path / f"checkpoint-{step:06d}"
 
     def save(
@@ -176,7 +191,12 @@ class RunDirectory:
         """
         final = self.checkpoint_path(step)
         if not final.exists():
-            self._write(final, state, position, write_adapter)
+            with _saving(final), files.staged_directory(final) as temporary:
+                # As arrays of JAX's CPU: when the disk is full, orbax's writes of NumPy arrays print a traceback each.
+                named = jax.device_put(_by_name(state), jax.local_devices(backend="cpu")[0])
+                ocp.save((temporary / "state").absolute(), named)
+                write_adapter(temporary)
+                files.write_json(temporary / _POSITION, {**position, "files": files.file_sizes(temporary)})
         for old in self.checkpoints()[: -self.save_total_limit]:
             # Renamed first: a checkpoint that is being deleted must not look complete.
             doomed = self.path / f".checkpoint-{old:06d}.old"
@@ -184,22 +204,8 @@ class RunDirectory:
             shutil.rmtree(doomed)
         return final
 
-    def _write(
-        self, final: Path, state: TrainState, position: Mapping[str, Any], write_adapter: Callable[[Path], None]
-    ) -> None:
-        temporary = self.path / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        with _saving(final, temporary):
-            temporary.mkdir(parents=True)
-            # As arrays of JAX's CPU: when the disk is full, orbax's writes of NumPy arrays print a traceback each.
-            named = jax.device_put(_by_name(state), jax.local_devices(backend="cpu")[0])
-            ocp.save((temporary / "state").absolute(), named)
-            write_adapter(temporary)
-            write_json(temporary / "position.json", {**position, "files": file_sizes(temporary)})
-            os.replace(temporary, final)
-
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state, in NumPy arrays, and position that `save` was given at that step, bit for bit.
+        """Return the state, in NumPy arrays, and position that `save` was given at that step, bit for bit.
 
         Args:
             step: one of `checkpoints()`.
@@ -209,14 +215,13 @@ class RunDirectory:
             UserError: the checkpoint does not fit the state.
         """
         path = self.checkpoint_path(step)
-        position = read_json(path / "position.json")
-        # Found here, a damaged file is one sentence; found by tensorstore, it is a traceback for each of its arrays.
-        for name, size in position.pop("files", {}).items():
-            if not (path / name).is_file() or (path / name).stat().st_size != size:
-                raise UserError(
-                    f"{path} cannot be restored: its file {name} is missing or does not have its {size} bytes; "
-                    "delete it to resume from the one before."
-                )
+        position = read_json(path / _POSITION)
+        damaged = files.damaged_file(path, position.pop("files", {}))
+        if damaged is not None:
+            raise UserError(
+                f"{path} cannot be restored: its file {damaged} is missing or has another size than it was written "
+                "with; delete it to resume from the one before."
+            )
         # Whatever is trained on: the whole state need not fit on a device.
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         named = {
@@ -228,41 +233,100 @@ class RunDirectory:
                 values = ocp.load((path / "state").absolute(), named)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{path} cannot be restored: {_reason(error)}; delete it to resume from the one before."
+                f"{path} cannot be restored: {files.reason(error)}; delete it to resume from the one before."
             ) from error
         restored = [np.asarray(values[name]) for name in named]
         return jax.tree.unflatten(jax.tree.structure(abstract), restored), position
 
 
-def _differences(before: Any, now: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from continuing another, one phrase each."""
-    try:
-        flags, identity = before["flags"], before["identity"]
-    except (KeyError, TypeError):
-        return ["its run.json is of another format"]
+def check_output_dir(config: TrainConfig) -> None:
+    """Refuse an `output_dir` in which a run of this configuration would overwrite what other programs wrote.
+
+    Everything under the names that a run writes must be proven by its run.json to be a run's own.
+
+    Raises:
+        UserError: names what is in the way.
+    """
+    path = Path(config.output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"`output_dir={path}` is a file; give a directory.")
+    record = _read_record(path)
+    checkpoints = _numbered(path)
+    if not record and any(map(_is_own, checkpoints)):
+        raise UserError(
+            f"`output_dir={path}` holds checkpoints without a {RUN_FILE}, so that nothing says whose they are; give "
+            "another `output_dir`."
+        )
+    foreign = [entry.name for entry in checkpoints if not _is_own(entry)]
+    names = set(_FILES) if not record else set()
+    names |= _own_directories({"flags": dataclasses.asdict(config)}) - _own_directories(record)
+    foreign += sorted(name for name in names if os.path.lexists(path / name))
+    if foreign:
+        raise UserError(
+            f"`output_dir={path}` holds {', '.join(foreign)}, not written by a run of this program, which would "
+            "overwrite it; give another `output_dir`."
+        )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Return a directory's run.json, or {} if there is none.
+
+    Raises:
+        UserError: a run.json that is damaged or another program's.
+    """
+    file = path / RUN_FILE
+    if not os.path.lexists(file):
+        return {}
+    record = read_json(file)
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("flags", "identity")):
+        raise UserError(f"{file} is not of a run of this program; give another `output_dir`.")
+    return record
+
+
+def _numbered(path: Path) -> list[Path]:
+    """Return everything called checkpoint-N in a directory."""
+    return sorted(entry for entry in path.iterdir() if _CHECKPOINT.fullmatch(entry.name)) if path.is_dir() else []
+
+
+def _is_own(checkpoint: Path) -> bool:
+    """Tell if a run of this program wrote a checkpoint: others number theirs in the same way."""
+    return (checkpoint / _POSITION).is_file()
+
+
+def _own_directories(record: Mapping[str, Any]) -> set[str]:
+    """Return the directories that the runs recorded in a run.json may have written."""
+    if not record:
+        return set()
+    flags = record["flags"]
+    return {name for name, writes in _DIRECTORIES.items() if writes(flags)} | set(record.get("wrote", ()))
+
+
+def _differences(before: Mapping[str, Any], flags: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Name what keeps a run from continuing the recorded one, a phrase each."""
+    flags_before, identity_before = before["flags"], before["identity"]
     changed = [
-        f"`{name}` was {flags.get(name)!r}, now {value!r}"
-        for name, value in now["flags"].items()
+        f"`{name}` was {flags_before.get(name)!r}, now {value!r}"
+        for name, value in flags.items()
         if name not in _FREE
-        and flags.get(name) != value
-        and not _may_extend(name, flags)
-        and not (name == "optim" and _same_rule(value, flags.get(name)))
+        and flags_before.get(name) != value
+        and not _may_extend(name, flags_before)
+        and not (name == "optim" and _same_rule(value, flags_before.get(name)))
     ]
     return changed + [
-        f"{name} was {identity.get(name)!r}, now {value!r}"
-        for name, value in now["identity"].items()
-        if identity.get(name) != value
+        f"{name} was {identity_before.get(name)!r}, now {value!r}"
+        for name, value in identity.items()
+        if identity_before.get(name) != value
     ]
 
 
 def _same_rule(optim: Any, other: Any) -> bool:
-    """Whether two optimizers differ in paging only, which moves their state and changes no bit of it."""
+    """Tell if two optimizers differ in paging only, which moves their state and changes no bit of it."""
     rules = {OPTIMIZERS[name].transformation if name in OPTIMIZERS else None for name in (optim, other)}
     return len(rules) == 1 and None not in rules
 
 
 def _may_extend(name: str, flags: Mapping[str, Any]) -> bool:
-    """A constant schedule with a fixed warm-up does not depend on the number of steps: the run may be made longer."""
+    """Tell if the run may be made longer: a constant schedule with a fixed warm-up does not depend on its steps."""
     fixed = flags.get("lr_scheduler_type") == "constant" and (
         flags.get("warmup_steps") is not None or flags.get("warmup_ratio") == 0
     )

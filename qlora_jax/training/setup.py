@@ -1,21 +1,27 @@
 """From a configuration to a model and a training step, without weights: what a run trains, and what a plan compiles."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 
 from qlora_jax import models
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.objectives import objective_of
+from qlora_jax.training.objectives import Objective, Sums, objective_of
 from qlora_jax.training.schedule import make_optimizer
-from qlora_jax.training.step import TrainStep, make_train_step
+from qlora_jax.training.step import TrainStep, make_eval_step, make_train_step
+
+
+def make_mesh() -> jax.sharding.Mesh:
+    """Put all devices on one axis, `data`: rows are split over it, weights and adapters replicated."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def compute_dtype(config: TrainConfig, platform: str | None = None) -> Any:
@@ -117,5 +123,35 @@ def make_step(
         config.step_config(),
         objective=objective_of(config),
         reference=model.reference,
+        mesh=mesh,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Programs of a run.
+
+    Attributes:
+        train: one training step, its optimizer included.
+        evaluate: evaluate(lora, frozen, batch) -> sums of the objective.
+        objective: what both compute.
+        mesh: of the devices that share a batch.
+    """
+
+    train: TrainStep
+    evaluate: Callable[..., Sums]
+    objective: Objective
+    mesh: jax.sharding.Mesh
+
+
+def make_programs(
+    config: TrainConfig, model: ModelParts, total_steps: int, *, limit: int | None, mesh: jax.sharding.Mesh
+) -> Programs:
+    """Make the programs of a run; arguments are those of `make_step`."""
+    objective = objective_of(config)
+    return Programs(
+        train=make_step(config, model, total_steps, limit=limit, mesh=mesh),
+        evaluate=make_eval_step(model.graphdef, objective=objective, reference=model.reference, mesh=mesh),
+        objective=objective,
         mesh=mesh,
     )

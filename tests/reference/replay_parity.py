@@ -20,10 +20,11 @@ from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.models import base_tensors
 from qlora_jax.training.config import StepConfig, TrainConfig
+from qlora_jax.training.model import load_model
+from qlora_jax.training.run_state import initial_state
 from qlora_jax.training.schedule import make_optimizer
-from qlora_jax.training.setup import compute_dtype
-from qlora_jax.training.step import TrainState, make_train_step
-from qlora_jax.training.trainer import load_model, make_mesh
+from qlora_jax.training.setup import compute_dtype, make_mesh
+from qlora_jax.training.step import make_train_step
 
 
 def load_rows(path: Path) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
@@ -83,10 +84,11 @@ def replay(model: Path, rows_path: Path, run: dict, kernel: str = "auto") -> tup
             adam_beta2=0.999,
             kernel=kernel,
         )
-        loaded = load_model(config, model, make_mesh())
-    optimizer = make_optimizer(config, len(batches), loaded.parts.lora, dtype=compute_dtype(config))
+        mesh = make_mesh()
+        loaded = load_model(config, model, mesh)
+        optimizer = make_optimizer(config, len(batches), loaded.parts.lora, dtype=compute_dtype(config))
+        state = initial_state(config, loaded, optimizer, mesh).state
     step = make_train_step(loaded.parts.graphdef, optimizer, StepConfig(max_grad_norm=config.max_grad_norm))
-    state = TrainState.create(loaded.parts.lora, optimizer)
     losses, grad_norms = [], []
     for batch in batches[: len(run["losses"])]:
         begin = time.perf_counter()

@@ -30,7 +30,7 @@ from fixtures.finetune_helpers import (
 
 from qlora_jax import finetuning
 from qlora_jax.device_memory import ProgramMemory
-from qlora_jax.training import reporting, run_directory, setup, trainer
+from qlora_jax.training import model, reporting, run_directory, setup, trainer
 from qlora_jax.training.step import TrainStep
 
 # What a resumed run could get wrong: dropout masks, accumulation, the order of length-grouped batches, the optimizer's
@@ -202,8 +202,8 @@ class Death:
     def __init__(self, monkeypatch):
         self.count, self.at, self.trace = 0, None, []
         for owner, name in (
-            (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree"),
-            (run_directory.ocp, "save"), (reporting.MetricsLog, "write"), (trainer, "save_adapter"),
+            (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree"),
+            (run_directory.ocp, "save"), (reporting.MetricsLog, "write"), (model, "save_adapter"),
         ):  # fmt: skip
             self._hook(monkeypatch, owner, name)
 
@@ -214,7 +214,7 @@ class Death:
             # Orbax and TensorBoard work in threads, at moments that no test can repeat.
             if threading.current_thread() is not threading.main_thread():
                 return real(*args, **kwargs)
-            label = f"{name} {Path(args[-1]).name}" if name == "replace" else name
+            label = f"{name} {Path(args[-1]).name}" if name in ("replace", "rename") else name
             self._step(label)
             result = real(*args, **kwargs)
             self._step(f"{label} done")
@@ -250,8 +250,7 @@ def compiled():
 
         return make
 
-    places = [(setup, "make_train_step"), (trainer, "make_eval_step")]
-    return {(owner, name): once(owner, name) for owner, name in places}
+    return {(setup, name): once(setup, name) for name in ("make_train_step", "make_eval_step")}
 
 
 @pytest.fixture
@@ -280,7 +279,7 @@ def test_killed_at_any_operation_on_the_disk_and_resumed_is_bit_identical(
     operations = death.count
     assert operations > 60
     assert {"replace summary.json", "save", "write", "rmtree done", "save_adapter done"} <= set(death.trace)
-    saved = 1 + death.trace.index("replace checkpoint-000006 done")
+    saved = 1 + death.trace.index("rename checkpoint-000006 done")
     chains = [
         [rng.randint(1, operations) for _ in range(6)],
         # The last checkpoint is whole: still to do are pruning, the last evaluation, the adapter and the summary.
@@ -311,7 +310,7 @@ def test_killed_at_any_operation_on_the_disk_and_resumed_is_bit_identical(
 
 def test_stopped_where_an_evaluation_is_due(place, inside, monkeypatch, compiled_once, capsys):
     """The stop comes first; the evaluation is made up for, so the log has no hole. Nor has a stop in an evaluation."""
-    for name, method, step in (("stop-in-step", "_device_batch", 2), ("stop-in-evaluation", "evaluate", 4)):
+    for name, method, step in (("stop-in-step", "_place", 2), ("stop-in-evaluation", "evaluate", 4)):
         real, steps = getattr(trainer.Trainer, method), []
 
         def stop(self, argument, real=real, step=step, steps=steps):
@@ -331,17 +330,6 @@ def test_stopped_where_an_evaluation_is_due(place, inside, monkeypatch, compiled
         assert call(argv(place, name, INSIDE | {"save_steps": 2})) == 0
         assert helpers.reproducible(metrics(place / name)) == helpers.reproducible(metrics(inside))
         assert not [path for path in (place / name).glob("checkpoint-*") if int(path.name[-6:]) % 2]
-
-
-def test_the_second_signal_acts_at_once():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with trainer._StopOnSignal() as stop:
-        assert not stop.requested
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_other_prompts_on_resume(place, monkeypatch, compiled_once, capsys):
@@ -371,7 +359,7 @@ def leave_room_for_two_thirds(patch):
         return compiled
 
     patch.setattr(TrainStep, "program", program)
-    patch.setattr(trainer, "device_limit", lambda device: 1)
+    patch.setattr(finetuning, "device_limit", lambda device: 1)
 
 
 def test_chunks_that_change_their_place_are_logged_at_their_step(place, monkeypatch):

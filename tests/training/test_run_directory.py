@@ -3,8 +3,10 @@
 import dataclasses
 import gc
 import json
+import logging
 import os
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.errors import UserError
+from qlora_jax.files import write_json
 from qlora_jax.training import run_directory
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.run_directory import RunDirectory, read_json, write_json
+from qlora_jax.training.run_directory import RunDirectory, check_output_dir, read_json
 from qlora_jax.training.step import TrainState
 
 IDENTITY = {"data": "abc", "devices": 1}
@@ -122,6 +125,7 @@ def test_killed_in_a_save_leaves_old_or_new_but_nothing_half(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(run_directory.os, "replace", hooked(os.replace))
+        patch.setattr(run_directory.os, "rename", hooked(os.rename))
         patch.setattr(run_directory.shutil, "rmtree", hooked(shutil.rmtree))
         patch.setattr(run_directory.ocp, "save", hooked(run_directory.ocp.save))
         with pytest.raises(Killed):
@@ -162,9 +166,9 @@ def test_a_save_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypa
         if where == "state":
             patch.setattr(run_directory.ocp, "save", fail)
         elif where == "position":
-            patch.setattr(run_directory, "write_json", fail)
+            patch.setattr(run_directory.files, "write_json", fail)
         elif where == "rename":
-            patch.setattr(run_directory.os, "replace", fail)
+            patch.setattr(run_directory.os, "rename", fail)
         with pytest.raises(UserError) as failure:
             run.save(2, state_at(2), {}, fail if where == "adapter" else write_adapter)
     message = str(failure.value)
@@ -247,6 +251,7 @@ def test_overwrite(tmp_path):
     run = open_run(tmp_path)
     save(run, 1)
     (run.path / "metrics.jsonl").write_text("{}\n")
+    (run.path / "adapter").mkdir()
     (run.path / "notes.txt").write_text("mine")
     assert open_run(tmp_path, overwrite_output_dir=True, seed=5).checkpoints() == []
     assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt", "run.json"]
@@ -259,14 +264,144 @@ def test_overwrite_spares_a_directory_that_is_no_run(tmp_path):
     assert (tmp_path / "run" / "thesis.tex").exists()
 
 
+def contents(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def foreign(path, *names):
+    """Another program's files and directories."""
+    path.mkdir(exist_ok=True)
+    for name in names:
+        file = path / name if "." in name else path / name / "state.bin"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("theirs")
+
+
+HUGGING_FACE = ("checkpoint-500", "adapter", "wandb", "trainer_state.json")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (HUGGING_FACE, "holds checkpoint-500, adapter, not written by a run of this program"),
+        (("checkpoint-000500",), "holds checkpoint-000500, not written"),
+        (("adapter",), "holds adapter, not written"),
+        (("metrics.jsonl",), "holds metrics.jsonl, not written"),
+        (("tensorboard",), "holds tensorboard, not written"),
+        (("run.json",), "run.json cannot be read"),
+    ],
+)
+def test_what_other_programs_wrote_is_neither_deleted_nor_overwritten(tmp_path, names, said, overwrite):
+    run = tmp_path / "run"
+    foreign(run, *names)
+    before = contents(run)
+    with pytest.raises(UserError, match=said):
+        open_run(tmp_path, overwrite_output_dir=overwrite)
+    with pytest.raises(UserError, match=said):
+        check_output_dir(config_for(tmp_path, overwrite_output_dir=overwrite))
+    assert contents(run) == before
+
+
+def test_names_that_a_run_does_not_write_are_no_obstacle(tmp_path):
+    foreign(tmp_path / "run", "wandb", "adapter")
+    run = open_run(tmp_path, do_train=False)
+    assert contents(run.path).keys() == {"wandb/state.bin", "adapter/state.bin", "run.json"}
+
+
+def test_overwrite_deletes_only_what_the_record_proves(tmp_path):
+    run = open_run(tmp_path, report_to="none")
+    save(run, 1)
+    # Made by other programs in the directory of the run, after it began.
+    foreign(run.path, "wandb", "tensorboard", "trainer_state.json")
+    theirs = {name: value for name, value in contents(run.path).items() if value == b"theirs"}
+    for changes in ({"report_to": "none"}, {"report_to": "none", "seed": 7}):
+        again = open_run(tmp_path, overwrite_output_dir=True, **changes)
+        assert again.checkpoints() == []
+        assert {name: value for name, value in contents(run.path).items() if name != "run.json"} == theirs
+    for report_to in ("wandb", "tensorboard", "all"):
+        with pytest.raises(UserError, match=r"holds .*not written by a run of this program"):
+            open_run(tmp_path, overwrite_output_dir=True, report_to=report_to)
+    # A checkpoint of another program, numbered in the same way, is neither counted nor deleted nor overwritten.
+    foreign(run.path, "checkpoint-900")
+    assert run.checkpoints() == []
+    with pytest.raises(UserError, match="holds checkpoint-900, not written"):
+        open_run(tmp_path, overwrite_output_dir=True, report_to="none")
+    assert contents(run.path / "checkpoint-900") == {"state.bin": b"theirs"}
+
+
+def test_a_run_remembers_what_it_wrote_under_other_settings(tmp_path):
+    save(open_run(tmp_path, report_to="all"), 1)
+    run = open_run(tmp_path, report_to="none")  # resumed
+    for name in ("wandb", "tensorboard"):
+        (run.path / name).mkdir()
+    open_run(tmp_path, report_to="all")
+    open_run(tmp_path, report_to="none", overwrite_output_dir=True)
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+
+
+def test_a_record_without_the_list_of_what_was_written(tmp_path):
+    """As earlier versions wrote it: the settings say which directories were the run's."""
+    run = open_run(tmp_path, report_to="wandb")
+    save(run, 1)
+    record = read_json(run.path / "run.json")
+    for key in ("wrote", "facts"):
+        del record[key]
+    write_json(run.path / "run.json", record)
+    (run.path / "wandb").mkdir()
+    assert open_run(tmp_path, report_to="wandb").checkpoints() == [1]
+    open_run(tmp_path, report_to="wandb", overwrite_output_dir=True)
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+
+
 def test_checkpoints_without_a_record(tmp_path):
     run = open_run(tmp_path)
     save(run, 1)
     (run.path / "run.json").unlink()
-    with pytest.raises(UserError, match=r"holds checkpoints without a run\.json"):
-        open_run(tmp_path)
-    # An overwrite that was killed may have deleted the record first.
-    assert open_run(tmp_path, overwrite_output_dir=True).checkpoints() == []
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"holds checkpoints without a run\.json"):
+            open_run(tmp_path, overwrite_output_dir=overwrite)
+    check(run, 1)
+
+
+def test_facts_are_those_of_the_beginning(tmp_path):
+    def facts(value, **changes):
+        return RunDirectory.open(config_for(tmp_path, **changes), IDENTITY, {"kernels": value}).facts
+
+    assert facts("fused") == {"kernels": "fused"}
+    assert facts("xla") == {"kernels": "xla"}  # nothing had been done: the run begins anew
+    save(open_run(tmp_path), 1)
+    save(RunDirectory.open(config_for(tmp_path), IDENTITY, {"kernels": "unfused"}), 2)
+    assert facts("xla") == {"kernels": "unfused"}
+    assert read_json(tmp_path / "run" / "run.json")["facts"] == {"kernels": "unfused"}
+    assert facts("xla", overwrite_output_dir=True) == {"kernels": "xla"}
+
+
+def test_nothing_is_left_changed_in_the_process(tmp_path, monkeypatch):
+    """Warning filters and log levels, after saves and loads that succeed and that fail."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.INFO)
+
+    def process_wide():
+        return list(warnings.filters), [logger.level for logger in loggers]
+
+    before = process_wide()
+    run = open_run(tmp_path)
+    save(run, 1)
+    check(run, 1)
+    assert process_wide() == before
+    with pytest.raises(UserError), monkeypatch.context() as patch:
+        patch.setattr(run_directory.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        save(run, 2)
+    assert process_wide() == before
+    remove_state(run.checkpoint_path(1))
+    (run.checkpoint_path(1) / "state").mkdir()
+    write_json(run.checkpoint_path(1) / "position.json", {})
+    with pytest.raises(UserError, match="cannot be restored"):
+        run.restore(1, jax.eval_shape(lambda: state_at(0)))
+    assert process_wide() == before
+    assert [logger.level for logger in loggers] == [logging.INFO, logging.INFO]
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"flags": {}}'])

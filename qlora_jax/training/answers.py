@@ -1,0 +1,93 @@
+"""Prompts that a run answers before and after training."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from qlora_jax import data
+from qlora_jax.defaults import DEFAULT_DATASET
+from qlora_jax.errors import UserError
+from qlora_jax.generation import Sampling, generate
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.model import Model
+from qlora_jax.training.progress import announced
+from qlora_jax.training.run_directory import RunDirectory, read_json
+
+_BEFORE = "answers_before.json"
+
+
+class Answer(NamedTuple):
+    """A prompt, answered before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def read_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """Return the prompts to answer before and after training: those of `prompts`, or the embedded data's own."""
+    if config.prompts is None:
+        return data.default_prompts() if config.dataset == DEFAULT_DATASET else ()
+    try:
+        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"`prompts={config.prompts}` cannot be read: {error}.") from error
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"`prompts={config.prompts}` holds no prompt; write one a line.")
+    return prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Questionnaire:
+    """Prompts, and what it takes to ask a model as in training on `dataset_format`."""
+
+    prompts: tuple[str, ...]
+    config: TrainConfig
+    model: Model
+    tokenizer: Any
+    dataset_format: str
+
+    def ask(self, lora: nnx.State) -> list[str]:
+        """Return the model's answers with some adapters."""
+        if not self.prompts:
+            return []
+        config, tokenizer = self.config, self.tokenizer
+        encoded = [
+            data.encode_prompt(prompt, tokenizer=tokenizer, dataset_format=self.dataset_format).tolist()
+            for prompt in self.prompts
+        ]
+        stop = self.model.base.config.get("eos_token_id")
+        stop = stop if isinstance(stop, list) else [stop]
+        with announced(f"answering {len(encoded)} prompts"):
+            tokens = generate(
+                self.model.parts.graphdef,
+                lora,
+                self.model.parts.frozen,
+                encoded,
+                eos_ids=sorted({tokenizer.eos_token_id, *stop} - {None}),
+                sampling=Sampling(
+                    config.max_new_tokens, config.do_sample, config.temperature, config.top_k, config.top_p
+                ),
+                seed=config.seed,
+            )
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+
+    def recorded(self, directory: RunDirectory) -> list[str] | None:
+        """Return the answers from before training that an interrupted run recorded; None if it recorded none."""
+        file = directory.path / _BEFORE
+        if not file.exists():
+            return None
+        known = dict(read_json(file))
+        return [known.get(prompt, "(not asked before training)") for prompt in self.prompts]
+
+    def record(self, directory: RunDirectory, before: Sequence[str]) -> None:
+        """Record the answers from before training, for a run that may be interrupted."""
+        directory.write_json(_BEFORE, list(zip(self.prompts, before, strict=True)))
+
+    def answers(self, before: Sequence[str], after: Sequence[str]) -> list[Answer]:
+        """Return the prompts with their answers."""
+        return [Answer(*found) for found in zip(self.prompts, before, after, strict=True)]

@@ -1,0 +1,89 @@
+"""Data of a run: rows read, split, made into examples and batched."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from qlora_jax import data
+from qlora_jax.defaults import DEFAULT_DATASET
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.objectives import objective_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """Batches of a run.
+
+    Attributes:
+        train: training batches, resumable.
+        evaluation: held-out batches; empty without evaluation.
+        total_steps: optimizer steps of the run; 0 if it does not train.
+        dataset_format: row format of the training data.
+        reports: what became of the rows, for people.
+    """
+
+    train: data.Batches
+    evaluation: Sequence[data.Batch]
+    total_steps: int
+    dataset_format: str
+    reports: tuple[str, ...]
+
+
+def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
+    """Read, split, tokenise and batch the data of a run."""
+    objective = objective_of(config)
+    mode = "packing" if config.packing else "group_by_length" if config.group_by_length else "plain"
+    batching: dict[str, Any] = {
+        "mode": mode,
+        "pad_id": tokenizer.pad_token_id,
+        "sequence_length": config.packed_length,
+        "fields": objective.fields,
+    }
+
+    rows, held_out, notes = _load_rows(config)
+    examples, report = objective.examples(rows, tokenizer, config)
+    reports = [*notes, str(report)]
+    rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
+    train = data.Batches(examples, batch_size=rows_a_step, seed=config.seed, **batching)
+
+    evaluation: list[data.Batch] = []
+    if held_out is not None and len(held_out):
+        eval_examples, eval_report = objective.examples(held_out, tokenizer, config)
+        reports.append(str(eval_report))
+        eval_rows = config.per_device_eval_batch_size * jax.device_count()
+        evaluation = data.evaluation_batches(eval_examples, batch_size=eval_rows, **batching)
+    return Datasets(train, evaluation, _total_steps(config, train), report.dataset_format, tuple(reports))
+
+
+def _load_rows(config: TrainConfig) -> tuple[data.Rows, data.Rows | None, list[str]]:
+    """Return (training rows, held-out rows, notes)."""
+    rows, held_out, notes = data.load_rows(config.dataset), None, []
+    if config.do_eval and config.eval_dataset is not None:
+        held_out = data.load_rows(config.eval_dataset)
+    elif config.do_eval and config.dataset == DEFAULT_DATASET:
+        held_out = data.load_rows(DEFAULT_DATASET, split="heldout")
+    elif config.do_eval:
+        rows, held_out, note = data.split_rows(rows, config.eval_dataset_size, seed=config.seed)
+        notes.append(note)
+    return _first(rows, config.max_train_samples), held_out and _first(held_out, config.max_eval_samples), notes
+
+
+def _first(rows: data.Rows, count: int | None) -> data.Rows:
+    return rows if count is None else rows.select(range(min(len(rows), count)))
+
+
+def _total_steps(config: TrainConfig, train: data.Batches) -> int:
+    if not config.do_train:
+        return 0
+    if config.num_train_epochs is not None:
+        return math.ceil(config.num_train_epochs * train.batches_per_epoch)
+    return config.max_steps
+
+
+def longest_batch(config: TrainConfig, datasets: Datasets) -> tuple[int, int]:
+    """Return (rows, tokens of each) that a device takes through the model at once, of the longest training batch."""
+    rows, length = max(datasets.train.shapes())
+    return rows // config.gradient_accumulation_steps // jax.device_count(), length

@@ -1,0 +1,90 @@
+"""State of a run when it begins or is resumed."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qlora_jax import data, models
+from qlora_jax.errors import UserError
+from qlora_jax.optimizers import PagedOptimizer
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.model import Model
+from qlora_jax.training.run_directory import RunDirectory
+from qlora_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """Totals of a run so far.
+
+    Attributes:
+        tokens: tokens that were not padding.
+        trained_tokens: summed weight of the objective, for next-token prediction the trained tokens.
+        seconds: time spent, by all the processes that the run took.
+    """
+
+    tokens: int = 0
+    trained_tokens: int | float = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """Everything that a checkpoint brings back, but for the data iterator, which is moved in place.
+
+    Attributes:
+        state: adapters and optimizer state, on the mesh.
+        step: steps done.
+        counters: totals up to there.
+    """
+
+    state: TrainState
+    step: int = 0
+    counters: Counters = Counters()
+
+
+def position(batches: data.Batches, counters: Counters) -> dict[str, Any]:
+    """Return what a checkpoint holds beside the state, as JSON values."""
+    return {"data": batches.state(), **dataclasses.asdict(counters)}
+
+
+def initial_state(config: TrainConfig, model: Model, optimizer: PagedOptimizer, mesh: jax.sharding.Mesh) -> RunState:
+    """Make the state before the first step: fresh adapters, or those of `adapter`."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    lora = model.start
+    if lora is None:
+        lora = models.initialize(model.parts.lora, jax.random.key(config.seed))
+    state = TrainState.create(jax.device_put(lora, replicated), optimizer)
+    # Placed before the first step: a step compiled for other shardings would be compiled twice.
+    return RunState(dataclasses.replace(state, step=jax.device_put(state.step, replicated)))
+
+
+def restored_state(
+    directory: RunDirectory, optimizer: PagedOptimizer, batches: data.Batches, mesh: jax.sharding.Mesh
+) -> RunState:
+    """Read the last checkpoint, and move `batches` to where it was."""
+    step = directory.checkpoints()[-1]
+    replicated = NamedSharding(mesh, PartitionSpec())
+    abstract = TrainState(*optimizer.abstract(), jax.ShapeDtypeStruct((), jnp.int32))
+    saved, where = directory.restore(step, abstract)
+    lora, opt_state = optimizer.scatter(saved.lora, saved.opt_state, replicated)
+    batches.restore(where["data"])
+    return RunState(TrainState(lora, opt_state, jax.device_put(saved.step, replicated)), step, _counters(where))
+
+
+def _counters(where: Mapping[str, Any]) -> Counters:
+    return Counters(**{field.name: where[field.name] for field in dataclasses.fields(Counters)})
+
+
+def refuse_finished(config: TrainConfig, directory: RunDirectory, total_steps: int) -> None:
+    """Raise UserError if the run in the directory is finished, or longer than this one."""
+    step = max(directory.checkpoints(), default=0)
+    if step > total_steps or (step and step == total_steps and directory.summary_file.exists()):
+        raise UserError(
+            f"`output_dir={config.output_dir}` holds a finished run of {step} steps; give another `output_dir`, or "
+            "`overwrite_output_dir` to delete it."
+        )
