@@ -18,14 +18,16 @@ The result cannot run here, but it is the program that would: `memory_analysis()
   machine without a GPU the process needs `JAX_PLATFORMS=cpu` in its environment from the start.
 """
 
+import contextlib
 import functools
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo  # its checks of a GPU have no public hook
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
@@ -86,6 +88,32 @@ def mesh(chip: Chip, n_devices: int = 1, axis: str = "data") -> Mesh:
     return Mesh(devices, (axis,), axis_types=(AxisType.Auto,))
 
 
+@contextlib.contextmanager
+def _cudnn_asks(chip: Chip) -> Iterator[None]:
+    """Let JAX's cuDNN attention ask `chip` for its compute capability: it knows the GPUs of this machine only.
+
+    Without it heads wider than 128, which cuDNN takes from Hopper on, would be planned with XLA's attention and run
+    with cuDNN's.
+    """
+    own = tuple(int(part) for part in chip.compute_capability.split("."))
+
+    def at_least(capability: str) -> bool:
+        return own >= tuple(int(part) for part in capability.split("."))
+
+    def equal(capability: str) -> bool:
+        return own == tuple(int(part) for part in capability.split("."))
+
+    replaced = {"check_compute_capability": at_least, "is_cuda_compute_capability_equal": equal}
+    before = {name: getattr(fused_attention_stablehlo, name) for name in replaced}
+    try:
+        for name, function in replaced.items():
+            setattr(fused_attention_stablehlo, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(fused_attention_stablehlo, name, function)
+
+
 def compile_for(
     chip: Chip,
     function: Callable[..., Any],
@@ -110,7 +138,7 @@ def compile_for(
             kernels and this process compiled some for another architecture.
     """
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with jax.default_device(topology(chip, n_devices).devices[0]):
+    with jax.default_device(topology(chip, n_devices).devices[0]), _cudnn_asks(chip):
         lowered = jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
         if "custom_call @mosaic_gpu" in lowered.as_text():
             first = _pallas_arch.setdefault("first", chip.arch)
