@@ -23,7 +23,7 @@ from qlora_jax import kernels
 from qlora_jax.nn import long_sequence
 from qlora_jax.nn.attention import Attention, attend, attend_xla, segment_mask
 from qlora_jax.nn.remat import LAYER_INPUT, Remat, rematerialised
-from qlora_jax.nn.variables import Trainable
+from qlora_jax.nn.variables import GradientSlot, Trainable
 from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.sharding import REPLICATED, ShardingRules, gathered
 
@@ -234,29 +234,30 @@ class Stack:
         if remat != "none" and long_sequence.tile_size(tokens) < tokens:
             return self._by_tiles(layers, h, ctx, masks, layer_keys, remat)
 
-        graphdef, state = nnx.split(layers)
-        stacks, sliced = split_stacks(state)
+        graphdef, *states = nnx.split(layers, Trainable, ...)
+        trained, frozen = states
+        stacks, rest = split_stacks(frozen)
+        slots, matrices = _split_slots(trained)
 
-        def apply(attentions: tuple[Attention, ...], h: Array, index: Array | int, xs: Any) -> Array:
-            own, key = xs
-            layer = nnx.merge(graphdef, own, layer_of(stacks, index, self.rules))
+        def apply(attentions: tuple[Attention, ...], h: Array, index: Array, slots: Any) -> Array:
+            # Taken in here, where it is not kept for the backward pass: whole stacks are there anyway.
+            own, read, key = _taken((rest, matrices, layer_keys), index)
+            trained = _join_slots(slots, read)
+            layer = nnx.merge(graphdef, trained, own, layer_of(stacks, index, self.rules))
             return _apply(layer, attentions, checkpoint_name(h, LAYER_INPUT), ctx, masks, DropoutKeys(key))
 
-        for segment in self.segments:
-            start, pattern, repeats = segment
+        for start, pattern, repeats in self.segments:
             # XLA may see a layer's forward pass beside its recomputation where a loop has one turn or many layers.
             shared = repeats == 1 or len(pattern) > 1
             bodies = [rematerialised(functools.partial(apply, attentions), remat, shared) for attentions in pattern]
-            mine = _cut(((sliced, layer_keys)), start, len(pattern), repeats, n_layers)
 
-            def period(h: Array, xs: Any, bodies: Any = bodies) -> tuple[Array, None]:
-                first, mine = xs
+            def period(h: Array, first: Array, bodies: Any = bodies) -> tuple[Array, None]:
                 for j, body in enumerate(bodies):
-                    h = body(h, first + j, mine if len(bodies) == 1 else jax.tree.map(lambda x, j=j: x[j], mine))
+                    # Taken out here, where its gradient is added to the stack's in place.
+                    h = body(h, first + j, _taken(slots, first + j))
                 return h, None
 
-            indices = start + len(pattern) * jnp.arange(repeats)
-            h, _ = jax.lax.scan(period, h, (indices, mine))
+            h, _ = jax.lax.scan(period, h, start + len(pattern) * jnp.arange(repeats))
         return h
 
     def _by_tiles(
@@ -339,14 +340,14 @@ class Stack:
         windows = self._windows(cache.capacity)
         places = {pair: (group, n) for group, pairs in enumerate(windows.values()) for n, pair in enumerate(pairs)}
         graphdef, state = nnx.split(layers)
-        stacks, sliced = split_stacks(state)
+        stacks, rest = split_stacks(state)
 
-        def period(carry: Any, xs: Any, segment: Segment) -> tuple[Any, None]:
-            (h, arrays), (repeat, mine) = carry, xs
+        def period(carry: Any, repeat: Array, segment: Segment) -> tuple[Any, None]:
+            h, arrays = carry
             first, pattern, _ = segment
             for j, attentions in enumerate(pattern):
-                own = mine if len(pattern) == 1 else jax.tree.map(lambda x, j=j: x[j], mine)
-                layer: Any = nnx.merge(graphdef, own, layer_of(stacks, first + repeat * len(pattern) + j, self.rules))
+                index = first + repeat * len(pattern) + j
+                layer: Any = nnx.merge(graphdef, _taken(rest, index), layer_of(stacks, index, self.rules))
                 for i, facts in enumerate(attentions):
                     qkv = layer.pre_attention(i, h, ctx.rope_of(facts), DropoutKeys())
                     if facts.cross:
@@ -364,9 +365,7 @@ class Stack:
 
         carry = (h, list(zip(cache.keys, cache.values, strict=True)))
         for segment in self.segments:
-            mine = _cut(sliced, segment.start, len(segment.pattern), segment.repeats, len(self.layers))
-            body = functools.partial(period, segment=segment)
-            carry, _ = jax.lax.scan(body, carry, (jnp.arange(segment.repeats), mine))
+            carry, _ = jax.lax.scan(functools.partial(period, segment=segment), carry, jnp.arange(segment.repeats))
         h, arrays = carry
         keys, values = zip(*arrays, strict=True) if arrays else ((), ())
         return h, Cache(keys, values, seen, start + seq)
@@ -388,16 +387,29 @@ def _apply(
     return h
 
 
-def _cut(tree: Any, start: int, period: int, repeats: int, n_layers: int) -> Any:
-    """Leaves of layers start ... as a scan takes them: [repeats, ...] where the period is one layer, else
-    [repeats, period, ...].
-    """
+def _taken(tree: Any, index: Array) -> Any:
+    """One layer's part of every leaf."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
-    def leaf(x: Array) -> Array:
-        x = x if period * repeats == n_layers else x[start : start + period * repeats]
-        return x if period == 1 else x.reshape(repeats, period, *x.shape[1:])
 
-    return jax.tree.map(leaf, tree)
+def _is_slot(value: Any) -> bool:
+    return isinstance(value, GradientSlot)
+
+
+def _split_slots(trained: Any) -> tuple[Any, Any]:
+    """(what gradients are taken with respect to, what is read beside it) of trained values."""
+    slots = jax.tree.map(lambda value: value.slot if _is_slot(value) else value, trained, is_leaf=_is_slot)
+    matrices = jax.tree.map(lambda value: value.matrix if _is_slot(value) else None, trained, is_leaf=_is_slot)
+    return slots, matrices
+
+
+def _join_slots(slots: Any, matrices: Any) -> Any:
+    """The trained values that `_split_slots` took apart."""
+
+    def joined(matrix: Any, slot: Any) -> Any:
+        return slot if matrix is None else GradientSlot(matrix, slot)
+
+    return jax.tree.map(joined, matrices, slots, is_leaf=lambda value: value is None)
 
 
 def _attend_cached(
