@@ -24,6 +24,7 @@ from qlora_jax.checkpoints.streaming import (
     TensorPath,
     abstract_tensor,
     check_source,
+    describe,
     inventory,
     quantized_leaves,
     stream_tensors,
@@ -167,7 +168,7 @@ def _write_parts(
     parts.flush()
     quantized = [spec for spec in specs if spec.quantized and quantization.quant_type != "none"]
     return Manifest(
-        source=source.description,
+        source=describe(source),
         quantization=quantization,
         dtype=dtype.name,
         tensors=len(specs),

@@ -16,7 +16,15 @@ import numpy as np
 from qlora_jax.checkpoints.converted import ConvertedBase
 from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.sources import TensorSource, open_source
-from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, check_source, stream_tensors
+from qlora_jax.checkpoints.streaming import (
+    Chunk,
+    Progress,
+    TensorPath,
+    abstract_stacks,
+    check_source,
+    describe,
+    stream_tensors,
+)
 from qlora_jax.models import TensorSpec, base_tensors
 from qlora_jax.quantization import QuantizationConfig
 
@@ -63,7 +71,7 @@ def load_base(
         chunks = converted.chunks(specs, progress)
     else:
         source = open_source(path)
-        config, description = source.config, source.description
+        config, description = source.config, describe(source)
         specs = base_tensors(config)
         check_source(source, specs, quantization)
         chunks = _source_chunks(source, specs, quantization, dtype, progress)

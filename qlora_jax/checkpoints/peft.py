@@ -3,7 +3,7 @@
 An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`. PEFT keeps one pair of matrices for
 every layer (`base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` [R, in] and `.lora_B.weight` [out, R]);
 we keep one pair for every linear, layers stacked: ("layers", "self_attn", "q_proj", "lora_a") [L, R, in] and "lora_b"
-[L, out, R]. Both compute y = x W^T + (alpha / R) (x A^T) B^T.
+[L, out, R]. Both compute y = x W^T + (alpha / R) (x A^T) B^T. The family's table of names leads from one to the other.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qlora_jax import models
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, write_errors
+from qlora_jax.models.family import LAYER
 
-__all__ = ["CONFIG_NAME", "DECODER_STACKS", "WEIGHTS_NAME", "AdapterConfig", "load_adapter", "save_adapter"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterConfig", "load_adapter", "save_adapter"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-
-# Where a model family keeps its repeated layers: Hugging Face prefix of the numbered modules -> our stacked path.
-DECODER_STACKS: Mapping[str, tuple[str, ...]] = {"model.layers": ("layers",)}
 
 _PEFT_PREFIX = "base_model.model."
 _MATRICES = {"lora_A": "lora_a", "lora_B": "lora_b"}
@@ -75,37 +74,49 @@ class AdapterConfig:
     """
 
     rank: int
-    alpha: float
-    dropout: float
+    alpha: float | int
+    dropout: float | int
     target_modules: tuple[str, ...]
     base_model_name: str | None
+
+
+class _Names:
+    """Our path and PEFT's name of every linear in a model's layers."""
+
+    def __init__(self, model: models.Config):
+        family, table = models.family_of(model), models.names(model)
+        linears = {name for group in family.lora_groups.values() for name in group}
+        # Modules of the layers, by what they are called on either side; files may also use the checkpoint's name.
+        inside = [name for name in table if LAYER in name.peft and name.ours.rpartition(".")[2] in linears]
+        self.task_type = family.peft_task
+        self.to_peft = {tuple(name.ours.split(".")): name.peft for name in inside}
+        self.to_ours = {template: tuple(name.ours.split(".")) for name in inside for template in (name.hf, name.peft)}
+        self._other_parts = family.other_parts(models.model_config(model))
+
+    def targets(self, modules: list[tuple[str, ...]]) -> list[str] | str:
+        """Say which linears have matrices: last names, or a regular expression where other parts have the same."""
+        if not self._other_parts:
+            return sorted({module[-1] for module in modules})
+        templates = (re.escape(self.to_peft[module]).replace(re.escape(LAYER), r"\d+") for module in modules)
+        return "|".join(f"({template})" for template in templates)
 
 
 def save_adapter(
     directory: str | os.PathLike[str],
     lora: Mapping[tuple[str, ...], Any],
-    *,
-    rank: int,
-    alpha: float | int,
-    dropout: float | int,
-    target_modules: Iterable[str],
-    base_model_name: str | None,
-    stacks: Mapping[str, tuple[str, ...]] = DECODER_STACKS,
+    config: AdapterConfig,
+    model: models.Config,
 ) -> Path:
     """Write an adapter that PEFT's `PeftModel.from_pretrained` loads, float32, and check it by reading it back.
 
-    Both files are written and checked in a temporary subdirectory first. `adapter_config.json` appears last, so that a
+    Both files are written and checked under temporary names first. `adapter_config.json` appears last, so that a
     directory that has one always holds a whole adapter; other files in `directory` are left alone.
 
     Args:
         directory: created when missing; an adapter already there is replaced.
-        lora: {(*stack, *module, "lora_a"): [L, R, in], (..., "lora_b"): [L, out, R]}, NumPy or JAX arrays.
-        rank: R, as in the arrays.
-        alpha: the adapter's output is scaled by alpha / rank.
-        dropout: stored for whoever trains on.
-        target_modules: last names of the adapted linears; must be those in `lora`.
-        base_model_name: hub id or path of the base model, stored.
-        stacks: the family's table, Hugging Face prefix -> stacked path.
+        lora: {(*path, "lora_a"): [L, R, in], (*path, "lora_b"): [L, out, R]}, NumPy or JAX arrays.
+        config: describes them; `target_modules` must be those in `lora`.
+        model: configuration of the base model.
 
     Returns:
         The directory.
@@ -113,39 +124,15 @@ def save_adapter(
     Raises:
         UserError: empty, incomplete, mis-shaped or non-finite matrices, or a write that failed (disk full, ...).
     """
-    directory = Path(directory)
-    modules = _check_stacked(lora, rank)
-    names = sorted({module[-1] for module in modules})
-    if names != sorted(set(target_modules)):
+    directory, names = Path(directory), _Names(model)
+    modules = _check_stacked(lora, config.rank)
+    adapted = sorted({module[-1] for module in modules})
+    if adapted != sorted(set(config.target_modules)):
         raise UserError(
-            f"Adapter for {directory}: target_modules {sorted(set(target_modules))} but matrices for {names}."
+            f"Adapter for {directory}: target_modules {sorted(set(config.target_modules))} but matrices for {adapted}."
         )
-    tensors = _to_peft(lora, stacks)
-    config: dict[str, Any] = {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model_name,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else float(alpha),
-        "lora_bias": False,
-        "lora_dropout": float(dropout),
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": int(rank),
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": names,
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    tensors = _to_peft(lora, names)
+    fields = _config_fields(config, names.targets(modules), names.task_type)
     weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
     created = not directory.exists()
     try:
@@ -153,10 +140,10 @@ def save_adapter(
             directory.mkdir(parents=True, exist_ok=True)
             # The config is the mark of completeness: it goes first and comes back last.
             with atomic_write(config_path) as new_config, atomic_write(weights_path) as new_weights:
-                new_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                new_config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
                 _save_tensors(tensors, new_weights)
                 new_weights.chmod(new_config.stat().st_mode)  # safetensors makes files only their owner can read
-                _check_written(new_config, new_weights, lora, stacks)
+                _check_written(new_config, new_weights, lora, names)
                 config_path.unlink(missing_ok=True)
     finally:
         if created:
@@ -166,21 +153,16 @@ def save_adapter(
 
 
 def load_adapter(
-    directory: str | os.PathLike[str],
-    *,
-    base_shapes: Mapping[tuple[str, ...], tuple[int, ...]] | None = None,
-    stacks: Mapping[str, tuple[str, ...]] = DECODER_STACKS,
+    directory: str | os.PathLike[str], model: models.Config
 ) -> tuple[dict[tuple[str, ...], np.ndarray], AdapterConfig]:
     """Read a PEFT LoRA adapter.
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors` (pickles are refused).
-        base_shapes: optionally the stacked shape [L, out, in] of every base linear, keyed by its path up to and
-            without "weight"; the adapter must then fit it.
-        stacks: the family's table, Hugging Face prefix -> stacked path.
+        model: configuration of the base model, whose family's names the file must have.
 
     Returns:
-        {(*stack, *module, "lora_a"): float32 [L, R, in], (..., "lora_b"): float32 [L, out, R]} and the configuration.
+        {(*path, "lora_a"): float32 [L, R, in], (*path, "lora_b"): float32 [L, out, R]} and the configuration.
 
     Raises:
         UserError: a missing or malformed file, a config field this program would have to ignore (DoRA, biases, ranks by
@@ -189,21 +171,18 @@ def load_adapter(
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"Adapter directory {directory} does not exist.")
-    lora, config = _read_adapter(directory / CONFIG_NAME, directory / WEIGHTS_NAME, stacks)
-    if base_shapes is not None:
-        _check_base(lora, base_shapes, directory / WEIGHTS_NAME)
-    return lora, config
+    return _read_adapter(directory / CONFIG_NAME, directory / WEIGHTS_NAME, _Names(model))
 
 
 def _read_adapter(
-    config_path: Path, weights_path: Path, stacks: Mapping[str, tuple[str, ...]]
+    config_path: Path, weights_path: Path, names: _Names
 ) -> tuple[dict[tuple[str, ...], np.ndarray], AdapterConfig]:
     """Read the two files of an adapter."""
     fields = _read_config(config_path)
-    rank, alpha, dropout = _check_config(fields, config_path)
+    rank, alpha, dropout = _check_config(fields, config_path, names.task_type)
     tensors = _read_tensors(weights_path)
     adapted = {name.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for name in tensors}
-    lora = _from_peft(tensors, rank, weights_path, stacks)
+    lora = _from_peft(tensors, rank, weights_path, names)
     _check_targets(fields, sorted(adapted), config_path)
     config = AdapterConfig(
         rank=rank,
@@ -213,6 +192,35 @@ def _read_adapter(
         base_model_name=fields.get("base_model_name_or_path"),
     )
     return lora, config
+
+
+def _config_fields(config: AdapterConfig, targets: list[str] | str, task_type: str) -> dict[str, Any]:
+    """Make the contents of adapter_config.json."""
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": config.base_model_name,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else float(config.alpha),
+        "lora_bias": False,
+        "lora_dropout": float(config.dropout),
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": int(config.rank),
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": targets,
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
 
 
 def _check_stacked(lora: Mapping[tuple[str, ...], Any], rank: int) -> list[tuple[str, ...]]:
@@ -234,18 +242,17 @@ def _check_stacked(lora: Mapping[tuple[str, ...], Any], rank: int) -> list[tuple
     return modules
 
 
-def _to_peft(lora: Mapping[tuple[str, ...], Any], stacks: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
+def _to_peft(lora: Mapping[tuple[str, ...], Any], names: _Names) -> dict[str, np.ndarray]:
     """Unstack into PEFT's names, float32."""
     leaves = {leaf: matrix for matrix, leaf in _MATRICES.items()}
     tensors = {}
     for path in sorted(lora):
-        prefix = next((name for name, stack in stacks.items() if path[: len(stack)] == stack), None)
-        if prefix is None:
-            raise UserError(f"Adapter: {'.'.join(path)} is in no stack of layers known for this model family.")
-        module = ".".join(path[len(stacks[prefix]) : -1])
+        template = names.to_peft.get(path[:-1])
+        if template is None:
+            raise UserError(f"Adapter: {'.'.join(path[:-1])} is no linear inside the layers of this model.")
         stacked = np.asarray(lora[path]).astype(np.float32)
         for layer, matrix in enumerate(stacked):
-            name = f"{_PEFT_PREFIX}{prefix}.{layer}.{module}.{leaves[path[-1]]}.weight"
+            name = f"{_PEFT_PREFIX}{template.replace(LAYER, str(layer))}.{leaves[path[-1]]}.weight"
             if not np.isfinite(matrix).all():
                 raise UserError(f"Adapter: {name} holds NaN or Inf; it is not saved.")
             tensors[name] = np.ascontiguousarray(matrix)
@@ -259,14 +266,9 @@ def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _check_written(
-    config_path: Path,
-    weights_path: Path,
-    lora: Mapping[tuple[str, ...], Any],
-    stacks: Mapping[str, tuple[str, ...]],
-) -> None:
+def _check_written(config_path: Path, weights_path: Path, lora: Mapping[tuple[str, ...], Any], names: _Names) -> None:
     """Re-read what was just written and compare it with what should be there, bit for bit."""
-    again, _ = _read_adapter(config_path, weights_path, stacks)
+    again, _ = _read_adapter(config_path, weights_path, names)
     same = again.keys() == lora.keys() and all(
         np.array_equal(values, np.asarray(lora[path]).astype(np.float32)) for path, values in again.items()
     )
@@ -287,7 +289,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_config(fields: dict[str, Any], path: Path) -> tuple[int, float, float]:
+def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> tuple[int, float, float]:
     """Refuse every field that changes what the adapter computes in a way we do not; return rank, alpha, dropout."""
 
     def refuse(name: str, hint: str = "") -> UserError:
@@ -295,8 +297,8 @@ def _check_config(fields: dict[str, Any], path: Path) -> tuple[int, float, float
 
     if fields.get("peft_type") != "LORA":
         raise refuse("peft_type", '; only "LORA" is')
-    if fields.get("task_type") not in ("CAUSAL_LM", None):
-        raise refuse("task_type", '; only "CAUSAL_LM" is')
+    if fields.get("task_type") not in (task_type, None):
+        raise refuse("task_type", f' for this model; only "{task_type}" is')
     if fields.get("bias", "none") != "none":
         raise refuse("bias", '; train with bias="none"')
     if fields.get("use_rslora"):
@@ -351,44 +353,52 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _from_peft(
-    tensors: dict[str, np.ndarray], rank: int, path: Path, stacks: Mapping[str, tuple[str, ...]]
+    tensors: dict[str, np.ndarray], rank: int, path: Path, names: _Names
 ) -> dict[tuple[str, ...], np.ndarray]:
     """Stack PEFT's tensors by layer; empties `tensors`, so that the adapter is not held twice."""
-    prefixes = "|".join(re.escape(prefix) for prefix in stacks)
-    pattern = re.compile(rf"{re.escape(_PEFT_PREFIX)}({prefixes})\.(\d+)\.([\w.]+)\.(lora_[AB])\.weight")
-    grouped: dict[tuple[str, str, str], dict[int, str]] = {}
-    depth: dict[str, int] = {}
+    grouped: dict[tuple[str, str], dict[int, str]] = {}
+    depth = 0
     for name, values in tensors.items():
-        match = pattern.fullmatch(name)
-        if match is None:
-            raise UserError(f"{path}: {name} is not a LoRA matrix of a linear inside the model's layers.")
-        prefix, layer, module, matrix = match.groups()
+        template, layer, matrix = _parse(name, path, names)
         if values.ndim != 2 or values.shape[_RANK_AXIS[matrix]] != rank or 0 in values.shape:
             needed = f"[{rank}, in]" if matrix == "lora_A" else f"[out, {rank}]"
             raise UserError(f"{path}: {name} has shape {list(values.shape)}, but r={rank} needs {needed}.")
         if not np.isfinite(values).all():
             raise UserError(f"{path}: {name} holds NaN or Inf.")
-        grouped.setdefault((prefix, module, matrix), {})[int(layer)] = name
-        depth[prefix] = max(depth.get(prefix, 0), int(layer) + 1)
+        grouped.setdefault((template, matrix), {})[layer] = name
+        depth = max(depth, layer + 1)
 
-    lora = {}
-    for prefix, module in sorted({key[:2] for key in grouped}):
+    lora: dict[tuple[str, ...], np.ndarray] = {}
+    for template in sorted({template for template, _ in grouped}):
         for matrix, leaf in _MATRICES.items():
-            names = grouped.get((prefix, module, matrix), {})
-            for layer in range(depth[prefix]):
-                if layer not in names:
-                    missing = f"{_PEFT_PREFIX}{prefix}.{layer}.{module}.{matrix}.weight"
+            found = grouped.get((template, matrix), {})
+            for layer in range(depth):
+                if layer not in found:
+                    missing = f"{_PEFT_PREFIX}{template.replace(LAYER, str(layer))}.{matrix}.weight"
                     raise UserError(f"{path}: {missing} is missing; every layer must have the same adapters.")
-            first = tensors[names[0]]
-            for layer in range(1, depth[prefix]):
-                if tensors[names[layer]].shape != first.shape:
+            first = tensors[found[0]]
+            for layer in range(1, depth):
+                if tensors[found[layer]].shape != first.shape:
                     raise UserError(
-                        f"{path}: {names[layer]} has shape {list(tensors[names[layer]].shape)}, "
+                        f"{path}: {found[layer]} has shape {list(tensors[found[layer]].shape)}, "
                         f"but layer 0 has {list(first.shape)}."
                     )
-            stacked = np.stack([tensors.pop(names[layer]) for layer in range(depth[prefix])])
-            lora[(*stacks[prefix], *module.split("."), leaf)] = stacked
+            key = (*names.to_ours[template], leaf)
+            if key in lora:
+                raise UserError(f"{path}: matrices of {'.'.join(key[:-1])} are there under two names.")
+            lora[key] = np.stack([tensors.pop(found[layer]) for layer in range(depth)])
     return lora
+
+
+def _parse(name: str, path: Path, names: _Names) -> tuple[str, int, str]:
+    """Read a tensor's name: the module with `{i}` for the layer, the layer, the matrix."""
+    match = re.fullmatch(rf"{re.escape(_PEFT_PREFIX)}([\w.]+)\.(lora_[AB])\.weight", name)
+    layer = re.search(r"\.(\d{1,9})\.", match[1]) if match else None
+    if match and layer:
+        template = f"{match[1][: layer.start(1)]}{LAYER}{match[1][layer.end(1) :]}"
+        if template in names.to_ours:
+            return template, int(layer[1]), match[2]
+    raise UserError(f"{path}: {name} is not a LoRA matrix of a linear inside the model's layers.")
 
 
 def _check_targets(fields: Mapping[str, Any], adapted: list[str], path: Path) -> None:
@@ -414,19 +424,3 @@ def _check_targets(fields: Mapping[str, Any], adapted: list[str], path: Path) ->
 
 def _is_names_or_pattern(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _check_base(
-    lora: Mapping[tuple[str, ...], np.ndarray], base_shapes: Mapping[tuple[str, ...], tuple[int, ...]], path: Path
-) -> None:
-    """Check every pair of matrices against the base linear it adapts."""
-    for module in sorted({key[:-1] for key in lora}):
-        if module not in base_shapes:
-            raise UserError(f"{path}: the base model has no linear {'.'.join(module)}.")
-        layers, out, fan_in = base_shapes[module]
-        a, b = lora[(*module, "lora_a")].shape, lora[(*module, "lora_b")].shape
-        if (a[0], b[1], a[2]) != (layers, out, fan_in):
-            raise UserError(
-                f"{path}: the adapter of {'.'.join(module)} is for {a[0]} layers of [{b[1]}, {a[2]}], but the base "
-                f"model has {layers} of [{out}, {fan_in}]; it belongs to another model."
-            )

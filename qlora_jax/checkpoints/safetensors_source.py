@@ -21,6 +21,7 @@ from qlora_jax.checkpoints.model_files import (
     read_json_object,
 )
 from qlora_jax.errors import UserError
+from qlora_jax.models import family_of
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -74,7 +75,7 @@ class SafetensorsSource:
         self.config: dict[str, Any] = read_json_object(
             self.path / "config.json", "a Hugging Face model directory has one"
         )
-        self._entries = self._read_headers()
+        self._entries = self._under_the_familys_names(self._read_headers())
         dtypes = sorted({entry.dtype for entry in self._entries.values()})
         self.description = f"Hugging Face safetensors directory {self.path} ({', '.join(dtypes)})"
 
@@ -111,6 +112,18 @@ class SafetensorsSource:
         array = np.empty(entry.shape, _DTYPES[entry.dtype])
         read_exactly(entry.file, entry.offset, array, name)
         return array
+
+    def _under_the_familys_names(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+        """Rename tensors whose names begin as in other versions of the family's files."""
+        aliases = family_of(self.config).aliases
+        renamed: dict[str, _Entry] = {}
+        for name, entry in entries.items():
+            old = next((start for start in aliases if name.startswith(start)), "")
+            new = aliases.get(old, "") + name[len(old) :]
+            if new in renamed:
+                raise UserError(f"{entry.file} holds tensor {new} under two names; {DOWNLOAD_AGAIN}.")
+            renamed[new] = entry
+        return renamed
 
     def _read_headers(self) -> dict[str, _Entry]:
         index_file = self.path / "model.safetensors.index.json"

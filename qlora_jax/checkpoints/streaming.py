@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.sources import TensorSource
 from qlora_jax.errors import UserError
-from qlora_jax.models import TensorSpec, ignored_tensors
+from qlora_jax.models import TensorSpec, family_of, ignored_tensors
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, abstract_quantized, quantize
 
 TensorPath = tuple[str, ...]
@@ -64,6 +64,16 @@ def check_source(source: TensorSource, specs: list[TensorSpec], quantization: Qu
         source.check_readable(spec.name)
     if quantization is not None:
         _check_block_size(specs, quantization)
+
+
+def describe(source: TensorSource) -> str:
+    """Describe in one line for people what is read, and which parts of the model are left out."""
+    parts = [
+        part
+        for pattern, part in family_of(source.config).skipped.items()
+        if any(re.fullmatch(pattern, name) for name in source.names())
+    ]
+    return source.description + (f"; left out: {', '.join(parts)}" if parts else "")
 
 
 def stream_tensors(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_jax.checkpoints.gguf_source import read_metadata
+from qlora_jax.checkpoints.gguf_file import read_metadata
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_json_object
 from qlora_jax.errors import UserError
 

@@ -28,6 +28,7 @@ __all__ = [
     "FAMILIES",
     "GGUF",
     "PRESETS",
+    "Config",
     "DecoderConfig",
     "Family",
     "Name",

@@ -3,7 +3,7 @@
 One table of names serves conversion, GGUF files, PEFT adapters, merging and export, both ways.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -46,14 +46,19 @@ class GGUF(NamedTuple):
         hf_architecture: written as `architectures` of the config.json that is made of the metadata.
         hf_model_type: written as its `model_type`.
         fields: metadata key, without the architecture -> field of config.json, beside those of every decoder.
-        derived: (the config.json made so far, all metadata) -> further fields of it, which no key has.
+        reads: further metadata keys, without the architecture, that `derived` reads; any other is refused.
+        derived: (the config.json made so far, lookup of a metadata key without the architecture, llama.cpp's names of
+            the tensors) -> further fields of config.json.
     """
 
     architecture: str
     hf_architecture: str
     hf_model_type: str
     fields: Mapping[str, str] = {}
-    derived: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda config, metadata: {}
+    reads: tuple[str, ...] = ()
+    derived: Callable[[Mapping[str, Any], Callable[[str], Any], Collection[str]], dict[str, Any]] = (
+        lambda config, metadata, tensors: {}
+    )
 
 
 class Family(NamedTuple):
@@ -70,6 +75,8 @@ class Family(NamedTuple):
         gguf: llama.cpp's description, None if it has none.
         ignored: (configuration) -> regular expressions of checkpoint tensors that carry nothing the model needs.
         skipped: regular expressions of checkpoint tensors of parts that are left out -> what they are, for people.
+        other_parts: (configuration) -> the model has parts that are left out, whose linears may be called as those of
+            `lora_groups` are.
         aliases: beginnings of tensor names that some checkpoints have -> that of the table.
     """
 
@@ -83,4 +90,5 @@ class Family(NamedTuple):
     gguf: GGUF | None = None
     ignored: Callable[[Any], tuple[str, ...]] = lambda config: ()
     skipped: Mapping[str, str] = {}
+    other_parts: Callable[[Any], bool] = lambda config: False
     aliases: Mapping[str, str] = {}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -148,11 +148,21 @@ def _names(config: Gemma3Config) -> tuple[Name, ...]:
     )
 
 
-def _gguf_fields(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    # As llama.cpp does: the largest model scales by hidden / heads, for which no key exists.
-    largest = config["num_hidden_layers"] == 62
-    scale = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-    return {"query_pre_attn_scalar": scale}
+def _gguf_fields(config: Mapping[str, Any], metadata: Callable[[str], Any], tensors: Collection[str]) -> dict[str, Any]:
+    """Fields that llama.cpp takes for granted, as its src/models/gemma3.cpp does."""
+    layers = config["num_hidden_layers"]
+    # The largest model scales by hidden / heads, the others by the width of a head; no key says so.
+    scale = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else config["head_dim"]
+    pattern = metadata("attention.sliding_window_pattern")
+    if not config.get("sliding_window"):
+        sliding = [False] * layers
+    elif isinstance(pattern, list):
+        sliding = pattern
+    else:
+        period = 6 if pattern is None else pattern
+        sliding = [not period or (layer + 1) % period > 0 for layer in range(layers)]
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    return {"query_pre_attn_scalar": scale, "layer_types": kinds}
 
 
 FAMILY = Family(
@@ -166,10 +176,16 @@ FAMILY = Family(
         "gemma3",
         "Gemma3ForCausalLM",
         "gemma3_text",
-        fields={"attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_local_base_freq"},
+        fields={
+            "attention.sliding_window": "sliding_window",
+            "final_logit_softcapping": "final_logit_softcapping",
+            "rope.freq_base_swa": "rope_local_base_freq",
+        },
+        reads=("attention.sliding_window_pattern",),
         derived=_gguf_fields,
     ),
     ignored=lambda config: (*ignored_tensors(config), r"language_model\.lm_head\.weight"),
     skipped={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the vision tower and its projector"},
+    other_parts=lambda config: config.conditional,
     aliases={"model.language_model.": "language_model.model."},
 )

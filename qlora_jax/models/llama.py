@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qlora_jax.errors import UserError
@@ -69,6 +69,11 @@ def make_model(config: LlamaConfig, qlora: QLoRAConfig) -> DecoderLM:
     return DecoderLM(config, qlora, layer)
 
 
+def _gguf_fields(config: Mapping[str, Any], metadata: Any, tensors: Collection[str]) -> dict[str, Any]:
+    """Biases, which no metadata mention."""
+    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
+
+
 FAMILY = Family(
     title="LLaMA, Mistral",
     architectures=("LlamaForCausalLM", "MistralForCausalLM"),
@@ -76,6 +81,6 @@ FAMILY = Family(
     model=make_model,
     names=lambda config: decoder_names(interleaved=True),
     lora_groups=LORA_GROUPS,
-    gguf=GGUF("llama", "LlamaForCausalLM", "llama"),
+    gguf=GGUF("llama", "LlamaForCausalLM", "llama", derived=_gguf_fields),
     ignored=ignored_tensors,
 )

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import kernels, models
 from qlora_jax.checkpoints.loading import LoadedBase, load_base
-from qlora_jax.checkpoints.peft import save_adapter
+from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 from qlora_jax.nn.linear import LoRAConfig
 from qlora_jax.nn.long_sequence import tile_size
 from qlora_jax.training import setup
@@ -41,15 +41,9 @@ class Model:
 
     def write_adapter(self, masters: nnx.State, directory: Path, base_model_name: str) -> None:
         """Write float32 adapters in PEFT's format."""
-        save_adapter(
-            directory,
-            models.flatten(masters),
-            rank=self.adapters.rank,
-            alpha=self.adapters.alpha,
-            dropout=self.adapters.dropout,
-            target_modules=self.adapters.modules,
-            base_model_name=base_model_name,
-        )
+        lora = self.adapters
+        described = AdapterConfig(lora.rank, lora.alpha, lora.dropout, lora.modules, base_model_name)
+        save_adapter(directory, models.flatten(masters), described, self.base.config)
 
 
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:

@@ -63,7 +63,7 @@ def find_adapters(config: TrainConfig, model_config: Mapping[str, Any]) -> Adapt
     if config.adapter is None:
         modules = models.lora_modules(model_config, config.lora_modules)
         return Adapters(LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, modules), None)
-    tensors, saved = load_adapter(config.adapter)
+    tensors, saved = load_adapter(config.adapter, model_config)
     modules = tuple(saved.target_modules)
     return Adapters(LoRAConfig(saved.rank, saved.alpha, config.lora_dropout, modules), tensors)
 

@@ -11,7 +11,7 @@ import pytest
 from fixtures.checkpoint_helpers import LLAMA, random_tensors, write_gguf, write_hf, write_raw_safetensors
 
 from qlora_jax import models
-from qlora_jax.checkpoints import gguf_source, hub
+from qlora_jax.checkpoints import gguf_file, hub
 from qlora_jax.checkpoints.model_files import COMPANION_FILES
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.errors import UserError
@@ -160,7 +160,7 @@ def test_gguf_ties_embeddings_without_an_output_tensor(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_1", "BF16", "F16"])
 def test_gguf_quantised_types(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     # Several chunks a tensor, the last one shorter.
-    monkeypatch.setattr(gguf_source, "_CHUNK_ELEMENTS", 64 * 7)
+    monkeypatch.setattr(gguf_file, "_CHUNK_ELEMENTS", 64 * 7)
     tensors = random_tensors(LLAMA, "float32")
     quant = gguf.GGMLQuantizationType[kind]
     source = open_source(write_gguf(tmp_path / "m.gguf", LLAMA, tensors, kind=quant))
@@ -288,13 +288,13 @@ def test_damaged_gguf(tmp_path: Path, old: bytes, new: bytes, message: str):
 
 def test_gguf_header_is_parsed_once_until_the_file_changes(tmp_path: Path):
     file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), extra={"general.name": "first"})
-    before = gguf_source._parse.cache_info()
+    before = gguf_file._parse.cache_info()
     assert open_source(file).config == open_source(file).config
-    assert gguf_source.read_metadata(file)["general.name"] == "first"
-    after = gguf_source._parse.cache_info()
+    assert gguf_file.read_metadata(file)["general.name"] == "first"
+    after = gguf_file._parse.cache_info()
     assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
     write_gguf(file, LLAMA, random_tensors(LLAMA), extra={"general.name": "the second"})
-    assert gguf_source.read_metadata(file)["general.name"] == "the second"
+    assert gguf_file.read_metadata(file)["general.name"] == "the second"
 
 
 # --- names

@@ -59,7 +59,7 @@ def test_convert_train_resume_and_evaluate(name, tmp_path):
     shutil.copytree(tmp_path / "run" / "adapter", adapter)
 
     # Quantised while it is loaded, with the adapter in PEFT's format: the same evaluation.
-    tensors, read = load_adapter(adapter)
+    tensors, read = load_adapter(adapter, config)
     assert read.rank == 4 and len(tensors) == 2 * 7
     again = TrainConfig(
         model_name_or_path=str(source), dataset=str(rows), output_dir=str(tmp_path / "eval"), block_size=32,

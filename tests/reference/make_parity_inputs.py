@@ -18,7 +18,7 @@ import numpy as np
 from random_weights import random_adapter
 from transformers import AutoConfig, AutoTokenizer
 
-from qlora_jax.checkpoints.peft import save_adapter
+from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 
 RANK = 8
 ALPHA = 16
@@ -96,11 +96,8 @@ def main() -> None:
         save_adapter(
             args.output_dir / f"adapter-{name}",
             random_adapter(shapes, RANK, ADAPTER_SEED, b_scale),
-            rank=RANK,
-            alpha=ALPHA,
-            dropout=0.0,
-            target_modules=[path[-1] for path in shapes],
-            base_model_name=None,
+            AdapterConfig(RANK, ALPHA, 0.0, tuple(path[-1] for path in shapes), None),
+            AutoConfig.from_pretrained(args.model).to_dict(),
         )
 
 

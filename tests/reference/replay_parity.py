@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from random_weights import random_adapter
 
-from qlora_jax.checkpoints.peft import save_adapter
+from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.models import base_tensors
 from qlora_jax.training.config import StepConfig, TrainConfig
@@ -59,17 +59,17 @@ def replay(model: Path, rows_path: Path, run: dict, kernel: str = "auto") -> tup
     """Losses and gradient norms (before clipping) of every step of a run of parity.py."""
     batches, settings = load_rows(rows_path)
     name = run["adapter"].removeprefix("adapter-")
-    shapes = linears(open_source(model).config)
+    model_config = open_source(model).config
+    shapes = linears(model_config)
     lora = random_adapter(shapes, settings["rank"], settings["adapter_seed"], settings[f"b_scale_{name}"])
     with tempfile.TemporaryDirectory() as directory:
         adapter = save_adapter(
             directory,
             lora,
-            rank=settings["rank"],
-            alpha=settings["alpha"],
-            dropout=0.0,
-            target_modules=[path[-1] for path in shapes],
-            base_model_name=None,
+            AdapterConfig(
+                int(settings["rank"]), float(settings["alpha"]), 0.0, tuple(path[-1] for path in shapes), None
+            ),
+            model_config,
         )
         config = TrainConfig(
             model_name_or_path=str(model),

@@ -1,0 +1,160 @@
+"""GGUF files: header, metadata and tensors, whatever model they hold.
+
+Headers, element types and dequantisation come from the `gguf` package. Weights are read with plain file reads: pages of
+the mapping that `gguf.GGUFReader` offers would count as resident memory of this process.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+
+from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_exactly
+from qlora_jax.errors import UserError
+
+_PLAIN_DTYPES = {
+    GGMLQuantizationType.F64: np.dtype(np.float64),
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_INTEGERS = {
+    GGMLQuantizationType.I8,
+    GGMLQuantizationType.I16,
+    GGMLQuantizationType.I32,
+    GGMLQuantizationType.I64,
+}
+# Rows dequantised at a time: bounds the temporaries of `gguf.quants` whatever the tensor's size.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor's entry in the header of a GGUF file.
+
+    Attributes:
+        gguf_name: llama.cpp's name.
+        kind: element type.
+        shape: in row-major order; a linear weight is [out, in].
+        offset: of its first byte from the start of the file.
+        nbytes: stored bytes.
+    """
+
+    gguf_name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> str:
+        """Name of the element type that `read_tensor` returns: float32 for all quantised types."""
+        return _PLAIN_DTYPES[self.kind].name if self.kind in _PLAIN_DTYPES else "float32"
+
+    @property
+    def quantized(self) -> bool:
+        """Quantised in the file, to be dequantised when it is read."""
+        return self.kind not in _PLAIN_DTYPES
+
+
+def read_metadata(path: str | Path) -> Mapping[str, Any]:
+    """Read the key-value metadata of a GGUF file; arrays become lists. Shared between callers: not to be changed.
+
+    Raises:
+        UserError: a file that is not GGUF, is truncated, big-endian or of an unknown version.
+    """
+    return read_header(Path(path))[0]
+
+
+def read_header(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Entry]]:
+    """Read metadata and {llama.cpp's name: entry}; raises as `read_metadata`."""
+    status = path.stat()
+    return _parse(path, status.st_mtime_ns, status.st_size)
+
+
+def check_readable(path: Path, entry: Entry) -> None:
+    """Refuse integer tensors and types that the installed `gguf` cannot dequantise."""
+    if not entry.quantized:
+        return
+    _, block_bytes = GGML_QUANT_SIZES[entry.kind]
+    try:
+        if entry.kind in _INTEGERS:
+            raise NotImplementedError
+        dequantize(np.zeros((1, block_bytes), np.uint8), entry.kind)
+    except NotImplementedError:
+        raise UserError(
+            f"tensor {entry.gguf_name} in {path} has element type {entry.kind.name}, which cannot be "
+            f"dequantised; use another GGUF version of the model."
+        ) from None
+
+
+def read_tensor(path: Path, entry: Entry) -> np.ndarray:
+    """Read and dequantise one tensor."""
+    if entry.kind in _PLAIN_DTYPES:
+        array = np.empty(entry.shape, _PLAIN_DTYPES[entry.kind])
+        read_exactly(path, entry.offset, array, entry.gguf_name)
+        return array
+    array = np.empty(entry.shape, np.float32)
+    rows = array.reshape(-1, entry.shape[-1])
+    row_bytes = entry.nbytes // len(rows)
+    chunk = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), chunk):
+        block = rows[start : start + chunk]
+        packed = np.empty((len(block), row_bytes), np.uint8)
+        read_exactly(path, entry.offset + start * row_bytes, packed, entry.gguf_name)
+        block[:] = dequantize(packed, entry.kind)
+    return array
+
+
+class _Bytes:
+    """The file as plain arrays: slices of a memmap are made in Python, which is most of `GGUFReader`'s time.
+
+    A slice past the end is an error, for the reader would take what there is, and count on through absent elements.
+    """
+
+    def __init__(self, mapped: np.ndarray):
+        self._array = np.asarray(mapped)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        if part.stop > len(self._array):
+            raise EOFError(f"its {len(self._array)} bytes end before its header or tensors do")
+        return self._array[part]
+
+
+class _Reader(GGUFReader):
+    @property  # type: ignore[override]  # the reader only takes slices of it
+    def data(self) -> _Bytes:
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._bytes = _Bytes(mapped)
+
+
+@functools.lru_cache(maxsize=2)
+def _parse(path: Path, mtime_ns: int, size: int) -> tuple[Mapping[str, Any], Mapping[str, Entry]]:
+    """Parse the file as it was at that time; kept since weights and tokenizer both ask."""
+    try:
+        with np.errstate(all="raise"):  # offsets that overflow
+            reader = _Reader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    except (ArithmeticError, EOFError, LookupError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not a GGUF file that can be read ({error}); {DOWNLOAD_AGAIN}.") from error
+    if reader.byte_order == "S":
+        raise UserError(f"{path} is a big-endian GGUF file; only little-endian ones are supported.")
+    entries: dict[str, Entry] = {}
+    for tensor in reader.tensors:
+        shape = tuple(reversed(tensor.shape.tolist()))
+        if not shape or not tensor.n_elements:
+            raise UserError(f"tensor {tensor.name} has a malformed entry in the header of {path}; {DOWNLOAD_AGAIN}.")
+        entries[tensor.name] = Entry(tensor.name, tensor.tensor_type, shape, tensor.data_offset, tensor.n_bytes)
+    return MappingProxyType(metadata), MappingProxyType(entries)
