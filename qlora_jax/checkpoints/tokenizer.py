@@ -6,7 +6,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_jax.checkpoints.gguf_file import read_metadata
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_json_object
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import transformers
 
 # GGUF token types (llama.cpp's enum llama_token_type).
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_NEVER_JOINED = (_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE)
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _NEWLINES_AND_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,18 +31,38 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _NEWLINES_AND_SPACES
 )
-# tokenizer.ggml.pre -> (regular expression that cuts text, or None for GPT-2's own; digits singly first;
-#                        whole words in the vocabulary bypass the merges; BOS is added unless the file says otherwise)
-_PRE_TOKENIZERS: dict[str, tuple[str | None, bool, bool, bool]] = {
-    "gpt-2": (None, False, False, False),
-    "smollm": (None, True, False, False),
-    "llama-bpe": (_LLAMA3, False, True, True),
-    "llama3": (_LLAMA3, False, True, True),
-    "llama-v3": (_LLAMA3, False, True, True),
-    "smaug-bpe": (_LLAMA3, False, False, False),
-    "qwen2": (_QWEN2, False, False, False),
-    "tekken": (_TEKKEN, False, True, True),
+
+
+class _PreTokenizer(NamedTuple):
+    """How text is cut before byte-level BPE.
+
+    Attributes:
+        pattern: regular expression of the pieces; None for GPT-2's own.
+        single_digits: digits are cut off one by one first.
+        ignore_merges: whole pieces that are in the vocabulary bypass the merges.
+        add_bos: BOS is added unless the file says otherwise.
+        compose: text is brought to Unicode's composed form (NFC) first.
+    """
+
+    pattern: str | None = None
+    single_digits: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+    compose: bool = False
+
+
+_LLAMA3_PRE = _PreTokenizer(_LLAMA3, ignore_merges=True, add_bos=True)
+_PRE_TOKENIZERS = {
+    "gpt-2": _PreTokenizer(),
+    "smollm": _PreTokenizer(single_digits=True),
+    "llama-bpe": _LLAMA3_PRE,
+    "llama3": _LLAMA3_PRE,
+    "llama-v3": _LLAMA3_PRE,
+    "smaug-bpe": _PreTokenizer(_LLAMA3),
+    "qwen2": _PreTokenizer(_QWEN2, compose=True),
+    "tekken": _PreTokenizer(_TEKKEN, ignore_merges=True, add_bos=True),
 }
+"""By `tokenizer.ggml.pre`."""
 
 
 def load_tokenizer(path: str | Path) -> "transformers.PreTrainedTokenizerFast":
@@ -124,16 +145,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "trans
             f"{path} has tokenizer.ggml.model {model!r}, which is not supported (only 'gpt2' and 'llama' are); "
             f"use the safetensors version of the model."
         )
-    backend.add_special_tokens(
-        [
-            AddedToken(t, normalized=False, special=True)
-            for t, kind in zip(tokens, types, strict=True)
-            if kind == _CONTROL
-        ]
-    )
-    backend.add_tokens(
-        [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    )
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    whole = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    # sentencepiece looks for them in a text whose spaces have become U+2581 already.
+    normalized = model == "llama" and not _has_space_prefix(metadata)
+    backend.add_tokens([AddedToken(token, normalized=normalized) for token in whole])
     if backend.get_vocab_size() != len(tokens):
         raise UserError(f"{path} has tokens that its own tokenizer cannot hold; use the safetensors version.")
 
@@ -200,7 +217,7 @@ def _refuse_code(path: Path) -> None:
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | Path) -> tuple[Any, bool]:
     """Byte-level BPE as GPT-2's (Radford et al. 2019), cut as tokenizer.ggml.pre says; also whether BOS is usual."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     kind = metadata.get("tokenizer.ggml.pre")
     if kind not in _PRE_TOKENIZERS:
@@ -208,33 +225,47 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | 
             f"{path} has tokenizer.ggml.pre {kind!r}, which is not supported ({', '.join(_PRE_TOKENIZERS)} are); "
             f"use the safetensors version of the model."
         )
-    pattern, single_digits, ignore_merges, add_bos = _PRE_TOKENIZERS[kind]
+    pre = _PRE_TOKENIZERS[kind]
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
     if not merges or any(len(merge) != 2 for merge in merges):
         raise UserError(f"{path} has missing or malformed tokenizer.ggml.merges; use the safetensors version.")
-    backend = Tokenizer(_bpe(models.BPE, path, tokens, merges, ignore_merges=ignore_merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    backend = Tokenizer(_bpe(models.BPE, path, tokens, merges, ignore_merges=pre.ignore_merges))
+    if pre.compose:
+        backend.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None)
     first: list[pre_tokenizers.PreTokenizer] = []
-    if single_digits:
+    if pre.single_digits:
         first.append(pre_tokenizers.Digits(individual_digits=True))
-    if pattern is not None:
-        first.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    if pre.pattern is not None:
+        first.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level]) if first else byte_level
     backend.decoder = decoders.ByteLevel()
-    return backend, add_bos
+    return backend, pre.add_bos
+
+
+def _has_space_prefix(metadata: Mapping[str, Any]) -> bool:
+    """Tell if sentencepiece puts a space in front of every text, which it does by default."""
+    return bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
 
 
 def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: str | Path) -> Any:
-    """Sentencepiece BPE with byte fallback (LLaMA 1 and 2, Mistral 7B, TinyLlama).
+    """Sentencepiece BPE with byte fallback (LLaMA 1 and 2, Mistral 7B, TinyLlama, Gemma).
 
     Sentencepiece joins the neighbours whose joint token has the best score; merges in order of that score do the same.
+    User-defined tokens are found before anything is joined, the longest first, and join nothing.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = metadata.get("tokenizer.ggml.scores")
     if not scores or len(scores) != len(tokens):
         raise UserError(f"{path} has missing or malformed tokenizer.ggml.scores; use the safetensors version.")
-    joinable = {token: i for i, token in enumerate(tokens) if types[i] not in (_UNKNOWN, _CONTROL, _BYTE)}
+    prefix = _has_space_prefix(metadata)
+    if prefix and any(" " in token or "▁" in token for i, token in enumerate(tokens) if types[i] == _USER_DEFINED):
+        raise UserError(
+            f"{path} has user-defined tokens with spaces and a tokenizer that puts a space in front of a text, which "
+            f"cannot be rebuilt faithfully; use the safetensors version of the model."
+        )
+    joinable = {token: i for i, token in enumerate(tokens) if types[i] not in _NEVER_JOINED}
     ranked = [
         (-scores[i], -cut, (token[:cut], token[cut:]))
         for token, i in joinable.items()
@@ -253,7 +284,6 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], types: li
             byte_fallback=True,
         )
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []

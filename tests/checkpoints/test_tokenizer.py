@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from qlora_jax.errors import UserError
 # Made by tests/reference/make_tokenizer_golden.py.
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smollm2_tokenizer.json").read_text())
 TEXTS = GOLDEN["texts"]
+# Made by tests/reference/make_gguf_tokenizer_golden.py.
+OTHERS = json.loads((Path(__file__).parents[1] / "golden" / "gguf_tokenizers.json").read_text())
+NO_PREFIX = {"tokenizer.ggml.add_space_prefix": False}
 
 
 def gguf_with(path: Path, tokenizer: dict[str, Any] | None, extra: dict[str, Any] | None = None) -> Path:
@@ -71,6 +75,26 @@ def test_sentencepiece_ids_equal_sentencepiece(tmp_path: Path):
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     text = "two  spaces, naïve 한국어 🙂\n\tx"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(("name", "extra"), [("qwen2", {"tokenizer.ggml.add_bos_token": False}), ("gemma", NO_PREFIX)])
+def test_ids_equal_those_of_other_families(tmp_path: Path, name: str, extra: dict[str, Any]):
+    golden, texts = OTHERS[name], OTHERS["texts"]
+    original = load_tokenizer(gguf_with(tmp_path / "m.gguf", golden["tokenizer"], extra))
+    original.save_pretrained(tmp_path / "hf")
+    for tokenizer in (original, load_tokenizer(tmp_path / "hf")):
+        assert [tokenizer(text, add_special_tokens=False).input_ids for text in texts] == golden["ids"]
+        assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id or name == "qwen2"
+        for text, row in zip(texts, golden["ids"], strict=True):
+            # U+2581 stands for a space in sentencepiece's vocabulary, and Qwen composes what is decomposed.
+            want = text.replace("\u2581", " ") if name == "gemma" else unicodedata.normalize("NFC", text)
+            assert tokenizer.decode(row) == want
+
+
+def test_a_tokenizer_that_cannot_be_rebuilt(tmp_path: Path):
+    """Where every text begins with a space, one that belongs to a user-defined token cannot be told from it."""
+    with pytest.raises(UserError, match=r"user-defined tokens with spaces .* cannot be rebuilt faithfully"):
+        load_tokenizer(gguf_with(tmp_path / "m.gguf", OTHERS["gemma"]["tokenizer"]))
 
 
 def test_pad_is_never_eos(small: Path):
