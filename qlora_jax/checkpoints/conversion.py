@@ -125,7 +125,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not is_converted(output):
         raise UserError(f"{output} exists and is not a converted model; choose another output directory.")
     if not overwrite:
-        raise UserError(f"{output} already holds a converted model; set overwrite to replace it.")
+        raise UserError(f"{output} already holds a converted model; set `overwrite` to replace it.")
 
 
 def _check_space(staging: Path, output: Path, needed: int) -> None:

@@ -42,8 +42,9 @@ class ConvertedBase:
         stored = self._manifest.quantization
         if _describe(stored) != _describe(quantization):
             raise UserError(
-                f"{path} was converted to {_describe(stored)}, but {_describe(quantization)} is asked for; ask for the "
-                f"quantisation it was converted to, or convert the original model again."
+                f"{path} was converted to {_describe(stored)}, but {_describe(quantization)} is asked for; set "
+                f"`bits`, `quant_type`, `block_size` and `double_quant` as it was converted, or convert the original "
+                f"model again."
             )
         for part in self._manifest.parts:
             if file := damaged_file(self.path / part.name, part.files):

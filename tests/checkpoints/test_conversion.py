@@ -251,7 +251,7 @@ def test_tensors_that_carry_nothing_are_passed_over(tmp_path: Path):
 
 def test_block_size_that_does_not_divide_a_row(tmp_path: Path):
     source = write_model(tmp_path / "hf")
-    message = r"block_size 128 does not divide the \d+ inputs of model\.layers\.0\..*; choose a power of two that does"
+    message = r"`block_size=128` does not divide the \d+ inputs of model\.layers\.0\..*; choose a power of two"
     with pytest.raises(UserError, match=message):
         convert(source, tmp_path / "out", QuantizationConfig("nf4", 128), "bfloat16")
     with pytest.raises(UserError, match=message):
@@ -357,7 +357,7 @@ def test_output_directory_in_use(tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
     convert(source, out, NF4, "bfloat16")
-    with pytest.raises(UserError, match="out already holds a converted model; set overwrite"):
+    with pytest.raises(UserError, match="out already holds a converted model; set `overwrite`"):
         convert(source, out, NF4, "bfloat16")
     fp4 = CONFIGS[1]
     convert(source, out, fp4, "bfloat16", overwrite=True)
@@ -525,4 +525,4 @@ def test_command_line(tmp_path: Path):
     assert isinstance(model.tensors["layers", "mlp", "up_proj", "weight"], QuantizedTensor)
     done = command(source, tmp_path / "out")
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*out already holds a converted model; set overwrite.*\n", done.stderr), done.stderr
+    assert re.fullmatch(r"error: .*out already holds a converted model; set --overwrite.*\n", done.stderr), done.stderr

@@ -92,7 +92,7 @@ def test_ids_equal_those_of_other_families(tmp_path: Path, name: str, extra: dic
 
 
 def test_a_tokenizer_that_cannot_be_rebuilt(tmp_path: Path):
-    """Where every text begins with a space, one that belongs to a user-defined token cannot be told from it."""
+    """A space in front of every text cannot be told from one that belongs to a user-defined token."""
     with pytest.raises(UserError, match=r"user-defined tokens with spaces .* cannot be rebuilt faithfully"):
         load_tokenizer(gguf_with(tmp_path / "m.gguf", OTHERS["gemma"]["tokenizer"]))
 

@@ -31,7 +31,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(scope="session")
 def smollm2():
-    return default_gguf(print)
+    return default_gguf()
 
 
 @pytest.fixture(scope="module")
