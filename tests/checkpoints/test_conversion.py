@@ -1,6 +1,7 @@
 """Base weights on their way from a checkpoint into the model: converted or quantised on the fly, always the same."""
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,8 @@ from fixtures.checkpoint_helpers import (
 
 from qlora_jax import models
 from qlora_jax.checkpoints import conversion, loading
-from qlora_jax.checkpoints.conversion import convert
-from qlora_jax.checkpoints.loading import load_base
+from qlora_jax.checkpoints.conversion import Conversion, convert
+from qlora_jax.checkpoints.loading import LoadedBase, load_base
 from qlora_jax.checkpoints.manifest import MANIFEST_NAME
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.checkpoints.streaming import check_source, inventory
@@ -63,13 +65,30 @@ def assert_same(a: dict[tuple[str, ...], Any], b: dict[tuple[str, ...], Any]) ->
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), key
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in bfloat16, in two shards; not to be changed."""
+    return write_model(tmp_path_factory.mktemp("source") / "hf")
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    """The model converted to NF4; not to be changed."""
+    return convert(source, tmp_path_factory.mktemp("converted") / "out", NF4, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def direct(source: Path) -> Callable[[QuantizationConfig], LoadedBase]:
+    """The model loaded without a conversion, in bfloat16; each quantisation is loaded once."""
+    return functools.cache(lambda config: load_base(source, quantization=config, dtype="bfloat16"))
+
+
 # --- what comes out
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
-def test_loaded_equals_quantised_tensor_by_tensor(tmp_path: Path, config: QuantizationConfig):
-    tensors = random_tensors(LLAMA)
-    model = load_base(write_hf(tmp_path, LLAMA, tensors), quantization=config, dtype=jnp.bfloat16)
+def test_loaded_equals_quantised_tensor_by_tensor(direct: Any, config: QuantizationConfig):
+    tensors, model = random_tensors(LLAMA), direct(config)
     for spec in models.base_tensors(LLAMA):
         value = model.tensors[spec.path]
         if spec.layer is not None:
@@ -86,25 +105,22 @@ def test_loaded_equals_quantised_tensor_by_tensor(tmp_path: Path, config: Quanti
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
 @pytest.mark.parametrize("part_bytes", [conversion._PART_BYTES, 9000])
 def test_converted_equals_loaded(
-    tmp_path: Path, config: QuantizationConfig, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+    source: Path, direct: Any, tmp_path: Path, config: QuantizationConfig, part_bytes: int, monkeypatch: Any
 ):
     monkeypatch.setattr(conversion, "_PART_BYTES", part_bytes)
-    source = write_model(tmp_path / "hf")
     result = convert(source, tmp_path / "out", config, "bfloat16")
-    direct = load_base(source, quantization=config, dtype="bfloat16")
     converted = load_base(tmp_path / "out", quantization=config, dtype="bfloat16")
-    assert_same(converted.tensors, direct.tensors)
-    assert converted.config == direct.config == LLAMA
+    assert_same(converted.tensors, direct(config).tensors)
+    assert converted.config == direct(config).config == LLAMA
     assert converted.quantization == config
-    assert result.bytes_by_class == inventory(direct.tensors) == inventory(converted.tensors)
+    assert result.bytes_by_class == inventory(direct(config).tensors) == inventory(converted.tensors)
     parts = [entry for entry in (tmp_path / "out").iterdir() if entry.name.startswith("part-")]
     assert len(parts) == 1 if part_bytes > 9000 else len(parts) > 8
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "out"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tensors_fill_the_model(tmp_path: Path, dtype: str):
-    source = write_model(tmp_path / "hf")
+def test_tensors_fill_the_model(source: Path, dtype: str):
     loaded = load_base(source, quantization=NF4, dtype=dtype)
     abstract = models.abstract_model(LLAMA, QLoRAConfig(dtype=jnp.dtype(dtype), quantization=NF4))
     _, _, frozen = models.split_model(abstract)
@@ -112,24 +128,21 @@ def test_tensors_fill_the_model(tmp_path: Path, dtype: str):
     assert_same(models.flatten(filled), loaded.tensors)
 
 
-def test_inventory_counts_buffers(tmp_path: Path):
-    source = write_model(tmp_path / "hf")
-    loaded = load_base(source, quantization=NF4, dtype="bfloat16")
+def test_inventory_counts_buffers(direct: Any, converted: Conversion):
     shapes = hf_shapes(LLAMA)
     linear = [np.prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
     norms = sum(shape[0] for name, shape in shapes.items() if "norm" in name)
     rest = sum(np.prod(s) for n, s in shapes.items() if n.endswith(".bias") or "embed" in n or "lm_head" in n)
     blocks = [-(-n // 64) for n in linear]
     scales = sum(n + 4 * -(-n // 256) + 4 for n in blocks)
-    assert inventory(loaded.tensors) == {
+    assert inventory(direct(NF4).tensors) == {
         "base_packed": sum(linear) // 2,
         "scales": scales,
         "unquantised": 4 * norms + 2 * rest,
     }
-    result = convert(source, tmp_path / "out", NF4, "bfloat16")
-    assert result.bits_per_parameter == pytest.approx(8 * (sum(linear) // 2 + scales) / sum(linear))
-    assert result.quantized_parameters == sum(linear)
-    assert result.parameters == sum(np.prod(shape) for shape in shapes.values())
+    assert converted.bits_per_parameter == pytest.approx(8 * (sum(linear) // 2 + scales) / sum(linear))
+    assert converted.quantized_parameters == sum(linear)
+    assert converted.parameters == sum(np.prod(shape) for shape in shapes.values())
 
 
 def test_quantised_from_the_checkpoints_own_precision(tmp_path: Path):
@@ -141,9 +154,8 @@ def test_quantised_from_the_checkpoints_own_precision(tmp_path: Path):
     assert np.array_equal(value.codes[0], want.codes)
 
 
-def test_another_dtype_than_stored_is_cast_and_said(tmp_path: Path):
-    convert(write_model(tmp_path / "hf"), tmp_path / "out", NF4, "bfloat16")
-    model = load_base(tmp_path / "out", quantization=NF4, dtype="float32")
+def test_another_dtype_than_stored_is_cast_and_said(converted: Conversion):
+    model = load_base(converted.directory, quantization=NF4, dtype="float32")
     assert model.tensors["embed_tokens", "weight"].dtype == jnp.float32
     assert model.tensors["layers", "mlp", "up_proj", "weight"].dtype == "float32"
     assert "stored as bfloat16, used as float32" in model.description
@@ -161,13 +173,12 @@ def test_gguf_converts_with_its_tokenizer(tmp_path: Path):
     assert load_tokenizer(tmp_path / "out")(text).input_ids == load_tokenizer(source)(text).input_ids
 
 
-def test_a_relative_path_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_relative_path_will_do(tmp_path: Path, direct: Any, monkeypatch: pytest.MonkeyPatch):
     write_model(tmp_path / "hf")
     monkeypatch.chdir(tmp_path)
     convert("hf", "out", NF4, "bfloat16")
-    direct = load_base("hf", quantization=NF4, dtype="bfloat16")
     for path in ("out", "./out", Path("hf", "..", "out")):
-        assert_same(load_base(path, quantization=NF4, dtype="bfloat16").tensors, direct.tensors)
+        assert_same(load_base(path, quantization=NF4, dtype="bfloat16").tensors, direct(NF4).tensors)
 
 
 def test_conversions_of_earlier_versions_are_read(tmp_path: Path):
@@ -249,8 +260,7 @@ def test_tensors_that_carry_nothing_are_passed_over(tmp_path: Path):
     assert {spec.name for spec in specs} == set(hf_shapes(config))
 
 
-def test_block_size_that_does_not_divide_a_row(tmp_path: Path):
-    source = write_model(tmp_path / "hf")
+def test_block_size_that_does_not_divide_a_row(source: Path, tmp_path: Path):
     message = r"`block_size=128` does not divide the \d+ inputs of model\.layers\.0\..*; choose a power of two"
     with pytest.raises(UserError, match=message):
         convert(source, tmp_path / "out", QuantizationConfig("nf4", 128), "bfloat16")
@@ -276,8 +286,7 @@ def test_overflow_of_float16_is_named(tmp_path: Path):
         load_base(source, quantization=NF4, dtype="float16")
 
 
-def test_other_quantisation_than_asked(tmp_path: Path):
-    convert(write_model(tmp_path / "hf"), tmp_path / "out", NF4, "bfloat16")
+def test_other_quantisation_than_asked(converted: Conversion):
     wanted = r"converted to nf4 in blocks of 64 with double quantisation, but {} is asked for"
     for config, text in (
         (QuantizationConfig("nf4", 64, False), "nf4 in blocks of 64 without double quantisation"),
@@ -286,12 +295,11 @@ def test_other_quantisation_than_asked(tmp_path: Path):
         (QuantizationConfig("int8"), "int8"),
     ):
         with pytest.raises(UserError, match=wanted.format(text)):
-            load_base(tmp_path / "out", quantization=config, dtype="bfloat16")
+            load_base(converted.directory, quantization=config, dtype="bfloat16")
 
 
-def test_damaged_conversion(tmp_path: Path):
-    good = tmp_path / "good"
-    convert(write_model(tmp_path / "hf"), good, NF4, "bfloat16")
+def test_damaged_conversion(tmp_path: Path, converted: Conversion):
+    good = converted.directory
     manifest = json.loads((good / MANIFEST_NAME).read_text())
 
     def refused(message: str, **changes: Any) -> None:
@@ -346,10 +354,9 @@ def test_damaged_conversion(tmp_path: Path):
     refused(r"bad/part-00000 is damaged or missing", parts=[empty], files={"part-00000": None})
 
 
-def test_a_conversion_is_not_converted_again(tmp_path: Path):
-    convert(write_model(tmp_path / "hf"), tmp_path / "out", NF4, "bfloat16")
+def test_a_conversion_is_not_converted_again(tmp_path: Path, converted: Conversion):
     with pytest.raises(UserError, match="out is already converted"):
-        convert(tmp_path / "out", tmp_path / "again", NF4, "bfloat16")
+        convert(converted.directory, tmp_path / "again", NF4, "bfloat16")
 
 
 def test_output_directory_in_use(tmp_path: Path):
@@ -396,11 +403,13 @@ def test_too_little_space_is_found_before_writing(tmp_path: Path, monkeypatch: p
 # --- interruption, space and memory, in processes of their own
 
 RUNNER = """
-import os, resource, signal, sys
-from qlora_jax import files
+import json, os, resource, signal, sys
+from qlora_jax import files, models
 from qlora_jax.checkpoints import conversion, loading, streaming
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.errors import UserError
+
+models.model_config(models.PRESETS["llama-7b"])  # imports transformers, some 100 MiB whatever the model
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -417,38 +426,44 @@ def run_python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment)
 
 
-def test_killed_at_any_point_leaves_nothing_that_looks_complete(tmp_path: Path):
-    source, out = write_model(tmp_path / "hf"), tmp_path / "out"
+def test_killed_at_any_point_leaves_nothing_that_looks_complete(source: Path, direct: Any, tmp_path: Path):
+    out = tmp_path / "out"
+    # One process per death, forked before JAX starts any thread: importing it takes seconds.
     kill = """
     conversion._PART_BYTES = 9000
+    flush = files.flush_to_disk
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
-    when = sys.argv[3]
-    if when == "manifest":
-        flush = files.flush_to_disk
-        files.flush_to_disk = lambda path: die() if str(path).endswith(".out.tmp") else flush(path)
-    def progress(done, total):
-        if when.isdigit() and done == int(when):
-            die()
-    conversion.convert(source, out, QuantizationConfig(), "bfloat16", progress=progress)
+    def convert(when):
+        def progress(done, total):
+            if done == when:
+                die()
+        if when == "published":
+            files.flush_to_disk = lambda path: die() if str(path).endswith(".out.tmp") else flush(path)
+        conversion.convert(source, out, QuantizationConfig(), "bfloat16", progress=progress)
+    for when in (1, int(sys.argv[3]) // 2, int(sys.argv[3]), "published"):
+        child = os.fork()
+        if child == 0:
+            convert(when)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        staged = sorted(os.listdir(os.path.join(os.path.dirname(out), ".out.tmp")))
+        print(json.dumps([-os.waitstatus_to_exitcode(status), os.path.exists(out), staged]), flush=True)
     """
-    total = len(hf_shapes(LLAMA))
-    for when in (1, total // 2, total, "manifest"):
-        done = run_python(kill, source, out, when)
-        assert done.returncode == -9, done.stderr
-        assert not out.exists()
-        assert (MANIFEST_NAME in os.listdir(tmp_path / ".out.tmp")) == (when == "manifest")
-        with pytest.raises(UserError, match="does not exist"):
-            load_base(out, quantization=NF4, dtype="bfloat16")
+    done = run_python(kill, source, out, len(hf_shapes(LLAMA)))
+    assert done.returncode == 0, done.stderr
+    deaths = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(signal, exists) for signal, exists, _ in deaths] == [(9, False)] * 4
+    assert [MANIFEST_NAME in staged for *_, staged in deaths] == [False, False, False, True]
+    assert all("config.json" in staged for *_, staged in deaths)
+    with pytest.raises(UserError, match="does not exist"):
+        load_base(out, quantization=NF4, dtype="bfloat16")
     convert(source, out, NF4, "bfloat16")
-    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
-    assert_same(
-        load_base(out, quantization=NF4, dtype="bfloat16").tensors,
-        load_base(source, quantization=NF4, dtype="bfloat16").tensors,
-    )
+    assert os.listdir(tmp_path) == ["out"]
+    assert_same(load_base(out, quantization=NF4, dtype="bfloat16").tensors, direct(NF4).tensors)
 
 
-def test_disk_that_fills_up(tmp_path: Path):
+def test_disk_that_fills_up(source: Path, tmp_path: Path):
     done = run_python(
         """
         # A limit on the size of files is the full disk that a test can have.
@@ -458,15 +473,16 @@ def test_disk_that_fills_up(tmp_path: Path):
         except UserError as error:
             print(error)
         """,
-        write_model(tmp_path / "hf"),
+        source,
         tmp_path / "out",
     )
     assert re.search(r"part-00000 cannot be written: .*; free some space", done.stdout), done.stdout + done.stderr
-    assert os.listdir(tmp_path) == ["hf"]
+    assert os.listdir(tmp_path) == []
 
 
 MEASURE = """
 mib = 1 << 20
+conversion._PART_BYTES = int(sys.argv[3]) * mib
 result = conversion.convert(source, out, QuantizationConfig(), "bfloat16")
 converting = peak()
 loaded = loading.load_base(out, quantization=QuantizationConfig(), dtype="bfloat16")
@@ -479,32 +495,45 @@ def large_config(hidden: int, ffn: int, layers: int) -> dict[str, Any]:
     return {**LLAMA, **shape, "attention_bias": False, "tie_word_embeddings": True}
 
 
-def measure_memory(tmp_path: Path, config: dict[str, Any], shards: int) -> tuple[float, ...]:
-    """MiB: (model in 16 bits, its largest tensor, peak of convert, peak with load_base after it, model as loaded)."""
-    total = write_large_hf(tmp_path / "hf", config, shards)
-    largest = max(2 * int(np.prod(shape)) for shape in hf_shapes(config).values())
-    done = run_python(MEASURE, tmp_path / "hf", tmp_path / "out")
+class Memory(NamedTuple):
+    """MiB of the model, its largest tensor, peaks of `convert` and then `load_base`, and the model as loaded."""
+
+    model: float
+    largest: float
+    converting: float
+    loading: float
+    loaded: float
+
+
+def measure_memory(tmp_path: Path, config: dict[str, Any], shards: int, dtype: str, part: int) -> Memory:
+    """Convert a model of that type in parts of `part` MiB, and load it."""
+    total = write_large_hf(tmp_path / "hf", config, shards, dtype)
+    width = np.dtype(dtype).itemsize
+    largest = max(width * int(np.prod(shape)) for shape in hf_shapes(config).values())
+    done = run_python(MEASURE, tmp_path / "hf", tmp_path / "out", part)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(tmp_path / "hf")
     shutil.rmtree(tmp_path / "out")
-    return (total / 2**20, largest / 2**20, *map(float, done.stdout.split()))
+    return Memory(total / 2**20, largest / 2**20, *map(float, done.stdout.split()))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
-    model, largest, converting, loading, loaded = measure_memory(tmp_path, large_config(1024, 8192, 18), shards=3)
-    assert model > 850
-    assert converting < 3 * largest + 448
-    assert loading < loaded + 3 * largest + 448
+    # float32, and small parts: a model that outweighs everything else with half the numbers to quantise.
+    memory = measure_memory(tmp_path, large_config(1024, 8192, 8), 3, "float32", 16)
+    ceiling = 3 * memory.largest + 300
+    assert memory.model > 2 * ceiling
+    assert memory.converting < ceiling
+    assert memory.loading < memory.loaded + ceiling
 
 
 @pytest.mark.slow
 def test_memory_ceiling_of_a_model_several_times_its_size(tmp_path: Path):
-    model, largest, converting, loading, loaded = measure_memory(tmp_path, large_config(2048, 16384, 26), shards=5)
-    ceiling = 3 * largest + 1024
-    assert largest == 64
-    assert model > 4 * ceiling
-    assert converting < ceiling
-    assert loading < loaded + ceiling
+    memory = measure_memory(tmp_path, large_config(2048, 16384, 26), 5, "bfloat16", conversion._PART_BYTES >> 20)
+    ceiling = 3 * memory.largest + 1024
+    assert memory.largest == 64
+    assert memory.model > 4 * ceiling
+    assert memory.converting < ceiling
+    assert memory.loading < memory.loaded + ceiling
 
 
 # --- the command
