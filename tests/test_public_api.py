@@ -199,11 +199,6 @@ def test_packages_say_what_they_export(module):
 
 
 RIDDLES = {
-    "qlora_jax/checkpoints/conversion.py",
-    "qlora_jax/checkpoints/files.py",
-    "qlora_jax/checkpoints/hub.py",
-    "qlora_jax/checkpoints/peft.py",
-    "qlora_jax/checkpoints/sources.py",
     "qlora_jax/data/formats.py",
     "qlora_jax/data/tokenization.py",
     "qlora_jax/defaults.py",
@@ -237,7 +232,6 @@ PRINTING = {
     "qlora_jax.training.trainer",
 }
 DASHED = {
-    "qlora_jax.checkpoints.hub",
     "qlora_jax.data.formats",
     "qlora_jax.data.loading",
     "qlora_jax.data.tokenization",

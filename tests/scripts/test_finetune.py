@@ -115,7 +115,7 @@ def test_losses_fall(finished):
 
 
 def test_the_adapter_is_peft_and_trained(finished):
-    lora, config = load_adapter(finished[0] / "adapter")
+    lora, config = load_adapter(finished[0] / "adapter", CONFIG)
     assert (config.rank, config.alpha, config.dropout) == (4, 8.0, 0.0)
     assert len(lora) == 2 * 7
     for path, value in lora.items():
@@ -274,7 +274,7 @@ def test_a_saved_adapter_is_where_another_run_starts(finished, place):
     # Read back from PEFT's format, the adapter does to held-out rows what it did when it was saved.
     assert after[0]["eval_loss"] == before[-1]["eval_loss"]
     assert after[-1]["eval_loss"] < before[-1]["eval_loss"]
-    old, new = load_adapter(finished[0] / "adapter"), load_adapter(output / "adapter")
+    old, new = load_adapter(finished[0] / "adapter", CONFIG), load_adapter(output / "adapter", CONFIG)
     assert (new[1].rank, new[1].alpha) == (4, 8.0)
     assert new[0].keys() == old[0].keys()
     assert all(np.any(new[0][path] != old[0][path]) for path in old[0])
@@ -307,7 +307,7 @@ def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
     assert call(main_flags(place, **changes)) == 0
     lines = metrics(place / "out-int8")
     assert [line["step"] for line in lines] == [1]  # ceil(0.05 * 52 / 4)
-    _, config = load_adapter(place / "out-int8" / "adapter")
+    _, config = load_adapter(place / "out-int8" / "adapter", CONFIG)
     assert config.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
     summary = json.loads((place / "out-int8" / "summary.json").read_text())
     linears = [shape for name, shape in hf_shapes(CONFIG).items() if ".self_attn." in name or ".mlp." in name]
@@ -345,7 +345,7 @@ def test_divergence_names_step_rows_and_the_last_good_checkpoint(place, capsys):
         assert all(row.startswith("rows.jsonl line ") for row in rows)
         assert [line["step"] for line in metrics(output)] == [0, 1, 2]
         assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-000001", "checkpoint-000002"]
-        lora, _ = load_adapter(output / "checkpoint-000002")
+        lora, _ = load_adapter(output / "checkpoint-000002", CONFIG)
         assert all(np.isfinite(value).all() for value in lora.values())
     assert not (output / "adapter").exists()
     assert not (output / "summary.json").exists()
