@@ -43,6 +43,32 @@ REPLICATED = ShardingRules()
 """Sequences are split over the devices; weights and adapters are whole on each."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """A mesh of devices, and how tensors are cut over it.
+
+    Attributes:
+        mesh: the devices.
+        rules: mesh axis of each logical axis.
+    """
+
+    mesh: jax.sharding.Mesh
+    rules: ShardingRules = REPLICATED
+
+    @classmethod
+    def of(cls, mesh: jax.sharding.Mesh | None, rules: ShardingRules = REPLICATED) -> "Devices | None":
+        """Return them, or None without a mesh."""
+        return None if mesh is None else cls(mesh, rules)
+
+    def batch_sharding(self, dims: int = 2) -> NamedSharding:
+        """Of a batch's arrays, see `ShardingRules.batch_spec`."""
+        return NamedSharding(self.mesh, self.rules.batch_spec(dims))
+
+    def shardings(self, state: nnx.State) -> nnx.State:
+        """See `shardings`."""
+        return shardings(state, self.mesh, self.rules)
+
+
 def specs(state: nnx.State, rules: ShardingRules) -> nnx.State:
     """`state` with a PartitionSpec in place of every array, by the axes its variables declare."""
     flat = []
@@ -64,10 +90,9 @@ def place(state: nnx.State, mesh: jax.sharding.Mesh, rules: ShardingRules) -> nn
 
 def _specs_of(value: Any, axes: list[str | None]) -> Any:
     if not isinstance(value, QuantizedTensor):
-        return jax.tree.map(lambda leaf: PartitionSpec(*axes), value)
-    stack, rows = len(value.stack_shape), axes[-2]
+        return jax.tree.map(lambda leaf: _spec(axes), value)
     # Codes and scales are cut as rows are; scales of scales run across rows and are small.
-    cut, whole = PartitionSpec(*axes[:stack], rows), PartitionSpec()
+    cut, whole = _spec(axes[: len(value.stack_shape) + 1]), PartitionSpec()
     return dataclasses.replace(
         value,
         codes=cut,
@@ -75,6 +100,12 @@ def _specs_of(value: Any, axes: list[str | None]) -> Any:
         nested_absmax=None if value.nested_absmax is None else whole,
         offset=None if value.offset is None else whole,
     )
+
+
+def _spec(axes: list[str | None]) -> PartitionSpec:
+    """PartitionSpec without the axes behind the last one that is cut: it then fits arrays of fewer dimensions too."""
+    cut = [i for i, axis in enumerate(axes) if axis is not None]
+    return PartitionSpec(*axes[: cut[-1] + 1]) if cut else PartitionSpec()
 
 
 def gathered(weight: QuantizedTensor, mesh_axis: str | None) -> QuantizedTensor:

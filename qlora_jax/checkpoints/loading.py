@@ -5,7 +5,7 @@ whose stacked buffers are allocated once, never copied.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,12 @@ class LoadedBase:
 
 
 def load_base(
-    path: str | Path, *, quantization: QuantizationConfig, dtype: Any, progress: Progress | None = None
+    path: str | Path,
+    *,
+    quantization: QuantizationConfig,
+    dtype: Any,
+    shardings: Mapping[TensorPath, Any] | None = None,
+    progress: Progress | None = None,
 ) -> LoadedBase:
     """Load a base model into stacked device arrays.
 
@@ -56,6 +61,8 @@ def load_base(
             fly.
         quantization: how linear weights are to be stored.
         dtype: element type of all other weights but norms, and of dequantised linear weights.
+        shardings: path -> a sharding in place of every array of its value, see `qlora_jax.sharding.shardings`: each
+            device is filled with its part only. By default all lies on JAX's default device.
         progress: see `Progress`.
 
     Raises:
@@ -75,7 +82,10 @@ def load_base(
         specs = base_tensors(config)
         check_source(source, specs, quantization)
         chunks = _source_chunks(source, specs, quantization, dtype, progress)
-    stacks = {key: _Stack(abstract) for key, abstract in abstract_stacks(specs, quantization, dtype).items()}
+    stacks = {
+        key: _Stack(abstract, None if shardings is None else shardings[key])
+        for key, abstract in abstract_stacks(specs, quantization, dtype).items()
+    }
     for key, layer, value in chunks:
         stacks[key].write(layer, value)
     tensors = {key: stack.finish() for key, stack in stacks.items()}
@@ -102,11 +112,16 @@ class _Stack:
     updated in place, so that the host never holds more than the layers being written.
     """
 
-    def __init__(self, abstract: Any):
+    def __init__(self, abstract: Any, shardings: Any):
         leaves, self._structure = jax.tree.flatten(abstract)
+        self._shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
         self._on_host = jax.default_backend() == "cpu"
-        allocate = _aligned_empty if self._on_host else jnp.empty
-        self._buffers = [allocate(leaf.shape, leaf.dtype) for leaf in leaves]
+        self._buffers = [
+            _aligned_empty(leaf.shape, leaf.dtype)
+            if self._on_host
+            else jnp.empty(leaf.shape, leaf.dtype, device=sharding)
+            for leaf, sharding in zip(leaves, self._shardings, strict=True)
+        ]
 
     def write(self, first_layer: int | None, value: Any) -> None:
         for i, leaf in enumerate(jax.tree.leaves(value)):
@@ -115,7 +130,7 @@ class _Stack:
                 if self._on_host:
                     buffer[...] = leaf
                 else:
-                    self._buffers[i] = jax.device_put(leaf)
+                    self._buffers[i] = jax.device_put(leaf, self._shardings[i])
                 continue
             rows = leaf if leaf.ndim == buffer.ndim else leaf[None]
             if self._on_host:
@@ -127,7 +142,10 @@ class _Stack:
         buffers, self._buffers = self._buffers, []
         if self._on_host:
             # The alignment makes this free of copies; nothing else keeps a reference to the memory.
-            buffers = [jax.device_put(buffer, may_alias=True) for buffer in buffers]
+            buffers = [
+                jax.device_put(buffer, sharding, may_alias=True)
+                for buffer, sharding in zip(buffers, self._shardings, strict=True)
+            ]
         return jax.tree.unflatten(self._structure, buffers)
 
 

@@ -40,6 +40,7 @@ from qlora_jax.planner import (
     tree_bytes,
 )
 from qlora_jax.planner.scopes import temporaries_by_scope
+from qlora_jax.sharding import Devices
 from qlora_jax.training import losses, setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import objective_of
@@ -209,7 +210,13 @@ def _gradients(declared: _Declared, chip: gpus.Chip, dumped: str) -> tuple[jax.s
     """Compile the gradient program; XLA writes its buffer assignment into the directory `dumped`."""
     mesh = gpus.mesh(chip)
     working, frozen, batch, counter = declared.arguments
-    arguments = (_placed(working, mesh), _placed(frozen, mesh), _placed(batch, mesh, None, "data"), counter)
+    devices = Devices(mesh, declared.model.rules)
+    arguments = (
+        _placed(working, devices.shardings(working)),
+        _placed(frozen, devices.shardings(frozen)),
+        _placed(batch, devices.batch_sharding(3)),
+        counter,
+    )
     options = {"xla_dump_to": dumped}
     compiled = gpus.compile_for(chip, declared.step.gradient_step, *arguments, compiler_options=options)
     scopes = temporaries_by_scope(Path(dumped), compiled.as_text() or "")
@@ -220,7 +227,7 @@ def _updates(optimizer: PagedOptimizer, chip: gpus.Chip) -> Iterator[Program]:
     """Compile the programs of an update, one for each shape that a chunk can have."""
     seen = set()
     for chunk in optimizer.chunks:
-        arguments = _placed(optimizer.abstract_update(chunk), gpus.mesh(chip))
+        arguments = _placed(optimizer.abstract_update(chunk), NamedSharding(gpus.mesh(chip), PartitionSpec()))
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
         if shapes not in seen:
             seen.add(shapes)
@@ -228,9 +235,15 @@ def _updates(optimizer: PagedOptimizer, chip: gpus.Chip) -> Iterator[Program]:
             yield Program.checked("optimizer update", compiled, arguments)
 
 
-def _placed(tree: Any, mesh: jax.sharding.Mesh, *spec: str | None) -> Any:
-    sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays with a sharding: one for all, or a tree of them."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, tree, shardings)
 
 
 def _least_work(

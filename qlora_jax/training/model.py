@@ -8,13 +8,14 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import kernels, models
+from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.loading import LoadedBase, load_base
 from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 from qlora_jax.nn.linear import LoRAConfig
 from qlora_jax.nn.long_sequence import tile_size
+from qlora_jax.sharding import shardings
 from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets
@@ -48,11 +49,16 @@ class Model:
 
 def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
     """Load and quantise the base model onto the mesh, and declare or read its adapters."""
-    dtype = setup.compute_dtype(config)
+    dtype, model_config = setup.compute_dtype(config), resolve_config(path)
+    adapters = setup.find_adapters(config, model_config)
+    parts, start = setup.declare_model(config, model_config, adapters.config, dtype), None
     with announced("loading the base model"):
-        base = load_base(path, quantization=setup.quantization_config(config), dtype=dtype)
-    adapters = setup.find_adapters(config, base.config)
-    parts, start = setup.declare_model(config, base.config, adapters.config, dtype), None
+        base = load_base(
+            path,
+            quantization=setup.quantization_config(config),
+            dtype=dtype,
+            shardings=models.flatten(shardings(parts.frozen, mesh, parts.rules)),
+        )
     if adapters.tensors is not None:
         logger.info(
             "adapter %s: rank %d, alpha %g, on %s (its own, not the configuration's)",
@@ -60,7 +66,6 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
         )  # fmt: skip
         start = models.unflatten_like(parts.lora, adapters.tensors, what=f"adapter {config.adapter}")
     frozen = models.fill_base(parts.frozen, base.tensors)
-    frozen = jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
     return Model(dataclasses.replace(parts, frozen=frozen), base, adapters.config, start)
 
 

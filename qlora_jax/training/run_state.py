@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qlora_jax import data, models
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import PagedOptimizer
+from qlora_jax.sharding import place
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
 from qlora_jax.training.run_directory import RunDirectory
@@ -58,7 +59,7 @@ def initial_state(config: TrainConfig, model: Model, optimizer: PagedOptimizer, 
     lora = model.start
     if lora is None:
         lora = models.initialize(model.parts.lora, jax.random.key(config.seed))
-    state = TrainState.create(jax.device_put(lora, replicated), optimizer)
+    state = TrainState.create(place(lora, mesh, model.parts.rules), optimizer)
     # Placed before the first step: a step compiled for other shardings would be compiled twice.
     return RunState(dataclasses.replace(state, step=jax.device_put(state.step, replicated)))
 

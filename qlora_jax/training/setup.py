@@ -13,6 +13,7 @@ from qlora_jax import models
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.sharding import REPLICATED, Devices, ShardingRules
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import Objective, Sums, objective_of
 from qlora_jax.training.schedule import make_optimizer
@@ -22,6 +23,11 @@ from qlora_jax.training.step import TrainStep, make_eval_step, make_train_step
 def make_mesh() -> jax.sharding.Mesh:
     """Put all devices on one axis, `data`: rows are split over it, weights and adapters replicated."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def sharding_rules(config: TrainConfig) -> ShardingRules:
+    """Return how a run's tensors are cut over the devices: rows of a batch are, weights are whole on each."""
+    return REPLICATED
 
 
 def compute_dtype(config: TrainConfig, platform: str | None = None) -> Any:
@@ -77,23 +83,26 @@ class ModelParts:
         lora: what is trained.
         frozen: the base.
         reference: structure of the same base without adapters, if the objective reads it.
+        rules: how all of it is cut over a mesh.
     """
 
     graphdef: nnx.GraphDef
     lora: nnx.State
     frozen: nnx.State
     reference: nnx.GraphDef | None = None
+    rules: ShardingRules = REPLICATED
 
 
 def declare_model(config: TrainConfig, model_config: Mapping[str, Any], lora: LoRAConfig, dtype: Any) -> ModelParts:
     """Declare the model that a configuration asks for; every leaf is a `jax.ShapeDtypeStruct`."""
-    qlora = QLoRAConfig(quantization_config(config), dtype, lora, config.kernel)
+    rules = sharding_rules(config)
+    qlora = QLoRAConfig(quantization_config(config), dtype, lora, config.kernel, rules)
     graphdef, trainable, frozen = models.split_model(models.abstract_model(model_config, qlora))
     reference = None
     if objective_of(config).uses_reference:
         bare = dataclasses.replace(qlora, lora=None)
         reference, _, _ = models.split_model(models.abstract_model(model_config, bare))
-    return ModelParts(graphdef, trainable, frozen, reference)
+    return ModelParts(graphdef, trainable, frozen, reference, rules)
 
 
 def make_step(
@@ -123,7 +132,7 @@ def make_step(
         config.step_config(),
         objective=objective_of(config),
         reference=model.reference,
-        mesh=mesh,
+        devices=Devices.of(mesh, model.rules),
     )
 
 
@@ -135,23 +144,23 @@ class Programs:
         train: one training step, its optimizer included.
         evaluate: evaluate(lora, frozen, batch) -> sums of the objective.
         objective: what both compute.
-        mesh: of the devices that share a batch.
+        devices: that share a batch, and how tensors are cut over them.
     """
 
     train: TrainStep
     evaluate: Callable[..., Sums]
     objective: Objective
-    mesh: jax.sharding.Mesh
+    devices: Devices
 
 
 def make_programs(
     config: TrainConfig, model: ModelParts, total_steps: int, *, limit: int | None, mesh: jax.sharding.Mesh
 ) -> Programs:
     """Make the programs of a run; arguments are those of `make_step`."""
-    objective = objective_of(config)
+    objective, devices = objective_of(config), Devices(mesh, model.rules)
     return Programs(
         train=make_step(config, model, total_steps, limit=limit, mesh=mesh),
-        evaluate=make_eval_step(model.graphdef, objective=objective, reference=model.reference, mesh=mesh),
+        evaluate=make_eval_step(model.graphdef, objective=objective, reference=model.reference, devices=devices),
         objective=objective,
-        mesh=mesh,
+        devices=devices,
     )

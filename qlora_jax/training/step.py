@@ -17,6 +17,7 @@ from qlora_jax.nn.remat import Remat
 from qlora_jax.nn.variables import GradientSlot
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
 from qlora_jax.optimizers.paged import ChunkState
+from qlora_jax.sharding import Devices, specs
 from qlora_jax.training.config import StepConfig
 from qlora_jax.training.objectives import NEXT_TOKEN, Objective, Sums
 
@@ -95,22 +96,26 @@ class _LocalSums:
         return self.objective.sums(model, batch, dropout_key=dropout_key, remat=self.remat, reference=reference)
 
 
-def _on_every_device(
-    sums: Callable[..., Any], mesh: jax.sharding.Mesh | None, rows: PartitionSpec
-) -> Callable[..., Any]:
-    """Map `sums(lora, frozen, batch, key)` over the devices' rows and add the results up over the axis `data`.
+def _on_every_device(sums: Callable[..., Any], devices: Devices | None, dims: int) -> Callable[..., Any]:
+    """Map `sums(lora, frozen, batch, key)` over the devices' rows and add the results up over the batch's mesh axis.
 
     Every device runs the whole model: written as one program for all rows, XLA could not divide the kernels' calls and
     would send every row to every device.
     """
-    if mesh is None or mesh.size == 1:
+    if devices is None or devices.mesh.size == 1:
         return sums
-    whole = PartitionSpec()
+    mesh, rules = devices.mesh, devices.rules
 
     def local(*arguments: Any) -> Any:
-        return jax.lax.psum(sums(*arguments), "data")
+        return jax.lax.psum(sums(*arguments), rules.batch)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, rows, whole), out_specs=whole, check_vma=False)
+    def mapped(lora: nnx.State, frozen: nnx.State, batch: Any, key: Any) -> Any:
+        in_specs = (specs(lora, rules), specs(frozen, rules), rules.batch_spec(dims), PartitionSpec())
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)(
+            lora, frozen, batch, key
+        )
+
+    return mapped
 
 
 # For whichever platform a program is compiled.
@@ -129,7 +134,7 @@ def make_gradient_step(
     *,
     objective: Objective = NEXT_TOKEN,
     reference: nnx.GraphDef | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    devices: Devices | None = None,
 ) -> Callable[[nnx.State, nnx.State, Mapping[str, Array], Array], tuple[nnx.State, StepMetrics]]:
     """Make a jitted `gradients(lora, frozen, batch, step)` -> (gradient sums, metrics), most of a training step.
 
@@ -138,7 +143,7 @@ def make_gradient_step(
         config: settings of the step.
         objective: its sums are differentiated.
         reference: of the model without adapters, for an objective that reads it.
-        mesh: with axis `data`, over which B is split.
+        devices: over which B is split, and how the weights are cut over them.
 
     The batch holds the objective's fields with a leading axis of micro-batches, e.g. int32 [A, B, S]. Gradients are
     those of the summed loss, float32 in the shapes of `lora` whatever its dtype; the micro-batches add to them in
@@ -155,8 +160,8 @@ def make_gradient_step(
 
         def micro(index: Array | int, micro_batch: Mapping[str, Array]) -> Sums:
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            if micro_key is not None and mesh is not None and mesh.size > 1:
-                micro_key = jax.random.fold_in(micro_key, jax.lax.axis_index("data"))
+            if micro_key is not None and devices is not None and devices.mesh.size > 1:
+                micro_key = jax.random.fold_in(micro_key, jax.lax.axis_index(devices.rules.batch))
 
             def loss_sum(slots: nnx.State) -> tuple[Array, Sums]:
                 adapters = jax.tree.map(GradientSlot, lora, slots)
@@ -187,7 +192,7 @@ def make_gradient_step(
     ) -> tuple[nnx.State, StepMetrics]:
         _check_micro_batches(batch, micro_batches)
         key = jax.random.fold_in(jax.random.key(config.seed), step) if config.dropout else None
-        grads, found = _on_every_device(sums, mesh, PartitionSpec(None, "data"))(lora, frozen, batch, key)
+        grads, found = _on_every_device(sums, devices, 3)(lora, frozen, batch, key)
         unclipped = 1.0 / jnp.where(found.weight > 0, found.weight, 1)
         grad_norm = optax.tree.norm(grads) * unclipped
         scale = unclipped
@@ -281,7 +286,7 @@ def make_train_step(
     *,
     objective: Objective = NEXT_TOKEN,
     reference: nnx.GraphDef | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    devices: Devices | None = None,
 ) -> TrainStep:
     """Make a `step(state, frozen, batch) -> (state, report)`: `make_gradient_step`, then the optimizer by chunks.
 
@@ -290,7 +295,7 @@ def make_train_step(
     unchanged but for `step`: the last good adapters survive.
     """
     return TrainStep(
-        make_gradient_step(graphdef, config, objective=objective, reference=reference, mesh=mesh), optimizer
+        make_gradient_step(graphdef, config, objective=objective, reference=reference, devices=devices), optimizer
     )
 
 
@@ -299,13 +304,13 @@ def make_eval_step(
     *,
     objective: Objective = NEXT_TOKEN,
     reference: nnx.GraphDef | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    devices: Devices | None = None,
 ) -> Callable[[nnx.State, nnx.State, Mapping[str, Array]], Sums]:
     """Make a jitted `step(lora, frozen, batch) -> Sums` of a batch of the objective's fields, e.g. int32 [B, S]."""
     # Nothing is kept without a backward pass; `full` lets long rows pass by tiles.
     sums = _LocalSums(graphdef, objective, "full", reference)
 
     def step(lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Array]) -> Sums:
-        return _on_every_device(sums, mesh, PartitionSpec("data"))(lora, frozen, batch, None)
+        return _on_every_device(sums, devices, 2)(lora, frozen, batch, None)
 
     return jax.jit(step, compiler_options=_COMPILER_OPTIONS)

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import data
 from qlora_jax.device_memory import ProgramMemory
@@ -206,7 +205,7 @@ class Trainer:
         self._dispatched = DispatchedStep(step, report, batch, self._tokens, timer.moment(report.loss))
 
     def _evaluate(self, step: int) -> float:
-        sharding = NamedSharding(self.programs.mesh, PartitionSpec("data"))
+        sharding = self.programs.devices.batch_sharding()
         total, weight, further = 0.0, 0, collections.Counter[str]()
         for batch in self.datasets.evaluation:
             sums = self.programs.evaluate(self.state.lora, self.model.parts.frozen, jax.device_put(batch, sharding))
@@ -224,7 +223,7 @@ class Trainer:
     def _place(self, batch: data.Batch) -> data.Batch:
         """Put a batch on the mesh, as arrays [A, B, ...] with B split over its devices."""
         micro_batches = self.config.gradient_accumulation_steps
-        sharding = NamedSharding(self.programs.mesh, PartitionSpec(None, "data"))
+        sharding = self.programs.devices.batch_sharding(3)
         arrays = jax.tree.map(lambda array: array.reshape(micro_batches, -1, *array.shape[1:]), batch)
         return jax.device_put(arrays, sharding)
 

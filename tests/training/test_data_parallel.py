@@ -16,15 +16,18 @@ def losses_and_adapters(devices: int, dropout: float, placement: str = "device")
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     from qlora_jax.quantization import QuantizationConfig
+    from qlora_jax.sharding import Devices
     from qlora_jax.training.config import StepConfig, TrainConfig
     from qlora_jax.training.schedule import make_optimizer
     from qlora_jax.training.step import TrainState, make_train_step
 
     assert jax.device_count() == 2
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig(), dropout=dropout)
+    graphdef, lora, frozen = tiny_model.build(seed=1, quantization=QuantizationConfig(), dropout=dropout)
     optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, optim_placement=placement), 10, lora)
-    step = make_train_step(graphdef, optimizer, StepConfig(dropout=dropout > 0, max_grad_norm=0.3), mesh=mesh)
+    step = make_train_step(
+        graphdef, optimizer, StepConfig(dropout=dropout > 0, max_grad_norm=0.3), devices=Devices(mesh)
+    )
     whole = NamedSharding(mesh, PartitionSpec())
     state = TrainState.create(jax.device_put(adapters_with_b(lora), whole), optimizer)
     state = dataclasses.replace(state, step=jax.device_put(state.step, whole))
