@@ -124,10 +124,6 @@ PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "llama-3.2-3b": _llama(3072, 8192, 28, 24, **_llama_3(32.0, tie_word_embeddings=True)),
         "llama-3.1-8b": _llama(4096, 14336, 32, 32, **_LLAMA_3),
         "llama-3.3-70b": _llama(8192, 28672, 80, 64, **_LLAMA_3),
-        "smollm2-135m": _llama(
-            576, 1536, 30, 9, vocab_size=49152, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
-            rope_theta=100000.0, tie_word_embeddings=True,
-        ),
         "mistral-7b": _llama(
             4096, 14336, 32, 32, architectures=["MistralForCausalLM"], model_type="mistral", vocab_size=32768,
             num_key_value_heads=8, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1000000.0,
@@ -151,6 +147,10 @@ PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "gemma3-4b": _gemma3(2560, 10240, 34, 8, 4),
         "gemma3-12b": _gemma3(3840, 15360, 48, 16, 8),
         "gemma3-27b": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
+        "smollm2-135m": _llama(
+            576, 1536, 30, 9, vocab_size=49152, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
+            rope_theta=100000.0, tie_word_embeddings=True,
+        ),
     }
 )  # fmt: skip
 """Short name -> contents of config.json."""
