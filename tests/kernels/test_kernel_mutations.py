@@ -1,11 +1,12 @@
 """Errors put into the kernels' emitted PTX: what compares and executes them must notice.
 
-Each mutation is one that a kernel's author could make: a wrong selector or constant of the decoding, a wrong address, a
-missing wait or barrier.
+Each mutation is one that a kernel's author could make: a wrong selector or constant, a wrong address, another
+rounding, a missing wait or barrier.
 """
 
 import re
 
+import numpy as np
 import pytest
 from fixtures.simulated_kernels import Case, Problem, differences, execute, expected
 from ptx_simulator import PtxError, RaceError
@@ -17,6 +18,7 @@ MMA = Case("a6000", "mma", 32, 128, 256)
 SMALL_M = Case("a6000", "small_m", 5, 16, 1088)
 WGMMA = Case("h100", "wgmma", 128, 128, 640)
 TCGEN05 = Case("b200", "tcgen05", 128, 128, 640)
+DEQUANTIZE = Case("a6000", "dequantize", 0, 64, 256)
 ALL = (MMA, SMALL_M)
 
 
@@ -124,6 +126,47 @@ ORDERS = [
 def test_a_missing_wait_is_noticed(case, mutate, launch):
     with pytest.raises(RaceError):
         execute(launch, Problem(case), mutate=mutate)
+
+
+def subnormal_products(case):
+    """Scales so small that most of the 16 products of a block are subnormal, and x so large that they still count."""
+    problem = Problem(case)
+    absmax, nested, offset, table = problem.scales
+    problem.scales = (absmax, nested * np.float32(2.0**-127), np.zeros_like(offset), table)
+    problem.x = (problem.x.astype(np.float32) * np.float32(2.0**100)).astype(problem.x.dtype)
+    return problem
+
+
+def cancelling_scales(case):
+    """Scales that are exactly zero: the product of code and nested scale is rounded before the offset is added."""
+    problem = Problem(case)
+    absmax, nested, offset, table = problem.scales
+    nested[:] = nested[0, 0]
+    product = table[200] * nested[0, 0]
+    assert float(table[200]) * float(nested[0, 0]) != float(product)  # what a fused multiply-add would leave
+    problem.scales = (np.full_like(absmax, 200), nested, np.full_like(offset, -product), table)
+    return problem
+
+
+FUSED = r"mul\.rn\.f32 p, (\S+), (\S+); add\.rn\.f32 (\S+), p, (\S+);"
+ROUNDING = [
+    ("flushed products", subnormal_products, r"mul\.rn\.f32 (e\d+),", r"mul.rn.ftz.f32 \1,"),
+    ("contracted scales", cancelling_scales, FUSED, r"fma.rn.f32 \3, \1, \2, \4;"),
+]
+
+
+@pytest.mark.parametrize("case", [MMA, SMALL_M, DEQUANTIZE], ids=str)
+@pytest.mark.parametrize(
+    "make, pattern, replacement", [each[1:] for each in ROUNDING], ids=[each[0] for each in ROUNDING]
+)
+def test_another_rounding_is_noticed(case, make, pattern, replacement, launch):
+    """On random scales these would change nothing, or too little to see."""
+    problem = make(case)
+    wanted = expected(problem)
+    assert not differences(execute(launch, problem), wanted)
+    found, changed = re.subn(pattern, replacement, launch.ptx)
+    assert changed
+    assert differences(execute(launch, problem, mutate=lambda text: found), wanted)
 
 
 TRY_WAIT = r"mbarrier\.try_wait[^;]*;\s*@P1 bra\.uni DONE;"
