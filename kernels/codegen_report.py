@@ -7,6 +7,7 @@ and a compiler that aborts ends its process.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -30,8 +31,14 @@ from qlora_jax.quantization import QuantizedTensor, abstract_quantized
 # One chip of each architecture.
 ARCHITECTURES = ("a100", "a6000", "rtx4090", "h100", "b200", "rtx5090")
 SHAPE = (4096, 4096)
-# Rows of x and whether the product is by W; None for dequantizing a whole weight.
-VARIANTS: tuple[tuple[int, bool] | None, ...] = ((1, False), (16, False), (16, True), (4096, False), (4096, True), None)
+# None: dequantizing a whole weight.
+VARIANTS: tuple[Product | None, ...] = (
+    *(
+        Product(m, *SHAPE, transposed)
+        for m, transposed in ((1, False), (16, False), (16, True), (4096, False), (4096, True))
+    ),
+    None,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ def dequantizing_loop(report: sass.KernelReport) -> sass.Loop:
     return max(report.loops, key=lambda loop: (loop.counts.opcodes.get("PRMT", 0), -loop.inner_loops))
 
 
-def compile_variant(chip: Chip, variant: tuple[int, bool] | None, directory: Path) -> CodegenReport:
+def compile_variant(chip: Chip, variant: Product | None, directory: Path) -> CodegenReport:
     """Compile one of `VARIANTS` for a chip, its dump in an empty directory, and count.
 
     Raises:
@@ -93,9 +100,8 @@ def compile_variant(chip: Chip, variant: tuple[int, bool] | None, directory: Pat
     threads = tiles.WARPGROUP
     operands = jax.eval_shape(lambda w: PackedWeight.of(w, jnp.int32(1)).arrays, weight)
 
-    def product(x: jax.Array, w: QuantizedTensor, layer: jax.Array) -> jax.Array:
-        packed = PackedWeight.of(w, layer)
-        return dispatch.matmul(x, packed, transposed=variant is not None and variant[1], chip=chip)
+    def matmul(x: jax.Array, w: QuantizedTensor, layer: jax.Array, transposed: bool) -> jax.Array:
+        return dispatch.matmul(x, PackedWeight.of(w, layer), transposed=transposed, chip=chip)
 
     def dequantized(w: QuantizedTensor, layer: jax.Array) -> jax.Array:
         return dispatch.dequantize(PackedWeight.of(w, layer), jnp.bfloat16)
@@ -103,17 +109,16 @@ def compile_variant(chip: Chip, variant: tuple[int, bool] | None, directory: Pat
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     with sass.dumped_kernels(directory):
         if variant is None:
-            kernel, m, transposed = "dequantize", 0, False
+            kernel = "dequantize"
             rows, columns = dequantize.tile_of(k)
             weights = rows * columns
             compile_for(chip, dequantized, weight, layer)
         else:
-            m, transposed = variant
-            choice = dispatch.select_kernel(chip, Product(m, n, k, transposed))
+            choice = dispatch.select_kernel(chip, variant)
             kernel, weights = choice.name, choice.config.block_n * choice.config.block_k
             threads *= choice.config.dequantizers
-            x = jax.ShapeDtypeStruct((m, n if transposed else k), jnp.bfloat16)
-            compile_for(chip, product, x, weight, layer)
+            x = jax.ShapeDtypeStruct((variant.m, variant.contracted), jnp.bfloat16)
+            compile_for(chip, functools.partial(matmul, transposed=variant.transposed), x, weight, layer)
     report = sass.kernel_report(directory)
     codes, absmax, nested, *_ = operands
     read = sum(buffer.size // buffer.shape[0] * buffer.dtype.itemsize for buffer in (codes, absmax, nested))
@@ -121,8 +126,8 @@ def compile_variant(chip: Chip, variant: tuple[int, bool] | None, directory: Pat
         arch=report.arch,
         chip=chip.name,
         kernel=kernel,
-        m=m,
-        transposed=transposed,
+        m=variant.m if variant else 0,
+        transposed=variant is not None and variant.transposed,
         alu_per_weight=dequantizing_loop(report).counts.alu_per_weight(threads=threads, weights=weights),
         registers=report.registers,
         spilled=report.spill_stores + report.spill_loads,

@@ -49,7 +49,9 @@ def test_the_static_table(chip):
     (reports,) = compile_reports([chip])
     constants = {name: kernel.COST.alu_per_weight for name, kernel in dispatch.KERNELS.items()}
     constants["dequantize"] = dequantize.ALU_PER_WEIGHT
-    assert [(row.m, row.transposed) for row in reports] == [variant or (0, False) for variant in VARIANTS]
+    assert [(report.m, report.transposed) for report in reports] == [
+        (v.m, v.transposed) if v else (0, False) for v in VARIANTS
+    ]
     for row in reports:
         assert (row.arch, row.chip, row.spilled, row.serialized) == (CHIPS[chip].arch, chip, 0, False)
         assert 0 < row.registers <= 255 and row.shared_bytes <= CHIPS[chip].shared_memory_bytes
