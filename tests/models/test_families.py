@@ -64,7 +64,7 @@ def test_logits_equal_transformers(name):
     np.testing.assert_allclose(ours, golden["logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", families.ADAPTED)
+@pytest.mark.parametrize("name", families.marked(families.ADAPTED))
 def test_loss_and_adapter_gradients_equal_peft(name):
     golden = families.arrays(name)
     graphdef, trained, frozen = build(name, adapted=True)
@@ -89,7 +89,7 @@ def test_loss_and_adapter_gradients_equal_peft(name):
     assert seen == {key for key in golden if key.startswith("grad/")}
 
 
-@pytest.mark.parametrize("name", families.CASES)
+@pytest.mark.parametrize("name", families.marked(families.CASES))
 def test_greedy_continuations_equal_transformers(name):
     case, golden = families.CASES[name], families.arrays(name)
     answers = generate(*build(name), case["prompts"], eos_ids=[], sampling=Sampling(max_new_tokens=12))
@@ -108,8 +108,16 @@ def test_packed_rows_equal_documents_by_themselves(name):
     np.testing.assert_allclose(ours, golden["packed_logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", families.ONE_A_FAMILY)
-@pytest.mark.parametrize(("packed", "policy"), [(False, "offload"), (True, "full"), (True, "save_attention")])
+# By default each family with one policy, and each policy with one family.
+POLICIES = [(False, "offload"), (True, "full"), (True, "save_attention")]
+TILED = [
+    pytest.param(name, *policy, marks=[] if j == i % len(POLICIES) else pytest.mark.e2e)
+    for i, name in enumerate(families.ONE_A_FAMILY)
+    for j, policy in enumerate(POLICIES)
+]
+
+
+@pytest.mark.parametrize(("name", "packed", "policy"), TILED)
 def test_tiles_change_nothing(name, packed, policy, monkeypatch):
     """The hand-written order of long sequences: loss and gradients are those of automatic differentiation."""
     graphdef, trained, frozen = build(name, adapted=True)
@@ -154,8 +162,14 @@ def test_the_table_of_tensors_is_the_checkpoints(name):
     assert specs == {each: shape for each, shape in stored.items() if not skipped.fullmatch(each)}
 
 
-@pytest.mark.parametrize("name", families.ONE_A_FAMILY)
-@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("name", "quant_type"),
+    [
+        pytest.param(name, quant_type, marks=[] if (i + j) % 2 else pytest.mark.e2e)
+        for i, name in enumerate(families.ONE_A_FAMILY)
+        for j, quant_type in enumerate(("nf4", "int8"))
+    ],
+)
 def test_quantised_models_compile_and_keep_close(name, quant_type):
     graphdef, trained, frozen = tiny_model.build(
         families.CASES[name]["config"], quantization=QuantizationConfig(quant_type), weights=families.weights(name)

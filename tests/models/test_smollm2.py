@@ -69,7 +69,7 @@ def test_greedy_continuations_equal_transformers(unquantized, golden):
 @pytest.mark.parametrize(
     ("run", "tolerance"),
     [
-        ("fp32_random", 0.01),
+        pytest.param("fp32_random", 0.01, marks=pytest.mark.e2e),
         pytest.param("fp32_zero", 0.01, marks=pytest.mark.slow),
         # The reference's bf16 is autocast, which rounds at other places than we do.
         pytest.param("bf16_random", 0.02, marks=pytest.mark.slow),
@@ -85,6 +85,7 @@ def test_training_losses_follow_the_reference_stack(run, tolerance, smollm2):
     assert np.mean(np.abs(np.array(losses[1:]) / untrained - 1) > tolerance) > 0.8
 
 
+@pytest.mark.e2e
 def test_first_step_on_a_converted_model_within_30_seconds(smollm2, tmp_path):
     convert = [sys.executable, str(SCRIPTS / "convert.py"), str(smollm2), str(tmp_path / "base"), "--dtype", "float32"]
     subprocess.run(convert, check=True, capture_output=True)

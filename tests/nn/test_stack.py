@@ -106,7 +106,10 @@ def cross_stack(n_layers=3, seq=64):
     return graphdef, trained, frozen, h, encoder
 
 
-@pytest.mark.parametrize(("causal", "packed", "policy"), [(True, True, "full"), (False, True, "save_attention")])
+@pytest.mark.parametrize(
+    ("causal", "packed", "policy"),
+    [pytest.param(True, True, "full", marks=pytest.mark.e2e), (False, True, "save_attention")],
+)
 def test_both_executors_agree_for_cross_attention(causal, packed, policy, monkeypatch):
     """Gradients of the adapters, of the stream and of the encoder's output are automatic differentiation's."""
     graphdef, trained, frozen, h, encoder = cross_stack()
@@ -160,7 +163,7 @@ def test_decoding_with_a_cache_equals_one_pass_for_cross_attention():
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), stack(layers, h, ctx), atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [[11, 1, 1, 1], [3, 6, 1, 4], [14]])
+@pytest.mark.parametrize("pieces", [pytest.param([11, 1, 1, 1], marks=pytest.mark.e2e), [3, 6, 1, 4]])
 def test_sliding_layers_keep_as_many_slots_as_their_window(pieces):
     """Whatever a prompt is cut into: rings of slots hold what the window shows."""
     graphdef, trained, frozen, h, _ = cross_stack(n_layers=4, seq=14)
@@ -235,6 +238,7 @@ def sharded_against_replicated():
     return [differ, codes.addressable_data(0).size, codes.size]
 
 
+@pytest.mark.e2e
 def test_another_sharding_rule_needs_no_other_code():
     """Packed rows and the vocabulary cut over two devices: the same bits as weights that are whole on each."""
     two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
