@@ -52,6 +52,21 @@ def let_jax_pin_the_hosts_memory() -> None:
     os.environ.setdefault(PINNED_LIMIT_VARIABLE, str(pinned_share()))
 
 
+def multiplies_bfloat16(cpuinfo: str | None = None) -> bool:
+    """True if this machine's processor has instructions that multiply bfloat16 (AVX-512 BF16, AMX).
+
+    Args:
+        cpuinfo: contents of Linux's /proc/cpuinfo; by default this machine's. Elsewhere nothing is known: False.
+    """
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return False
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.partition(":")[2].split())
+
+
 def import_transformers() -> ModuleType:
     """Import transformers without its advice to install PyTorch, which would alarm people who do not need it."""
     variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.cli import command, flag, parse_flags, spellings, with_dashes
+from qlora_jax.environment import multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
 
@@ -36,7 +37,9 @@ def configure(argv: Sequence[str], prog: str) -> tuple[TrainConfig, Flags]:
     config = TrainConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainConfig)})
     if given & {"model_name_or_path", "dataset"}:
         return config, flags
-    example = {name: value for name, value in EXAMPLE_FLAGS.items() if name not in given}
+    # On such a processor the example takes two thirds of the time; a GPU computes in bfloat16 anyway.
+    defaults = {**EXAMPLE_FLAGS, "bf16": True} if multiplies_bfloat16() else EXAMPLE_FLAGS
+    example = {name: value for name, value in defaults.items() if name not in given}
     spelled_out = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in example.items())
     print(
         f"No model and no data set named: running the example, which is\n  {prog} "

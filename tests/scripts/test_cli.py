@@ -18,8 +18,9 @@ import pytest
 
 from qlora_jax import commands
 from qlora_jax.cli import argument, command, flag, names_where, parse_flags, run, spellings, with_dashes
+from qlora_jax.commands import finetune as finetune_command
 from qlora_jax.device_memory import CONTEXT_BYTES
-from qlora_jax.environment import let_jax_fill_the_gpu
+from qlora_jax.environment import let_jax_fill_the_gpu, multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
 
@@ -302,3 +303,26 @@ def test_jax_takes_the_gpu_but_for_the_allowance(answer, fraction, tmp_path, mon
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     let_jax_fill_the_gpu()
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu sse2 avx512f avx512_bf16 avx512vbmi\n", True),
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("processor\t: 0\nflags\t\t: fpu sse2 avx2\nbugs\t\t: avx512_bf16\n", False),
+        ("Features\t: asimd bf16\n", False),
+    ],
+)
+def test_processors_that_multiply_bfloat16(cpuinfo, found):
+    assert multiplies_bfloat16(cpuinfo) is found
+
+
+@pytest.mark.parametrize(
+    ("multiplies", "argv", "bf16"), [(True, [], True), (False, [], None), (True, ["--bf16", "False"], False)]
+)
+def test_the_example_computes_in_what_the_processor_multiplies(multiplies, argv, bf16, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_command, "multiplies_bfloat16", lambda: multiplies)
+    config, _ = finetune_command.configure(argv, "finetune.py")
+    assert config.bf16 is bf16
+    assert ("--bf16 True" in capsys.readouterr().out) is (bf16 is True)
