@@ -34,7 +34,7 @@ class Measurement:
     """Time of one implementation of one product.
 
     Attributes:
-        layer: a layer whose weight has this shape, such as "7b down".
+        layer: a layer whose weight has this shape, such as "llama-7b down".
         product: what is multiplied.
         implementation: one of `IMPLEMENTATIONS`.
         seconds: median; infinite if the GPU's memory was too small.
@@ -159,9 +159,9 @@ def seconds_of(product: Product, implementation: str, chip: Chip) -> float:
 def tuned(measurements: Iterable[Measurement]) -> list[timings_cache.Timing]:
     """Return the timings that `auto` uses."""
     return [
-        timings_cache.Timing(one.product, one.implementation, one.seconds)
-        for one in measurements
-        if one.implementation in ("fused", "unfused") and math.isfinite(one.seconds)
+        timings_cache.Timing(measurement.product, measurement.implementation, measurement.seconds)
+        for measurement in measurements
+        if measurement.implementation in ("fused", "unfused") and math.isfinite(measurement.seconds)
     ]
 
 

@@ -85,14 +85,18 @@ def choices_from_json(value: Any) -> tuple[Choice, ...]:
     """
     try:
         choices = tuple(
-            Choice(Product(one["m"], one["n"], one["k"], one["transposed"]), one["implementation"], "recorded choice")
-            for one in value
+            Choice(
+                Product(entry["m"], entry["n"], entry["k"], entry["transposed"]),
+                entry["implementation"],
+                "recorded choice",
+            )
+            for entry in value
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"The recorded kernel choices cannot be read ({error!r}): start the run anew.") from error
     for choice in choices:
         sizes = (choice.product.m, choice.product.n, choice.product.k)
-        known = choice.implementation in ("xla", "fused", "unfused")
+        known = choice.implementation in ("xla", "fused", "unfused") and isinstance(choice.product.transposed, bool)
         if not (known and all(isinstance(size, int) and size > 0 for size in sizes)):
             raise UserError(f"The recorded kernel choice {choice} cannot be used: start the run anew.")
     return choices

@@ -14,7 +14,7 @@ from qlora_jax.quantization.blockwise import lookup
 
 
 class Scales(scales.Scales):
-    """`scales.Scales` for interpret mode; scales are float32 [rows, columns / 64, scales per run] of a tile."""
+    """`scales.Scales` for interpret mode; scales are float32 [rows, columns / 64, scales per group] of a tile."""
 
     @staticmethod
     def _of_layer(ref: Any, layer: Any) -> Any:
@@ -47,7 +47,7 @@ class Scales(scales.Scales):
 
 
 def _first_columns(weight_format: tiles.WeightFormat, groups: int, column: Any) -> jax.Array:
-    """First column of each run; beyond the edge, the last group is repeated."""
+    """First column of each group; beyond the last column the last group is repeated."""
     return jnp.minimum(column + jnp.arange(groups) * tiles.GROUP, weight_format.n_inputs - tiles.GROUP)
 
 

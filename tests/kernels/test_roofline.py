@@ -273,7 +273,16 @@ def test_pinned_choices_reach_compiled_functions(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value", [{"m": 1}, [1], [{"m": 1}], [{**ENTRY, "m": 0}], [{**ENTRY, "implementation": "magic"}]], ids=str
+    "value",
+    [
+        {"m": 1},
+        [1],
+        [{"m": 1}],
+        [{**ENTRY, "m": 0}],
+        [{**ENTRY, "transposed": []}],
+        [{**ENTRY, "implementation": "magic"}],
+    ],
+    ids=str,
 )
 def test_a_damaged_record_of_choices_is_refused(value):
     with pytest.raises(UserError, match="recorded kernel choice"):
