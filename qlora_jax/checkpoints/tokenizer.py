@@ -3,13 +3,13 @@
 `transformers` takes about a second to import, so it is imported where a tokenizer is made.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_jax.checkpoints.gguf_file import read_metadata
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_json_object
+from qlora_jax.environment import import_transformers
 from qlora_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "trans
     Raises:
         UserError: another tokenizer model or pre-tokenizer, or metadata that do not belong together.
     """
-    _quiet_transformers()
+    import_transformers()
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
@@ -176,15 +176,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "trans
     return tokenizer
 
 
-def _quiet_transformers() -> None:
-    # Its advice to install PyTorch would alarm people who do not need it; the setting is read when it is imported.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
 def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a model directory or a .gguf file.")
-    _quiet_transformers()
+    import_transformers()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:

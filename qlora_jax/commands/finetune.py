@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,48 +50,35 @@ def configure(argv: Sequence[str], prog: str) -> tuple[TrainConfig, Flags]:
 
 def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], output_dir: str) -> None:
     """Print what a finished run came to."""
-    from qlora_jax.formatting import format_bytes, table
-
-    for prompt, before, after in answers:
-        print(f"\n> {prompt}")
-        for name, answer in (("before", before), ("after", after)):
-            first, *rest = answer.splitlines() or [""]
-            for line in [f"{name}: {first}", *rest]:
-                print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="  "))
+    print_answers(answers)
     if "answers_in_style_after" in summary:
         before, after = summary["answers_in_style_before"], summary["answers_in_style_after"]
         print(f"\nAnswers in the data's style: {before} of {len(answers)} before, {after} of {len(answers)} after")
-    print("\nLoss (nats a token)")
-    losses = [
-        (name, summary[key])
-        for name, key in (
-            ("training, first step", "first_loss"),
-            ("training, last step", "last_loss"),
-            ("held out, before", "first_eval_loss"),
-            ("held out, after", "last_eval_loss"),
-        )
-    ]
-    print(table((name, f"{value:.4f}") for name, value in losses if value is not None))
-    print("\nMemory held by buffers")
-    print(table((name.replace("_", " "), format_bytes(count)) for name, count in summary["bytes"].items()))
+    losses = {
+        "training, first step": summary["first_loss"],
+        "training, last step": summary["last_loss"],
+        "held out, before": summary["first_eval_loss"],
+        "held out, after": summary["last_eval_loss"],
+    }
+    print_section("Loss (nats a token)", {n: f"{value:.4f}" for n, value in losses.items() if value is not None})
+    print_section("Memory held by buffers", in_bytes({n.replace("_", " "): c for n, c in summary["bytes"].items()}))
     if summary["measured_peak_bytes"] is not None:
-        planned, measured = summary["planned_peak_bytes"], summary["measured_peak_bytes"]
-        print("\nMost on the device at once")
-        rows = [("training steps, planned by the compiler", planned), ("the whole run, measured", measured)]
-        print(table((name, format_bytes(count)) for name, count in rows if count is not None))
-    print("\nRun")
-    rows = [
-        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
-        ("total parameters", f"{summary['total_parameters']:,}"),
-        ("steps", f"{summary['steps']:,}"),
-        ("tokens", f"{summary['tokens']:,}"),
-        ("minutes", f"{summary['seconds'] / 60:.1f}"),
-        ("step shapes compiled", str(summary["step_shapes_compiled"])),
-    ]
-    if summary["bits_per_quantized_parameter"] is not None:
-        rows.insert(2, ("bits a quantised parameter", f"{summary['bits_per_quantized_parameter']:.3f}"))
-    print(table(rows))
-    print(f"\nSaved in {output_dir}")
+        peaks = {
+            "training steps, planned by the compiler": summary["planned_peak_bytes"],
+            "the whole run, measured": summary["measured_peak_bytes"],
+        }
+        print_section("Most on the device at once", in_bytes(peaks))
+    bits = summary["bits_per_quantized_parameter"]
+    rows = {
+        "trainable parameters": f"{summary['trainable_parameters']:,}",
+        "total parameters": f"{summary['total_parameters']:,}",
+        "bits a quantised parameter": None if bits is None else f"{bits:.3f}",
+        "steps": f"{summary['steps']:,}",
+        "tokens": f"{summary['tokens']:,}",
+        "minutes": f"{summary['seconds'] / 60:.1f}",
+        "step shapes compiled": str(summary["step_shapes_compiled"]),
+    }
+    print_section("Run", {name: value for name, value in rows.items() if value is not None})
     written = {
         "adapter (PEFT's format)": "adapter",
         "checkpoints": "checkpoint-*",
@@ -100,10 +87,36 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
         "answers": "answers.json",
         "summary": "summary.json",
     }
-    print(table((name, pattern) for name, pattern in written.items() if any(Path(output_dir).glob(pattern))))
+    found = {name: pattern for name, pattern in written.items() if any(Path(output_dir).glob(pattern))}
+    print_section(f"Saved in {output_dir}", found)
     adapter = Path(output_dir) / "adapter"
     if adapter.exists():
         print(f'Use it: PeftModel.from_pretrained(model, "{adapter}"), or --do_train False --adapter {adapter} here')
+
+
+def print_answers(answers: Sequence[tuple[str, str, str]]) -> None:
+    """Print prompts with the answers before and after training."""
+    for prompt, before, after in answers:
+        print(f"\n> {prompt}")
+        for name, answer in (("before", before), ("after", after)):
+            first, *rest = answer.splitlines() or [""]
+            for line in [f"{name}: {first}", *rest]:
+                print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="  "))
+
+
+def print_section(title: str, rows: Mapping[str, str]) -> None:
+    """Print a heading and a table of two columns; nothing without rows."""
+    from qlora_jax.formatting import table
+
+    if rows:
+        print(f"\n{title}\n{table(rows.items())}")
+
+
+def in_bytes(counts: Mapping[str, int | None]) -> dict[str, str]:
+    """Format counts of bytes, without those that are not known."""
+    from qlora_jax.formatting import format_bytes
+
+    return {name: format_bytes(count) for name, count in counts.items() if count is not None}
 
 
 def plan_run(config: TrainConfig, gpu: str | None) -> None:

@@ -280,6 +280,57 @@ print("\\n" + json.dumps(sorted({name.partition(".")[0] for name in sys.modules}
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
+SUMMARY = {
+    "first_loss": 4.0, "last_loss": 1.5, "first_eval_loss": 4.5, "last_eval_loss": None,
+    "bytes": {"base_packed": 2**20},
+    "measured_peak_bytes": None, "planned_peak_bytes": None, "bits_per_quantized_parameter": 4.127, "steps": 1200,
+    "tokens": 5, "trainable_parameters": 8192, "total_parameters": 10**6, "seconds": 90.0, "step_shapes_compiled": 1,
+}  # fmt: skip
+
+
+def test_the_report_of_a_run(capsys, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    finetune_command.report(SUMMARY, [("Who?", "I.", "Aye,\ncaptain!")], str(tmp_path))
+    assert (
+        capsys.readouterr().out
+        == f"""
+> Who?
+  before: I.
+  after: Aye,
+  captain!
+
+Loss (nats a token)
+  training, first step  4.0000
+  training, last step   1.5000
+  held out, before      4.5000
+
+Memory held by buffers
+  base packed  1.0 MiB
+
+Run
+  trainable parameters            8,192
+  total parameters            1,000,000
+  bits a quantised parameter      4.127
+  steps                           1,200
+  tokens                              5
+  minutes                           1.5
+  step shapes compiled                1
+
+Saved in {tmp_path}
+  adapter (PEFT's format)  adapter
+Use it: PeftModel.from_pretrained(model, "{tmp_path}/adapter"), or --do_train False --adapter {tmp_path}/adapter here
+"""
+    )
+
+
+def test_the_report_of_a_run_that_only_answered(capsys, tmp_path):
+    losses = dict.fromkeys(("first_loss", "last_loss", "first_eval_loss", "last_eval_loss"))
+    finetune_command.report({**SUMMARY, **losses, "bits_per_quantized_parameter": None}, [], str(tmp_path))
+    text = capsys.readouterr().out
+    assert text.startswith("\nMemory held by buffers\n") and text.endswith("step shapes compiled          1\n")
+    assert "bits a quantised" not in text
+
+
 # --- the process
 
 
