@@ -15,7 +15,7 @@ from qlora_jax.device_memory import CONTEXT_BYTES, PINNED_LIMIT_VARIABLE, RESERV
 def keep_off_cuda_without_a_gpu() -> None:
     """Let JAX, if it is not loaded yet, run on the CPU where its CUDA plugin is installed but no GPU is.
 
-    `[plan]` and `[test]` install the plugin to compile for GPUs that are elsewhere. It otherwise prints a traceback
+    `[plan]` installs the plugin to compile for GPUs that are elsewhere. It otherwise prints a traceback
     about libraries that this machine need not have, and is then lost. Child processes inherit the setting.
     """
     # /dev/dxg: Windows' subsystem for Linux.

@@ -15,24 +15,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.quantization import QuantizedTensor
 
+LOGICAL_AXES = frozenset(("layers", "rows", "rank", "vocabulary", None))
+"""Names that a variable may give its axes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
     """Mesh axis of each logical axis; None for whole on every device.
 
     Attributes:
-        batch: rows of a batch.
+        batch: rows of a batch; results are added up over it.
         rows: rows (outputs) of quantised linear weights.
         vocabulary: rows of embedding and head.
     """
 
-    batch: str | None = "data"
+    batch: str = "data"
     rows: str | None = None
     vocabulary: str | None = None
 
     def mesh_axis(self, logical: str | None) -> str | None:
         """Mesh axis of a logical one; those without a rule are whole everywhere."""
-        return getattr(self, logical, None) if logical is not None else None
+        if logical not in LOGICAL_AXES:
+            raise ValueError(f"{logical!r} is no logical axis; those are {sorted(map(str, LOGICAL_AXES))}.")
+        return {"rows": self.rows, "vocabulary": self.vocabulary}.get(logical or "")
 
     def batch_spec(self, dims: int = 2) -> PartitionSpec:
         """Of a batch's arrays: the second of three axes [A, B, S], or the first of two [B, S]."""

@@ -85,10 +85,26 @@ def stream_tensors(
     for quant_type "none", linear weights are cast to `dtype`.
 
     Raises:
-        UserError: while streaming, for a weight that is not finite or does not fit `dtype`; names the tensor.
+        UserError: while streaming, for a weight that is not finite or does not fit `dtype`, or a head that is stored
+            beside the embedding it is tied to and differs from it; names the tensor.
     """
     for spec in specs:
         yield spec, _store(source, spec, quantization, dtype)
+        if spec.kind == "embedding":
+            _check_tied_head(source, specs, spec)
+
+
+def _check_tied_head(source: TensorSource, specs: list[TensorSpec], embedding: TensorSpec) -> None:
+    """Refuse a head that config.json says is the embedding, where the two differ: it would be left out."""
+    used = {spec.name for spec in specs}
+    for name in source.names():
+        if name in used or not re.fullmatch(r"(.*\.)?lm_head\.weight", name):
+            continue
+        if source.shape(name) != embedding.shape or not np.array_equal(source.read(name), source.read(embedding.name)):
+            raise UserError(
+                f"{source.location(name)} holds a {name} that differs from {embedding.name}, although config.json ties "
+                "the two; set tie_word_embeddings to false there."
+            )
 
 
 def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: np.dtype, stack: tuple[int, ...]) -> Any:

@@ -69,7 +69,7 @@ def family_of(config: Config) -> Family:
         UserError: config.json names no architecture, or one that is not implemented; lists those that are.
     """
     architectures = _source(config).get("architectures") or []
-    if not isinstance(architectures, list | tuple) or len(architectures) != 1:
+    if not isinstance(architectures, list | tuple) or [type(name) for name in architectures] != [str]:
         raise UserError(f"config.json: architectures must name one architecture, not {architectures!r}.")
     if architectures[0] not in FAMILIES:
         raise UserError(

@@ -147,7 +147,7 @@ def select_lora_modules(linears: Mapping[str, tuple[str, ...]], selection: str) 
     if unknown or not chosen:
         choices = ", ".join(["all", *linears, *names])
         raise UserError(
-            f"lora_modules {selection!r}: {unknown[0] if unknown else 'an empty list'!r} is not a linear "
+            f"`lora_modules={selection}`: {unknown[0] if unknown else 'an empty list'!r} is not a linear "
             f"of this model; choose from {choices}."
         )
     return tuple(name for name in names if name in chosen)

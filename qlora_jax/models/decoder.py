@@ -189,6 +189,8 @@ class DecoderLM(nnx.Module):
         with jax.named_scope("rotary_tables"):
             rope = {name: rotary_tables(table, positions) for name, table in self.config.rotary}
         ctx = Context(rope, segment_ids)
+        if cache is not None and (segment_ids is not None or dropout_key is not None or remat != "none"):
+            raise ValueError("A cache is for generation: no segment_ids, dropout_key or remat.")
         if cache is None:
             h = self.stack(self.layers, h, ctx, remat=remat, dropout_key=dropout_key)
             return self.norm(h), None

@@ -22,7 +22,7 @@ from qlora_jax.models.decoder import (
     shared_fields,
 )
 from qlora_jax.models.family import GGUF, Family, Name
-from qlora_jax.models.hf_config import decoder_fields
+from qlora_jax.models.hf_config import INERT, decoder_fields
 from qlora_jax.models.layer_types import attentions_of
 from qlora_jax.nn.blocks import AttentionProjections, GatedMLP, Keys
 from qlora_jax.nn.linear import QLoRAConfig
@@ -61,11 +61,15 @@ def read_config(config: Mapping[str, Any]) -> Gemma3Config:
     conditional = (config.get("architectures") or [""])[0] == _CONDITIONAL
     text = config
     if conditional:
-        text = config.get("text_config") or {}
-        if not isinstance(text, Mapping):
-            raise UserError("config.json: text_config must be an object.")
-        outer = {name: value for name, value in config.items() if name not in _OUTER}
-        decoder_fields({**text, **outer}, "Gemma3TextConfig", read=_READ, neutral=_NEUTRAL)
+        nested = config.get("text_config")
+        if not isinstance(nested, Mapping) or not nested:
+            raise UserError("config.json: text_config must be an object with the text part's fields.")
+        text = {"architectures": config["architectures"], **nested}
+        if "tie_word_embeddings" in config:
+            text["tie_word_embeddings"] = config["tie_word_embeddings"]
+        for name in sorted(set(config) - set(_OUTER) - INERT - {"tie_word_embeddings"}):
+            if name not in text or text[name] != config[name]:
+                raise UserError(f"config.json: field {name!r} outside text_config is not supported for {_CONDITIONAL}.")
     fields = decoder_fields(text, "Gemma3TextConfig", read=_READ, neutral=_NEUTRAL)
     if not fields["query_pre_attn_scalar"] > 0:
         raise UserError(f"config.json: query_pre_attn_scalar {fields['query_pre_attn_scalar']!r} must be positive.")
@@ -79,15 +83,20 @@ def read_config(config: Mapping[str, Any]) -> Gemma3Config:
 
 def _rotary(text: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[tuple[str, RotaryConfig], ...]:
     """The two tables; a scaling stretches the global one only."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(text.get(name), Mapping | None):
+            raise UserError(f"config.json: {name} must be an object, not {text[name]!r}.")
     nested = text.get("rope_parameters") or {}
+    for name in sorted(set(nested) - set(_ROPE_OF)):
+        raise UserError(f"config.json: rope_parameters.{name} is not supported beside the types of attention.")
     by_type = {kind: nested.get(kind) for kind in _ROPE_OF}
     if nested and not all(by_type.values()):
         raise UserError("config.json: rope_parameters must have sliding_attention and full_attention.")
     if not nested:
-        by_type["sliding_attention"] = {"rope_theta": text.get("rope_local_base_freq") or 1e4}
+        by_type["sliding_attention"] = {"rope_theta": text.get("rope_local_base_freq", 1e4)}
         by_type["full_attention"] = {
             **(text.get("rope_scaling") or {}),
-            "rope_theta": text.get("rope_theta") or 1e6,
+            "rope_theta": text.get("rope_theta", 1e6),
         }
 
     def table(parameters: Any) -> RotaryConfig:

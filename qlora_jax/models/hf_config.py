@@ -44,7 +44,7 @@ _POSITIVE = (
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
 # They may be null, which says that they follow from others.
-_NULLABLE = frozenset(("num_key_value_heads", "head_dim"))
+_NULLABLE = frozenset(("num_key_value_heads", "head_dim", "layer_types"))
 
 
 def decoder_fields(
@@ -76,7 +76,14 @@ def decoder_fields(
     given = {name: value for name, value in config.items() if name in DECODER | read and name not in _ROPE}
     given = {name: value for name, value in given.items() if value is not None or name not in _NULLABLE}
     _check_positive(given)
-    _check_layer_types(given)
+    if not isinstance(given.get("rms_norm_eps", 1e-6), int | float):
+        raise UserError(f"config.json: rms_norm_eps must be a number between 0 and 1, not {given['rms_norm_eps']!r}.")
+    if given.get("head_dim", 2) % 2:
+        raise UserError(f"config.json: head_dim {given['head_dim']} must be even: its halves are rotated.")
+    pattern = given.get("sliding_window_pattern", 1)
+    if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 1:
+        raise UserError(f"config.json: sliding_window_pattern must be a positive integer, not {pattern!r}.")
+    check_layer_types(given)
     fields = {**_defaults(hf_class, json.dumps(given, sort_keys=True)), **given}
     _check_positive({name: fields[name] for name in _POSITIVE if name in fields})
     heads = fields["num_attention_heads"]
@@ -95,6 +102,12 @@ def decoder_fields(
         raise UserError(
             f"config.json: hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads {heads}."
         )
+    eps = fields["rms_norm_eps"]
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
+        raise UserError(f"config.json: rms_norm_eps must be a number between 0 and 1, not {eps!r}.")
+    original = config.get("original_max_position_embeddings")
+    if original is not None and (not isinstance(original, int) or isinstance(original, bool) or original < 1):
+        raise UserError(f"config.json: original_max_position_embeddings must be a positive integer, not {original!r}.")
     if not isinstance(fields["tie_word_embeddings"], bool):
         raise UserError(
             f"config.json: tie_word_embeddings must be true or false, not {fields['tie_word_embeddings']!r}."
@@ -115,7 +128,11 @@ def architecture(config: Mapping[str, Any]) -> str:
 def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Tokens that end a sequence, by config.json."""
     stop = config.get("eos_token_id")
-    return tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
+    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise UserError(f"config.json: eos_token_id must be a token or a list of tokens, not {stop!r}.")
+    return tuple(ids)
 
 
 def _check_positive(fields: Mapping[str, Any]) -> None:
@@ -125,7 +142,8 @@ def _check_positive(fields: Mapping[str, Any]) -> None:
             raise UserError(f"config.json: {field} must be a positive integer, not {value!r}.")
 
 
-def _check_layer_types(fields: Mapping[str, Any]) -> None:
+def check_layer_types(fields: Mapping[str, Any]) -> None:
+    """Refuse a `layer_types` that does not name a known kind of attention for every layer."""
     types, layers = fields.get("layer_types"), fields.get("num_hidden_layers")
     if types is None:
         return
@@ -142,5 +160,5 @@ def _defaults(hf_class: str, given: str) -> dict[str, Any]:
     try:
         return getattr(import_transformers(), hf_class)(**fields).to_dict()
     except Exception as error:  # its checks raise several types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"config.json: transformers' {hf_class} refuses it: {reason}.") from error

@@ -16,7 +16,7 @@ from qlora_jax.models.decoder import (
     shared_fields,
 )
 from qlora_jax.models.family import GGUF, Family
-from qlora_jax.models.hf_config import decoder_fields
+from qlora_jax.models.hf_config import check_layer_types, decoder_fields
 from qlora_jax.nn.attention import Attention
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.nn.rotary import RotaryConfig
@@ -50,7 +50,10 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
         read=frozenset(own),
         neutral={**_ACTIVATION, **absent},
     )
+    check_layer_types({**config, "num_hidden_layers": fields["num_hidden_layers"]})
     window = fields.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise UserError(f"config.json: sliding_window must be a positive integer or null, not {window!r}.")
     if set(config.get("layer_types") or []) - ({"sliding_attention"} if window else {"full_attention"}):
         raise UserError("config.json: layer_types that mix kinds of attention are not supported.")
     return LlamaConfig(

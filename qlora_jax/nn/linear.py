@@ -135,7 +135,7 @@ class QLoRALinear(nnx.Module):
         else:
             if quantization.quant_type != "int8" and in_features % quantization.block_size:
                 raise UserError(
-                    f"block_size {quantization.block_size} does not divide the {in_features} inputs of {name}; "
+                    f"`block_size={quantization.block_size}` does not divide the {in_features} inputs of {name}; "
                     f"choose a power of two that does."
                 )
             abstract = abstract_quantized(

@@ -28,6 +28,7 @@ _FIELDS = {
         "truncate",
     },
 }
+_NUMBERS = frozenset({"rope_theta"}).union(*_FIELDS.values()) - {"truncate"}
 _REQUIRED = {
     "default": set(),
     "linear": {"factor"},
@@ -68,14 +69,16 @@ class RotaryConfig:
             UserError: an unknown scaling, or a field of it that is unknown or missing; names the field.
         """
         source = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        values = config.get(source) or {}
+        values = {} if config.get(source) is None else config[source]
         if not isinstance(values, Mapping):
             raise UserError(f"config.json: {source} must be an object, not {values!r}.")
-        values = dict(values)
-        theta = values.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        legacy, kind = values.pop("type", None), values.pop("rope_type", None)
-        kind = kind or legacy or "default"
-        if kind not in _FIELDS:
+        values = {name: value for name, value in values.items() if value is not None}
+        theta = values.pop("rope_theta", config.get("rope_theta"))
+        theta = 10000.0 if theta is None else theta
+        legacy = values.pop("type", "default")
+        kind = values.pop("rope_type", legacy)
+        _check_numbers({"rope_theta": theta, **values}, source)
+        if not isinstance(kind, str) or kind not in _FIELDS:
             supported = ", ".join(_FIELDS)
             raise UserError(f"config.json: {source}.rope_type {kind!r} is not supported; supported are {supported}.")
         if values.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
@@ -87,6 +90,8 @@ class RotaryConfig:
             raise UserError(f"config.json: {source}.{min(unknown)} is not supported for rope_type {kind!r}.")
         if missing:
             raise UserError(f"config.json: {source}.{min(missing)} is missing; rope_type {kind!r} needs it.")
+        if kind == "llama3" and not values["high_freq_factor"] > values["low_freq_factor"]:
+            raise UserError(f"config.json: {source}.high_freq_factor must be above low_freq_factor.")
         max_positions = int(max_positions or config.get("max_position_embeddings") or 2048)
         if kind in ("llama3", "yarn"):
             values["original_max_position_embeddings"] = (
@@ -96,6 +101,14 @@ class RotaryConfig:
             )
         used = {name: value for name, value in values.items() if name in _FIELDS[kind] and value is not None}
         return cls(head_dim, float(theta), max_positions, kind, tuple(sorted(used.items())))
+
+
+def _check_numbers(values: Mapping[str, Any], source: str) -> None:
+    """Refuse a number of a scaling that is not finite and positive."""
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name in _NUMBERS and not (number and value > 0):
+            raise UserError(f"config.json: {source}.{name} must be a positive number, not {value!r}.")
 
 
 def _base_frequencies(theta: Any, dim: int) -> Any:

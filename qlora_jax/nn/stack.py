@@ -93,9 +93,11 @@ class Context:
 
     def mask(self, facts: Attention) -> Bool[Array, "B 1 S T"] | None:
         """Mask of an attention; None where `facts` alone say what is seen."""
-        if self.segment_ids is None or (facts.cross and self.encoder_segment_ids is None):
-            return None
-        return segment_mask(facts, self.segment_ids, self.encoder_segment_ids if facts.cross else None)
+        if not facts.cross:
+            return None if self.segment_ids is None else segment_mask(facts, self.segment_ids)
+        if (self.segment_ids is None) != (self.encoder_segment_ids is None):
+            raise ValueError("Cross-attention needs the documents of both sides, or of neither.")
+        return None if self.segment_ids is None else segment_mask(facts, self.segment_ids, self.encoder_segment_ids)
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 Axes = tuple[str | None, ...]
-"""Logical name of each axis of a tensor: layers, rows, columns, vocabulary, rank, or None; see `qlora_jax.sharding`."""
+"""Logical name of each axis of a tensor: layers, rows, vocabulary, rank, or None; see `qlora_jax.sharding`."""
 
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]
 """initializer(key, shape, dtype) -> array; a function of a module, so that two declarations of a model are equal."""

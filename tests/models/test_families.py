@@ -198,11 +198,40 @@ def test_an_unknown_field_is_named(name):
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar 0 must be positive"),
         ("gemma3_conditional", {"text_config": 3}, "text_config must be an object"),
+        ("gemma3_conditional", {"text_config": {}}, "text_config must be an object"),
+        ("gemma3_conditional", {"rms_norm_eps": 1e-5}, "'rms_norm_eps' outside text_config is not supported"),
+        ("gemma3", {"rope_parameters": [1]}, "rope_parameters must be an object"),
+        ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer"),
+        ("qwen2_sliding", {"use_sliding_window": False}, "use_sliding_window is false"),
+        ("qwen3", {"eos_token_id": [[1]]}, "eos_token_id must be a token or a list of tokens"),
+        ("qwen3", {"eos_token_id": -5}, "eos_token_id must be"),
+        ("qwen3", {"rms_norm_eps": "x"}, "rms_norm_eps must be a number"),
+        ("qwen3", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number"),
+        ("qwen3", {"head_dim": 15}, "head_dim 15 must be even"),
+        ("qwen3", {"original_max_position_embeddings": "x"}, "original_max_position_embeddings must be"),
+        ("qwen3", {"rope_parameters": {"rope_theta": -5}}, "rope_parameters.rope_theta must be a positive number"),
+        ("qwen3", {"rope_parameters": {"rope_type": ["a"]}}, "rope_type"),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "rope_parameters.factor must be"),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": None}}, "factor is missing"),
+        ("qwen3", {"architectures": [["a"]]}, "architectures must name one architecture"),
     ],
 )
 def test_unsupported_configs_name_the_field(name, change, message):
     with pytest.raises(UserError, match=message):
         models.model_config({**families.CASES[name]["config"], **change})
+
+
+def test_absent_layer_types_and_null_ones_are_the_same():
+    config = families.CASES["qwen2_sliding"]["config"]
+    without = {name: value for name, value in config.items() if name != "layer_types"}
+    read = models.model_config({**config, "layer_types": None})
+    assert read.attentions == models.model_config(without).attentions == models.model_config(config).attentions
+
+
+def test_the_outer_config_says_whether_the_head_is_tied():
+    config = families.CASES["gemma3_conditional"]["config"]
+    assert models.model_config(config).tie_word_embeddings
+    assert not models.model_config({**config, "tie_word_embeddings": False}).tie_word_embeddings
 
 
 def test_an_unknown_architecture_lists_the_known_ones_and_the_way_to_add_one():

@@ -105,7 +105,7 @@ def test_lora_modules(selection, names):
 
 
 def test_unknown_lora_module():
-    with pytest.raises(UserError, match="lora_modules 'q_proj,lm_head': 'lm_head' is not a linear"):
+    with pytest.raises(UserError, match="`lora_modules=q_proj,lm_head`: 'lm_head' is not a linear"):
         tiny_model.build(modules="q_proj,lm_head")
 
 
@@ -134,7 +134,7 @@ def test_unsupported_configs_name_the_field(change, message):
 
 def test_block_size_must_divide_the_rows():
     qlora = QLoRAConfig(QuantizationConfig(block_size=256))
-    with pytest.raises(UserError, match="block_size 256 does not divide"):
+    with pytest.raises(UserError, match="`block_size=256` does not divide"):
         models.abstract_model(tiny_model.CONFIG, qlora)
 
 
