@@ -55,10 +55,12 @@ def test_two_devices_train_as_one(run):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.e2e
 def test_two_devices_page_their_state(run):
     assert run(2, 0.0, "host") == run(2, 0.0)
 
 
+@pytest.mark.e2e
 def test_dropout_on_two_devices(run):
     losses, _ = run(2, 0.3)
     assert np.all(np.isfinite(losses))

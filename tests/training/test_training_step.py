@@ -80,7 +80,9 @@ def quantized():
     return graphdef, adapters_with_b(lora), frozen
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize(
+    "quant_type", ["nf4", "int8", *(pytest.param(each, marks=pytest.mark.e2e) for each in ("fp4", "none"))]
+)
 def test_training_changes_adapters_and_not_one_bit_of_the_base(quant_type):
     graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig(quant_type), dropout=0.1)
     before = [np.array(leaf) for leaf in jax.tree.leaves(frozen)]
@@ -132,7 +134,7 @@ def test_gradient_is_that_of_the_dequantised_model(quantized):
         assert np.abs(value).max() > 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.e2e), "full"])
 def test_accumulation_equals_one_large_batch(quantized, remat):
     graphdef, lora, frozen = quantized
     ids = random_ids(4, 16)
