@@ -104,7 +104,8 @@ def finetune(config: TrainConfig) -> Result:
             trainer.evaluate(0)
         after = before
         if config.do_train:
-            with memory_advice(directory, functools.partial(planned_advice, config, model_config=model.base.config)):
+            contents = model.base.config.source
+            with memory_advice(directory, functools.partial(planned_advice, config, model_config=contents)):
                 finished = trainer.train()
             if not finished:
                 return Result(summarize(trainer), [], interrupted=True)

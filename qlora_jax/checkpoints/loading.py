@@ -25,7 +25,7 @@ from qlora_jax.checkpoints.streaming import (
     describe,
     stream_tensors,
 )
-from qlora_jax.models import TensorSpec, base_tensors
+from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, model_config
 from qlora_jax.quantization import QuantizationConfig
 
 
@@ -34,13 +34,13 @@ class LoadedBase:
     """A frozen base model in memory.
 
     Attributes:
-        config: Hugging Face config.json contents.
+        config: read from its config.json, whose contents are `config.source`.
         tensors: {path: QuantizedTensor or jax.Array}, the layers of one path stacked on axis 0.
         quantization: how the linear weights are stored.
         description: one line for people: where the weights come from and how precise they are.
     """
 
-    config: dict[str, Any]
+    config: DecoderConfig
     tensors: dict[TensorPath, Any]
     quantization: QuantizationConfig
     description: str
@@ -73,12 +73,12 @@ def load_base(
     path = Path(path)
     if is_converted(path):
         converted = ConvertedBase(path, quantization, dtype)
-        config, description = converted.config, converted.description
+        config, description = model_config(converted.config), converted.description
         specs = base_tensors(config)
         chunks = converted.chunks(specs, progress)
     else:
         source = open_source(path)
-        config, description = source.config, describe(source)
+        config, description = model_config(source.config), describe(source)
         specs = base_tensors(config)
         check_source(source, specs, quantization)
         chunks = _source_chunks(source, specs, quantization, dtype, progress)
@@ -112,7 +112,7 @@ class _Stack:
     updated in place, so that the host never holds more than the layers being written.
     """
 
-    def __init__(self, abstract: Any, shardings: Any):
+    def __init__(self, abstract: Any, shardings: Any = None):
         leaves, self._structure = jax.tree.flatten(abstract)
         self._shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
         self._on_host = jax.default_backend() == "cpu"

@@ -11,6 +11,7 @@ from qlora_jax.checkpoints.gguf_file import read_metadata
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_json_object
 from qlora_jax.environment import import_transformers
 from qlora_jax.errors import UserError
+from qlora_jax.files import reason
 
 if TYPE_CHECKING:
     import transformers
@@ -118,14 +119,12 @@ def ensure_pad(tokenizer: "transformers.PreTrainedTokenizerFast") -> "transforme
 def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "transformers.PreTrainedTokenizerFast":
     """Rebuild a tokenizer from GGUF metadata (keys tokenizer.ggml.*); `path` is for messages.
 
-    Supports byte-level BPE ("gpt2") with the pre-tokenizers of the LLaMA family, and sentencepiece BPE ("llama").
+    Supports byte-level BPE ("gpt2") with the pre-tokenizers of `_PRE_TOKENIZERS`, and sentencepiece BPE ("llama").
 
     Raises:
         UserError: another tokenizer model or pre-tokenizer, or metadata that do not belong together.
     """
-    import_transformers()
     from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
 
     model = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -162,7 +161,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "trans
         if not 0 <= index < len(tokens):
             raise UserError(f"{path} has tokenizer.ggml.{key}_token_id {index} for {len(tokens)} tokens.")
         special[f"{name}_token"] = tokens[index]
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         name_or_path=str(path),
         add_bos_token=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
@@ -179,23 +178,20 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "trans
 def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a model directory or a .gguf file.")
-    import_transformers()
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+    library = import_transformers()
+    whole = (path / "tokenizer.json").is_file()
+    if not whole:
+        _refuse_code(path)
+    # The file itself, not a class rebuilt from its vocabulary, which may cut text differently.
+    loader = library.PreTrainedTokenizerFast if whole else library.AutoTokenizer
     try:
-        if (path / "tokenizer.json").is_file():
-            # The file itself, not a class rebuilt from its vocabulary, which may cut text differently.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        else:
-            _refuse_code(path)
-            # Unless told not to, transformers asks on the terminal if it may run the model's own code.
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except UserError:
-        raise
+        # Unless told not to, transformers asks on the terminal if it may run the model's own code.
+        tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types, some of them bare Exception
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} has no tokenizer that can be read ({reason}); add its tokenizer.json.") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{path} has no tokenizer that can be read ({reason(error)}); add its tokenizer.json."
+        ) from error
+    if not isinstance(tokenizer, library.PreTrainedTokenizerFast):
         raise UserError(f"{path} has no fast tokenizer; add its tokenizer.json.")
     return tokenizer
 

@@ -60,8 +60,7 @@ class Questionnaire:
             data.encode_prompt(prompt, tokenizer=tokenizer, dataset_format=self.dataset_format).tolist()
             for prompt in self.prompts
         ]
-        stop = self.model.base.config.get("eos_token_id")
-        stop = stop if isinstance(stop, list) else [stop]
+        stop = self.model.base.config.eos_token_ids
         with announced(f"answering {len(encoded)} prompts"):
             tokens = generate(
                 self.model.parts.graphdef,

@@ -91,6 +91,7 @@ def test_converted_equals_loaded(directories: dict[str, Path], tmp_path: Path, n
         for ours, theirs in zip(jax.tree.leaves(converted.tensors[path]), jax.tree.leaves(value), strict=True):
             np.testing.assert_array_equal(ours, theirs)
     assert converted.config == direct.config
+    assert converted.config.source == direct.config.source
     left_out = ("vision_tower.", "multi_modal_projector.")
     kept = {tensor: value for tensor, value in families.weights(name).items() if not tensor.startswith(left_out)}
     assert (result.tensors, result.parameters) == (len(kept), sum(value.size for value in kept.values()))
