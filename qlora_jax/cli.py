@@ -150,7 +150,8 @@ def parse_flags[T](
             raise UserError(f"{argument!r} is not a flag; flags begin with --. See {prog} --help.")
         name = argument[2:].partition("=")[0]
         if unavailable and name in unavailable:
-            raise UserError(f"--{name} is not available: {unavailable[name]}")
+            advice = with_dashes(unavailable[name], spellings(schema))
+            raise UserError(f"--{name} is not available: {advice}")
         near = difflib.get_close_matches(name.removeprefix("no-"), fields, n=1, cutoff=0.6)
         hint = f" Did you mean --{near[0]}?" if near else ""
         raise UserError(f"unknown flag --{name}.{hint} See {prog} --help.")

@@ -199,19 +199,13 @@ def test_packages_say_what_they_export(module):
 
 
 RIDDLES = {
-    "qlora_jax/data/formats.py",
-    "qlora_jax/data/tokenization.py",
     "qlora_jax/defaults.py",
-    "qlora_jax/finetuning.py",
     "qlora_jax/generation.py",
     "qlora_jax/models/common.py",
     "qlora_jax/models/llama.py",
     "qlora_jax/nn/attention.py",
     "qlora_jax/nn/linear.py",
     "qlora_jax/nn/remat.py",
-    "qlora_jax/optimizers/blockwise8bit.py",
-    "qlora_jax/optimizers/paged.py",
-    "qlora_jax/optimizers/transformations.py",
     "qlora_jax/planner/__init__.py",
     "qlora_jax/planner/accounting.py",
     "qlora_jax/planner/advice.py",
@@ -220,30 +214,12 @@ RIDDLES = {
     "qlora_jax/planner/planning.py",
     "qlora_jax/planner/report.py",
     "qlora_jax/planner/search.py",
-    "qlora_jax/training/benchmark.py",
-    "qlora_jax/training/config.py",
-    "qlora_jax/training/reporting.py",
-    "qlora_jax/training/run_directory.py",
-    "qlora_jax/training/setup.py",
-    "qlora_jax/training/trainer.py",
 }
-PRINTING = {
-    "qlora_jax.finetuning",
-    "qlora_jax.training.trainer",
-}
+PRINTING: set[str] = set()
 DASHED = {
-    "qlora_jax.data.formats",
-    "qlora_jax.data.loading",
-    "qlora_jax.data.tokenization",
-    "qlora_jax.finetuning",
     "qlora_jax.models.common",
-    "qlora_jax.optimizers.transformations",
     "qlora_jax.planner.advice",
     "qlora_jax.planner.compiler",
-    "qlora_jax.training.config",
-    "qlora_jax.training.reporting",
-    "qlora_jax.training.run_directory",
-    "qlora_jax.training.trainer",
 }
 
 

@@ -1,4 +1,4 @@
-"""Data: rows from files and the hub, row formats, token masks, and batches of bounded shapes that can be resumed."""
+"""Data: rows from files and the hub, row formats, token masks, and resumable batches of bounded shapes."""
 
 from qlora_jax.data.batching import (
     TOKEN_FIELDS,

@@ -1,4 +1,4 @@
-"""Examples to batches of a bounded set of shapes: packed, grouped by length or plain; resumable and deterministic."""
+"""Examples to batches of a bounded set of shapes: packed, grouped by length or plain; deterministic and resumable."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,10 +107,10 @@ def bucket_lengths(max_length: int, *, multiple: int = 64, max_buckets: int = 8)
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Return int64 [n]: the bin of each item when each goes, in order, into the first bin that still holds it.
+    """Pack items in order, each into the first bin with room for it; returns the bin of each, int64 [n].
 
     lengths: int [n], none above `capacity`. O(n log n): a tree over the bins keeps the largest space left in each
-    subtree, and the descent prefers the left one.
+    subtree, and the descent prefers the left child.
     """
     leaves = 1 << max(1, len(lengths) - 1).bit_length()
     space = [capacity] * (2 * leaves)
@@ -135,13 +135,13 @@ def first_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 class Batches:
     """An endless iterator over batches of `batch_size` rows, resumable at every batch.
 
-    mode:
+    Modes:
       "packing": documents share rows of `sequence_length` tokens; they are taken in shuffled order and put into the
-        first row with room (first fit), never split. `segment_ids` and `positions` keep them apart.
-      "group_by_length": one example a row; the shuffled order is cut into stretches of up to 50 batches, each sorted by
-        length, so that rows of a batch are alike; then whole batches are shuffled. The very first batch has the
-        longest rows, so that running out of memory shows at once.
-      "plain": one example a row, shuffled.
+        first row with room (first fit), never split. `segment_ids` and `positions` separate them.
+      "group_by_length": an example a row; the shuffled order is cut into stretches of up to 50 batches, each sorted by
+        length, so that the rows of a batch have similar lengths; then whole batches are shuffled. The very first batch
+        has the longest rows, so that running out of memory shows at once.
+      "plain": an example a row, shuffled.
     The latter two pad each batch to the smallest of `bucket_lengths` that holds its longest row.
 
     Every order is a function of (seed, epoch) alone: PCG64(SeedSequence([seed, epoch])). Nothing is dropped: the last
@@ -149,10 +149,11 @@ class Batches:
     is full. (More rows a batch than the data has simply spans more epochs.)
 
     State: {"epoch": int, "index": int}, the next row to be read (a packed row when packing). `restore` continues with
-    exactly the batches that would have followed; `fingerprint` tells whether data and settings are the same.
+    exactly the batches that would have followed; equal `fingerprint`s mean equal data and settings.
 
-    Raises UserError for no examples, a batch size below 1, packing without a sequence length, and an example longer
-    than `sequence_length` (cut it in `tokenize_rows`, which counts what it cuts).
+    Raises:
+        UserError: no examples, a batch size below 1, packing without a sequence length or with a field that has one
+            value a row, or an example longer than `sequence_length` (cut it in `tokenize_rows`, which counts the cuts).
     """
 
     def __init__(
@@ -199,11 +200,11 @@ class Batches:
         return _make_batch(self._examples, rows, shape, self._fields, self._pad_id)
 
     def state(self) -> dict[str, int]:
-        """Return where the iterator stands, JSON-serialisable."""
+        """Return the position of the iterator as JSON values."""
         return {"epoch": self._epoch, "index": self._index}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue from a state; raises UserError when these data and settings cannot have been there."""
+        """Continue from a state; raises UserError if it does not exist with these data and settings."""
         epoch, index = state["epoch"], state["index"]
         if epoch < 0 or not 0 <= index < len(self._order(epoch)):
             raise UserError(
@@ -234,7 +235,7 @@ class Batches:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the examples and every setting that decides which batches come; equal means resumable."""
+        """A hash of the examples and of all settings that determine the batches; equal means resumable."""
         settings = (self._batch_size, self._mode, self._pad_id, self._seed, self._sequence_length, self._buckets)
         digest = hashlib.sha256(repr(settings).encode())
         digest.update(self._lengths.tobytes())
@@ -295,7 +296,7 @@ def evaluation_batches(
     bucket_multiple: int = 64,
     max_buckets: int = 8,
 ) -> list[Batch]:
-    """Return one pass over the examples in their order ("group_by_length": longest first), each exactly once.
+    """Return batches of every example once, in order ("group_by_length": longest first).
 
     The last batch is filled up with rows that are all padding, so that every batch has `batch_size` rows. Modes,
     shapes and errors are those of `Batches`.

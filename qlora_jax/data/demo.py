@@ -1,4 +1,4 @@
-"""The embedded data set: short true answers in the voice of a harbour pilot, a style that is seen at a glance.
+"""The embedded data set: short true answers in the voice of a harbour pilot, an unmistakable style.
 
 Every answer opens with "Aye, captain!", says one or two plain sentences, and closes with a line of its own,
 "Heading: <imperative of two to four words>.". `default_train.jsonl` holds the rows to train on and
@@ -26,7 +26,7 @@ def default_prompts() -> tuple[str, ...]:
 
 
 def follows_style(answer: str) -> bool:
-    """Tell whether an answer opens with the salutation and closes with its only heading, two to four words on a line.
+    """Tell if an answer opens with the salutation and closes with its only heading, two to four words on a line.
 
     White space around the answer does not count.
     """

@@ -1,4 +1,4 @@
-"""What a row means: one table of data set formats, each a function from a row to text, and the choice among them."""
+"""Row formats: a table of functions from a row to text, and the choice among them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Message = Mapping[str, Any]
 """One turn of a conversation: at least {"role": str, "content": str}."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""The roles a message may have; the assistant's turns are the ones trained."""
+"""Roles of a message; the assistant's turns are trained."""
 
 NOT_YET_SUPPORTED = ("chip2", "self-instruct", "hh-rlhf")
 """The reference program's formats that a later release adds."""
@@ -28,7 +28,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 
 @dataclass(frozen=True)
 class SourceTarget:
-    """A row as the text that is given (source, not trained by default) and the text to be learnt (target)."""
+    """A row as a prompt (source, not trained by default) and its completion (target)."""
 
     source: str
     target: str
@@ -36,10 +36,13 @@ class SourceTarget:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One data set format.
+    """A format of rows.
 
-    columns: alternatives of columns that must be there, the first that fits is used. optional: read when present.
-    read: (row, position) -> SourceTarget, or the list of messages; raises UserError naming position and column.
+    Attributes:
+        name: value of the field `dataset_format`.
+        columns: alternative sets of required columns; the first that is present is used.
+        read: (row, position) -> SourceTarget, or the list of messages; raises UserError naming position and column.
+        optional: columns that are read if present.
     """
 
     name: str
@@ -50,7 +53,14 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class ChosenFormat:
-    """The format rows are read with, whether it was inferred from the columns, and the columns nothing reads."""
+    """The format of some rows.
+
+    Attributes:
+        format: the format.
+        inferred: it was inferred from the columns.
+        columns: required columns.
+        unused_columns: columns that the format does not read.
+    """
 
     format: RowFormat
     inferred: bool
@@ -58,7 +68,7 @@ class ChosenFormat:
     unused_columns: tuple[str, ...]
 
     def lacks(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row is without a column that the format needs."""
+        """Tell if a row lacks a required column."""
         return any(column not in row for column in self.columns)
 
     def read(self, row: Mapping[str, Any], position: str) -> SourceTarget | list[Message]:
@@ -67,7 +77,7 @@ class ChosenFormat:
 
 
 def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
-    """Choose how to read `rows`: by name, or, for None, by the columns that occur in them.
+    """Choose the format of `rows`: by name, or, for None, by the columns that occur in them.
 
     Inference: "messages" -> messages; "instruction" and "output" -> alpaca; "input" and "output" -> input-output;
     "text" -> oasst1. Raises UserError for an unknown format, for columns that fit none, or when every row lacks a
@@ -103,7 +113,7 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
 
 
 def prompt_text(prompt: str, dataset_format: str) -> str:
-    """Return the source text that asks `prompt` in `dataset_format`, one of the formats that are not chat."""
+    """Return the source text of `prompt` in `dataset_format`, which must not be a chat format."""
     if dataset_format in ("alpaca", "alpaca-clean"):
         return ALPACA_PROMPT.format(instruction=prompt)
     if dataset_format == "oasst1":
@@ -141,7 +151,7 @@ def _read_oasst1(row: Mapping[str, Any], position: str) -> SourceTarget:
     if "text" in row:
         return SourceTarget("", _text(row, "text", position))
     prompt, answer = _text(row, "input", position), _text(row, "output", position)
-    # "### Assistant:" and the answer are one text here; the published set has a space between them.
+    # The published set has a space between "### Assistant:" and the answer.
     apart = prompt and answer and not prompt[-1].isspace() and not answer[0].isspace()
     return SourceTarget("", f"{prompt} {answer}" if apart else prompt + answer)
 

@@ -1,4 +1,4 @@
-"""Rows from the embedded set, local files, directories of files, or the Hugging Face hub; each row keeps its origin."""
+"""Rows of the embedded set, local files, directories of files, or the Hugging Face hub, each with its origin."""
 
 import csv
 import json
@@ -35,10 +35,13 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one data set, each a mapping from column to value, with the place each came from.
+    """Rows of a data set with their origins.
 
-    rows: one dict a row. positions: one string a row that a person can look up ("train.jsonl line 17"; lines, items
-    and rows count from 1). source: the data set in words. notes: what was decided while reading, to be printed.
+    Attributes:
+        rows: column -> value of each row.
+        positions: origin of each row, e.g. "train.jsonl line 17"; lines, items and rows count from 1.
+        source: name of the data set.
+        notes: decisions taken while reading, for people.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -68,15 +71,16 @@ class Rows:
 def load_rows(dataset: str, *, split: str = "train") -> Rows:
     """Read every row of `dataset`.
 
-    dataset: "default" (the embedded set); a .json, .jsonl, .csv, .tsv or .parquet file; a directory of such files; a
-    short name of `HUB_NAMES`; or the id of a data set on the Hugging Face hub. A .json file holds a list of objects,
-    or one object whose "data" is that list. An existing path wins over a hub id of the same name.
+    Args:
+        dataset: "default" (the embedded set); a .json, .jsonl, .csv, .tsv or .parquet file; a directory of such files;
+            a short name of `HUB_NAMES`; or the id of a data set on the Hugging Face hub. A .json file holds a list of
+            objects, or an object with that list under "data". An existing path wins over a hub id of the same name.
+        split: of the hub; of a directory, the files named after it (`train.jsonl`, `test-00000.parquet`), or all files
+            for "train" when none is named after a split. A single file is the "train" split. "default" has "train" and
+            the held-out rows ("heldout", "eval", "validation" and "test" all mean those).
 
-    split: the hub split; of a directory, the files named after it (`train.jsonl`, `test-00000.parquet`), or all files
-    for "train" when none is named after a split. A single file is the "train" split. "default" has "train" and the
-    held-out rows ("heldout", "eval", "validation" and "test" all mean those).
-
-    Raises UserError for anything that cannot be read, naming the file and, where there is one, the line.
+    Raises:
+        UserError: something cannot be read; names the file and, where there is one, the line.
     """
     if dataset == DEFAULT_DATASET:
         return _load_default(split)
@@ -97,13 +101,14 @@ def load_rows(dataset: str, *, split: str = "train") -> Rows:
 
 
 def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple[Rows, Rows, str]:
-    """Hold out `eval_dataset_size` rows for evaluation; returns (train, eval, one line saying what was done).
+    """Hold out `eval_dataset_size` rows for evaluation; returns (train, evaluation, a line for people).
 
     The held-out rows are the first ones of a permutation drawn from PCG64(SeedSequence([seed, 0x5EED])); both parts
     keep the order of the file. 0 holds out nothing. None means the reference program's 1024, or a tenth of the rows
-    (at least one) when fewer than 2048 rows would leave less for training than for evaluation.
+    (at least one) if there are fewer than 2048.
 
-    Raises UserError when a given size is negative or leaves no row to train on.
+    Raises:
+        UserError: a given size is negative or leaves no row to train on.
     """
     n = len(rows)
     if eval_dataset_size is None:

@@ -1,4 +1,4 @@
-"""Rows to token ids and labels: what is trained, what is masked, what is cut, and a count of all of it."""
+"""Rows to token ids and labels, with a count of what is trained, masked and cut."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,13 +51,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Tally:
-    """A count of rows, with the positions of the first few of them."""
+    """A count of rows with the positions of the first few."""
 
     count: int = 0
     positions: tuple[str, ...] = ()
 
     def plus(self, position: str) -> "Tally":
-        """Return the tally with one more row."""
+        """Return the tally after another row."""
         shown = (*self.positions, position) if len(self.positions) < _SHOWN else self.positions
         return Tally(self.count + 1, shown)
 
@@ -69,10 +69,10 @@ class Tally:
 
 @dataclass
 class DataReport:
-    """What became of the rows of one data set; `str()` gives the lines to print.
+    """Counts of used, dropped and truncated rows of a data set; `str()` formats them for people.
 
-    rows_read = rows_used + lacking_column.count + untrained.count. Truncations count rows that lost tokens: sources and
-    targets apart, whole conversations (`messages`), and examples cut to `max_length`.
+    rows_read = rows_used + lacking_column.count + untrained.count. Truncations count rows that lost tokens: sources,
+    targets, whole conversations (`messages`), and examples cut to `max_length`.
     """
 
     source: str
@@ -93,7 +93,7 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Say what was used, cut and left out, in a few lines."""
+        """Format the counts in a few lines."""
         how = "inferred from the columns" if self.format_inferred else "as asked"
         lines = [
             f"{self.source}: format {self.dataset_format} ({how}); {self.rows_used} of {self.rows_read} rows used",
@@ -133,23 +133,32 @@ def tokenize_rows(
     train_on_source: bool = False,
     max_length: int | None = None,
 ) -> tuple[list[Example], DataReport]:
-    """Turn rows into examples, in the order of the rows, and report what became of every row.
+    """Turn rows into examples, in the order of the rows, and count what was used, dropped and cut.
 
     Source/target formats, as in the reference program: ids = (BOS + source)[:source_max_len] + (target +
-    EOS)[:target_max_len], cut apart, so that a cut target has no EOS. Source labels are IGNORED unless
+    EOS)[:target_max_len], each cut by itself, so that a cut target has no EOS. Source labels are IGNORED unless
     `train_on_source`. A tokenizer without BOS adds none (then the first target token of a row without source is not
-    trained, since nothing precedes it). Source and target are encoded apart and without the tokenizer's own special
-    tokens.
+    trained, since nothing precedes it). Source and target are encoded separately and without the tokenizer's own
+    special tokens.
 
-    `messages`: the conversation through the tokenizer's chat template, encoded as one text; the assistant's turns with
-    their end-of-turn token are trained, all else (and white space after that token) is masked unless
+    `messages`: the conversation through the tokenizer's chat template, encoded as a single text; the assistant's turns
+    with their end-of-turn token are trained, all else (and white space after that token) is masked unless
     `train_on_source`. Cut at the end to source_max_len + target_max_len.
 
-    max_length: no example is longer than this (pass the sequence length when packing); what it cuts is counted.
+    A row that lacks a column, or that has no trained token, is left out and counted.
 
-    A row that lacks a column, or none of whose tokens is trained, is left out and counted. Raises UserError for a bad
-    row (naming position and column), a tokenizer without EOS, without the fast backend or, for `messages`, without a
-    usable chat template, and when no row is left.
+    Args:
+        rows: of a data set.
+        tokenizer: a fast one, with an EOS token.
+        dataset_format: name of a format; inferred from the columns if None.
+        source_max_len: most tokens of a source.
+        target_max_len: most tokens of a target.
+        train_on_source: train the source too.
+        max_length: most tokens of an example (the sequence length when packing); truncations are counted.
+
+    Raises:
+        UserError: a bad row (names position and column), a tokenizer without EOS, without the fast backend or, for
+            `messages`, without a usable chat template, or no row is left.
     """
     for name, value in (("source_max_len", source_max_len), ("target_max_len", target_max_len)):
         if value < 1:
@@ -197,7 +206,7 @@ def tokenize_rows(
 
 
 def encode_prompt(prompt: str, *, tokenizer: Tokenizer, dataset_format: str) -> np.ndarray:
-    """Return int32 [n]: `prompt` as the model meets it in training on `dataset_format`, up to where it answers."""
+    """Encode a prompt as in training on `dataset_format`, up to the beginning of the answer; returns int32 [n]."""
     _check_tokenizer(tokenizer)
     if dataset_format == "messages":
         text = _render(tokenizer, [{"role": "user", "content": prompt}], True, "prompt")
@@ -222,7 +231,7 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Any]:
-    """Yield the tokenizers.Encoding of each text, without special tokens, a chunk of texts at a time."""
+    """Yield the tokenizers.Encoding of each text, without special tokens; texts are encoded in chunks."""
     for start in range(0, len(texts), _CHUNK):
         encoded = tokenizer(
             list(texts[start : start + _CHUNK]),
@@ -321,7 +330,7 @@ def _token_at(encoding: Any, char: int, n_chars: int) -> int:
 def _conversation(
     messages: list[Message], tokenizer: Tokenizer, special: tuple[str, ...], position: str
 ) -> tuple[str, list[tuple[int, int]], bool]:
-    """Return the rendered text, the [start, end) characters that are trained, and whether every turn has an end token.
+    """Return (rendered text, [start, end) of the trained characters, True if every turn has an end token).
 
     A turn starts where the rendering of all before it, with the generation prompt, ends, and runs to the end of the
     rendering that includes it. That needs each rendering to be a prefix of the next, which is checked.
@@ -339,8 +348,8 @@ def _conversation(
             if not longer.startswith(shorter):
                 raise UserError(
                     f"{position}: the tokenizer's chat template renders the conversation up to message {i + 1} "
-                    f"otherwise than within the whole, so it cannot be told which tokens the assistant said; use a "
-                    f"template that only appends, or split the row into single exchanges"
+                    "differently than within the whole, so the assistant's tokens cannot be located; use a template "
+                    "that only appends, or split the row into single exchanges"
                 )
         turn = after[len(before) :].rstrip()
         if turn.endswith(special):

@@ -1,4 +1,4 @@
-"""Optimizers: what they do to one adapter matrix, and where its state lives, in chunks of layers."""
+"""Optimizers: update rules of a matrix, and the placement of their state in chunks of layers."""
 
 from qlora_jax.optimizers.paged import CHUNK_BYTES, Chunk, PagedOptimizer, TransferStats
 from qlora_jax.optimizers.transformations import OPTIMIZERS, Optimizer, find_optimizer, transformation

@@ -20,7 +20,7 @@ _TINY = np.finfo(np.float32).tiny
 
 
 class Blockwise8bit(NamedTuple):
-    """One array in 8 bits: entry i is ``map[codes[i]] * absmax[i // 256]``, counted over the flattened array.
+    """An array in 8 bits: entry i of the flattened array is ``map[codes[i]] * absmax[i // 256]``.
 
     `codes` is uint8 in the array's own shape; `absmax` is float32 [ceil(n / 256)], the largest magnitude in each block.
     """
@@ -45,10 +45,10 @@ class ScaleByLion8bitState(NamedTuple):
 
 @functools.cache
 def _thresholds(signed: bool) -> np.ndarray:
-    """Where one code ends and the next begins, float32[255]: v is stored as the number of thresholds below it.
+    """Boundaries between codes, float32[255]: the code of a value is the number of boundaries below it.
 
-    Half-way values go to the even code, to which bitsandbytes' CUDA kernels round. They also keep a negative moment
-    from becoming zero, which here is a boundary at zero itself.
+    Half-way values go to the even code, as in bitsandbytes' CUDA kernels. These also keep a negative moment from
+    becoming zero, for which there is a boundary at zero itself.
     """
     table = dynamic_map(signed)
     thresholds = (table[:-1] + table[1:]) / np.float32(2)
@@ -106,7 +106,7 @@ def _store(values: Any, *, signed: bool) -> Any:
 
 
 def _bias_correction(decay: float, count: Any) -> Any:
-    """Return ``1 - decay**count``, to float32's precision also where the power is near one."""
+    """Return ``1 - decay**count`` to float32's precision, even if the power is close to 1."""
     return -jnp.expm1(count * (math.log(decay) if decay else -math.inf))
 
 

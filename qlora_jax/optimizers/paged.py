@@ -1,11 +1,12 @@
 """The paged optimizer: state in chunks of layers, each in device or host memory (QLoRA section 3, "Paged Optimizers").
 
-The paper leaves it to CUDA's unified memory which pages of the optimizer state lie on the GPU. XLA plans its memory
-ahead, so here it is planned: before a step, the bytes its program needs against the device's limit say how many chunks
-may stay; the others wait in pinned host memory and pass through the device one after the other while they are updated.
+The paper leaves the choice of the pages on the GPU to CUDA's unified memory. XLA plans its memory ahead, so here the
+choice is planned: before a step, the bytes that its program needs and the device's limit determine how many chunks may
+stay; the others wait in pinned host memory and pass through the device one by one while they are updated.
 
-The state mirrors the adapters: any optax transformation is applied to each matrix by itself, so that the state of a
-leaf [L, rows, columns] has the leading axis L too and can be cut between any two layers.
+The state mirrors what is trained: any optax transformation is applied to each matrix by itself, so that the state of a
+leaf [L, rows, columns] has the leading axis L too and can be cut between any two layers. A leaf without a layer axis,
+such as a head [rows, columns], counts as one layer.
 """
 
 import bisect
@@ -24,8 +25,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-# A chunk's size: large enough for a PCIe link's full rate, small beside any GPU.
 CHUNK_BYTES = 16 * 2**20
+"""Largest chunk: enough for the full rate of a PCIe link, little for any GPU."""
+
 # A state has at least about this many chunks, so that those in flight, and the temporaries of an update (those of the
 # 8-bit optimizers come to two chunks), are under 5 % of it.
 _CHUNKS = 128
@@ -36,13 +38,13 @@ Placement = Literal["device", "host", "auto"]
 
 
 class Chunk(NamedTuple):
-    """Consecutive layers of one adapter leaf, whose state moves as one.
+    """Consecutive layers of a trained leaf; their state moves as a unit.
 
     Attributes:
         leaf: index of the leaf in `jax.tree.leaves(lora)`.
-        start: its first layer.
-        layers: how many.
-        nbytes: of its state: optimizer state, and the float32 master if there is one.
+        start: first layer.
+        layers: number of layers.
+        nbytes: size of the state: optimizer state, and the float32 master if there is one.
     """
 
     leaf: int
@@ -52,11 +54,11 @@ class Chunk(NamedTuple):
 
 
 class ChunkState(NamedTuple):
-    """What is kept of a chunk, all with a leading axis of its layers.
+    """State of a chunk; every array has a leading axis of layers.
 
     Attributes:
-        master: the adapter in float32; None where the working copy itself is float32.
-        optimizer: state of the optax transformation, one for each layer.
+        master: the trained values in float32; None where the working copy itself is float32.
+        optimizer: state of the optax transformation of each layer.
     """
 
     master: Any
@@ -65,14 +67,14 @@ class ChunkState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TransferStats:
-    """What paging moved. Bytes cross the link once each.
+    """Bytes that paging moved over the link between device and host, and the time it took.
 
     Attributes:
-        evicted_bytes: device to host, of chunks that give up their place.
-        returned_bytes: host to device, of chunks that stay there.
-        paged_bytes: both ways, of chunks that came for their update only.
-        seconds: time spent waiting for evictions, and on updates that page, from when the gradients are there.
-        peak_bytes: most bytes of passing chunks that were on the device at once.
+        evicted_bytes: device to host, of chunks that move to the host.
+        returned_bytes: host to device, of chunks that move to the device.
+        paged_bytes: both directions, of chunks that visit the device for their update.
+        seconds: time of waiting for evictions, and of updates that page, counted from the end of the gradient program.
+        peak_bytes: most bytes of visiting chunks that were on the device at once.
     """
 
     evicted_bytes: int = 0
@@ -82,7 +84,7 @@ class TransferStats:
     peak_bytes: int = 0
 
     def __add__(self, other: "TransferStats") -> "TransferStats":
-        """Both, one after the other."""
+        """Return the statistics of two transfers, one after the other."""
         return TransferStats(
             self.evicted_bytes + other.evicted_bytes,
             self.returned_bytes + other.returned_bytes,
@@ -93,18 +95,18 @@ class TransferStats:
 
 
 class PagedOptimizer:
-    """An optax transformation of adapters whose state may lie on the host, wholly or in part.
+    """An optax transformation of adapters and heads whose state may lie on the host, wholly or in part.
 
-    It holds no arrays, only how they are laid out; the state is a list with a `ChunkState` for each of `chunks`.
+    It holds the layout and no arrays; the state is a list with a `ChunkState` for each of `chunks`.
 
     Args:
         transformation: of one matrix [rows, columns]; applied to each layer of each leaf by itself.
-        lora: shapes of the adapters: any pytree of arrays or `ShapeDtypeStruct`s [L, rows, columns].
+        lora: shapes of what is trained: any pytree of arrays or `ShapeDtypeStruct`s, [L, rows, columns] or without L.
         dtype: of the working copy that the model reads. If not float32, float32 masters are part of the state.
         placement: `device`; `host`: every chunk, always; `auto`: chunks stay on the device while there is room.
         limit: bytes of device memory; None for no limit (then `auto` is `device`).
-        chunk_bytes: no chunk is larger, unless one layer is. Nor is it larger than a 128th of the state, so that what
-            passes through the device in an update is below 5 % of it.
+        chunk_bytes: largest chunk, unless one layer is larger. No chunk is larger than a 128th of the state either, so
+            that the chunks in flight during an update are below 5 % of it.
     """
 
     def __init__(
@@ -125,12 +127,12 @@ class PagedOptimizer:
             jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), lora)
         )
         layer_bytes = [_nbytes(self._abstract_state(leaf, 1)) for leaf in self._leaves]
-        self.state_bytes = sum(nbytes * leaf.shape[0] for nbytes, leaf in zip(layer_bytes, self._leaves, strict=True))
+        self.state_bytes = sum(nbytes * _depth(leaf) for nbytes, leaf in zip(layer_bytes, self._leaves, strict=True))
         bound = min(chunk_bytes, self.state_bytes // _CHUNKS)
         chunks: list[Chunk] = []
         for index, (nbytes, leaf) in enumerate(zip(layer_bytes, self._leaves, strict=True)):
             # Of one length, so that a leaf's update is one program.
-            depth = leaf.shape[0]
+            depth = _depth(leaf)
             layers = max(n for n in range(1, depth + 1) if depth % n == 0 and (n == 1 or n * nbytes <= bound))
             chunks += [Chunk(index, start, layers, layers * nbytes) for start in range(0, depth, layers)]
         self.chunks: tuple[Chunk, ...] = tuple(chunks)
@@ -140,17 +142,15 @@ class PagedOptimizer:
 
     @property
     def paging_bytes(self) -> int:
-        """Device bytes that passing chunks take during an update, where any pass."""
+        """Device bytes of the chunks in flight during an update in which chunks visit the device."""
         return _IN_FLIGHT * max(chunk.nbytes for chunk in self.chunks)
 
     def resident_chunks(self, needed_bytes: int | float) -> int:
-        """How many chunks, from the first, may lie on the device beside a program that needs `needed_bytes` there.
+        """Count the chunks, from the first, that fit on the device besides a program of `needed_bytes`.
 
-        `needed_bytes` may be infinite, for a program whose needs are not known. All if the whole state fits; else as
-        many as fit together with the buffers that the rest passes through. `evict` makes room before the program runs.
-        A chunk comes back in the update of the first step that has room for it, which brings it to the device anyway:
-        however batches alternate, training with eviction and return moves no more bytes than leaving the chunk on the
-        host would.
+        All if the whole state fits; else as many as fit together with the chunks in flight. `needed_bytes` is infinite
+        for a program with unknown needs. `evict` makes room before the program runs; evicted chunks return during the
+        next update that has room, so that total traffic never exceeds that of leaving them on the host.
         """
         if self.placement == "host":
             return 0
@@ -159,14 +159,14 @@ class PagedOptimizer:
         return bisect.bisect_right(self._totals, self.limit - needed_bytes - self.paging_bytes)
 
     def resident_bytes(self, resident: int) -> int:
-        """Device bytes of the state while its first `resident` chunks lie there and no other passes."""
+        """Count the device bytes of the state's first `resident` chunks."""
         return self._totals[resident - 1] if resident else 0
 
     def init(self, lora: Any) -> tuple[Any, list[ChunkState]]:
-        """The working copy and the state of float32 adapters before the first step.
+        """Make the working copy and the state before the first step from float32 values.
 
-        With another working dtype `lora` is deleted leaf by leaf; else it is the working copy. Where there is a limit
-        `auto` begins on the host: the first step that has room brings the state to the device.
+        With another working dtype `lora` is deleted leaf by leaf; else it is the working copy. If there is a limit,
+        `auto` begins on the host: the first update that has room brings the state to the device.
         """
         working, state = [], []
         for index, leaf in enumerate(jax.tree.leaves(lora)):
@@ -181,7 +181,7 @@ class PagedOptimizer:
         return jax.tree.unflatten(self._structure, working), state
 
     def evict(self, state: Sequence[ChunkState], resident: int) -> tuple[list[ChunkState], TransferStats]:
-        """Move all but the first `resident` chunks to the host, and wait for it; `state` is donated."""
+        """Move all but the first `resident` chunks to the host and wait for them; `state` is donated."""
         leaving = [i for i in range(resident, len(state)) if not _on_host(state[i])]
         state = list(state)
         if not leaving:
@@ -202,136 +202,103 @@ class PagedOptimizer:
         finite: Bool[Array, ""],
         resident: int | None = None,
     ) -> tuple[Any, list[ChunkState], TransferStats]:
-        """One update of the adapters, chunk by chunk, with the same program wherever a chunk lies.
+        """Update what is trained chunk by chunk, with the same program whatever the placement of a chunk.
 
-        While a chunk is updated the next one arrives and the one before leaves; never are more than three on the device
-        that have no place there.
+        While a chunk is updated the next one arrives and the previous one leaves; at most three chunks that belong on
+        the host are on the device at once.
 
         Args:
             lora: working copy; donated.
             gradients: float32, same structure; a leaf is deleted after its last chunk.
             state: donated.
-            scale: what gradients are multiplied by.
-            finite: if False, adapters and state keep their bits.
-            resident: the first so many chunks stay on the device afterwards; by default what `resident_chunks` says
-                where nothing else needs memory.
+            scale: factor of the gradients.
+            finite: if False, trained values and state keep their bits.
+            resident: number of chunks, from the first, that stay on the device afterwards; by default the
+                `resident_chunks` of no other program.
 
         Returns:
-            Working copy, state, and what was moved. Nothing is waited for unless chunks page.
+            Working copy, state, and statistics of the transfers. Nothing is waited for unless chunks page.
         """
         resident = self.resident_chunks(0) if resident is None else resident
         leaves, gradient_leaves = jax.tree.leaves(lora), jax.tree.leaves(gradients)
-        chunk_states: list[Any] = list(state)
-        arriving = collections.deque(i for i, one in enumerate(chunk_states) if _on_host(one))
-        leaving: collections.deque[tuple[int, ChunkState]] = collections.deque()
-        counts: collections.Counter[str] = collections.Counter()
-        here = peak = 0  # bytes of passing chunks
-
-        def fetch_next() -> None:
-            nonlocal here, peak
-            while len(leaving) > _IN_FLIGHT - 2:
-                nbytes, gone = leaving.popleft()
-                jax.block_until_ready(gone)
-                here -= nbytes
-            if arriving:
-                i = arriving.popleft()
-                chunk_states[i] = _moved(chunk_states[i], "device")
-                here += self.chunks[i].nbytes
-                peak = max(peak, here)
-
-        on_host = set(arriving)
-        begin = time.perf_counter()
-        if arriving or resident < len(self.chunks):
-            fetch_next()
-            jax.block_until_ready(scale)
-            begin = time.perf_counter()
+        pipeline = _Pipeline(self.chunks, state, resident)
+        pipeline.start(scale)
         for i, chunk in enumerate(self.chunks):
-            if i in on_host:
-                fetch_next()
-            leaves[chunk.leaf], one = self.update_program(
+            leaves[chunk.leaf], updated = self.update_program(
                 leaves[chunk.leaf],
                 gradient_leaves[chunk.leaf],
-                chunk_states[i],
+                pipeline.take(i),
                 np.int32(chunk.start),
                 scale,
                 finite,
                 layers=chunk.layers,
             )
-            if i >= resident:
-                one = _moved(one, "pinned_host")
-                leaving.append((chunk.nbytes if i in on_host else 0, one))
-                counts["paged" if i in on_host else "evicted"] += chunk.nbytes * (2 if i in on_host else 1)
-            elif i in on_host:
-                here -= chunk.nbytes
-                counts["returned"] += chunk.nbytes
-            chunk_states[i] = one
-            if chunk.start + chunk.layers == self._leaves[chunk.leaf].shape[0]:
+            pipeline.put(i, updated)
+            if chunk.start + chunk.layers == _depth(self._leaves[chunk.leaf]):
                 gradient_leaves[chunk.leaf].delete()
-        seconds = time.perf_counter() - begin if counts else 0.0
-        traffic = TransferStats(counts["evicted"], counts["returned"], counts["paged"], seconds, peak)
-        return jax.tree.unflatten(self._structure, leaves), chunk_states, traffic
+        return jax.tree.unflatten(self._structure, leaves), pipeline.states, pipeline.stats()
 
     def host_bytes(self, state: Sequence[ChunkState]) -> int:
-        """Bytes of the state that lie on the host."""
-        return sum(chunk.nbytes for chunk, one in zip(self.chunks, state, strict=True) if _on_host(one))
+        """Count the bytes of the state on the host."""
+        return sum(chunk.nbytes for chunk, held in zip(self.chunks, state, strict=True) if _on_host(held))
 
     def masters(self, lora: Any, state: Sequence[ChunkState]) -> Any:
-        """The adapters in float32, whole: the working copy itself, or the masters gathered in NumPy arrays."""
+        """Return the trained values in float32: the working copy itself, or the masters gathered in NumPy arrays."""
         if self.dtype == jnp.float32:
             return lora
-        return jax.tree.unflatten(
-            self._structure, [_concatenated(*(one.master for one in of_leaf)) for of_leaf in self._by_leaf(state)]
-        )
+        masters = [_concatenated(*(chunk.master for chunk in chunks)) for chunks in self._by_leaf(state)]
+        shaped = [master.reshape(leaf.shape) for master, leaf in zip(masters, self._leaves, strict=True)]
+        return jax.tree.unflatten(self._structure, shaped)
 
     def gather(self, state: Sequence[ChunkState]) -> list[Any]:
-        """The transformation's state, whole: for each adapter leaf, NumPy arrays with leading axis L.
+        """Return the transformation's state in one piece: for each leaf, NumPy arrays with leading axis L.
 
-        It depends neither on where chunks lie nor on how large they are.
+        It depends on neither placement nor size of the chunks.
         """
-        return [jax.tree.map(_concatenated, *(one.optimizer for one in of_leaf)) for of_leaf in self._by_leaf(state)]
+        return [jax.tree.map(_concatenated, *(chunk.optimizer for chunk in chunks)) for chunks in self._by_leaf(state)]
 
     def abstract(self) -> tuple[Any, list[Any]]:
-        """Shapes and dtypes of what `masters` and `gather` return."""
-        whole = [self._abstract_state(leaf, leaf.shape[0]).optimizer for leaf in self._leaves]
+        """Return shapes and dtypes of the results of `masters` and `gather`."""
+        whole = [self._abstract_state(leaf, _depth(leaf)).optimizer for leaf in self._leaves]
         return jax.tree.unflatten(self._structure, self._leaves), whole
 
     def scatter(self, masters: Any, whole: Sequence[Any], sharding: jax.sharding.Sharding) -> tuple[Any, Any]:
-        """Working copy and state from what `masters` and `gather` returned; both are copied.
+        """Make working copy and state from copies of the results of `masters` and `gather`.
 
         Args:
             masters: float32 NumPy arrays.
-            whole: for each adapter leaf, the transformation's state in NumPy arrays.
-            sharding: of adapters and state over the devices; its memory kind does not matter.
+            whole: for each leaf, the transformation's state in NumPy arrays.
+            sharding: of trained values and state over the devices; its memory kind does not matter.
         """
         leaves = jax.tree.leaves(masters)
         place, state = self._first_place(sharding), []
         for chunk in self.chunks:
             layers = slice(chunk.start, chunk.start + chunk.layers)
-            master = None if self.dtype == jnp.float32 else leaves[chunk.leaf]
-            one = jax.tree.map(operator.itemgetter(layers), ChunkState(master, whole[chunk.leaf]))
-            state.append(jax.device_put(one, place, may_alias=False))
+            master = None if self.dtype == jnp.float32 else _stacked(leaves[chunk.leaf])
+            cut = jax.tree.map(operator.itemgetter(layers), ChunkState(master, whole[chunk.leaf]))
+            state.append(jax.device_put(cut, place, may_alias=False))
         device = sharding.with_memory_kind("device")
         working = [jax.device_put(np.asarray(leaf).astype(self.dtype), device, may_alias=False) for leaf in leaves]
         return jax.tree.unflatten(self._structure, working), state
 
     def abstract_update(self, chunk: Chunk) -> tuple[Any, ...]:
-        """Abstract arguments of `update_program` for one chunk; its static argument is `layers=chunk.layers`."""
+        """Return abstract arguments of `update_program` for a chunk; its static argument is `layers=chunk.layers`."""
         leaf = self._leaves[chunk.leaf]
         working = jax.ShapeDtypeStruct(leaf.shape, self.dtype)
         scalars = [jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32, bool)]
         return working, leaf, self._abstract_state(leaf, chunk.layers), *scalars
 
     def abstract_lora(self) -> Any:
-        """Shapes and dtype of the working copy."""
+        """Return shapes and dtype of the working copy."""
         return jax.tree.unflatten(
             self._structure, [jax.ShapeDtypeStruct(leaf.shape, self.dtype) for leaf in self._leaves]
         )
 
     def _by_leaf(self, state: Sequence[ChunkState]) -> list[list[ChunkState]]:
-        of_leaf: list[list[ChunkState]] = [[] for _ in self._leaves]
-        for chunk, one in zip(self.chunks, state, strict=True):
-            of_leaf[chunk.leaf].append(one)
-        return of_leaf
+        chunks: list[list[ChunkState]] = [[] for _ in self._leaves]
+        for chunk, held in zip(self.chunks, state, strict=True):
+            chunks[chunk.leaf].append(held)
+        return chunks
 
     def _first_place(self, sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
         on_device = self.placement == "device" or (self.placement == "auto" and self.limit is None)
@@ -341,28 +308,110 @@ class PagedOptimizer:
         return jax.eval_shape(functools.partial(self._initial, start=0, layers=layers), leaf)
 
     def _initial(self, leaf: Array, start: Int[Array, ""] | int, layers: int) -> ChunkState:
-        masters = jax.lax.dynamic_slice_in_dim(leaf, start, layers)
+        masters = jax.lax.dynamic_slice_in_dim(_stacked(leaf), start, layers)
         optimizer = jax.vmap(self.transformation.init)(masters)
         return ChunkState(None if self.dtype == jnp.float32 else masters, optimizer)
 
+    @jax.named_scope("optimizer_update")
     def _update_chunk(
         self, leaf: Array, gradient: Array, state: ChunkState, start: Array, scale: Array, finite: Array, layers: int
     ) -> tuple[Array, ChunkState]:
-        """(leaf, state) after the update of `layers` layers from `start` on."""
-        old = jax.lax.dynamic_slice_in_dim(leaf, start, layers) if state.master is None else state.master
-        mean = jax.lax.dynamic_slice_in_dim(gradient, start, layers) * scale
+        """Update `layers` layers of a leaf from `start` on; returns (leaf, state)."""
+        stack = _stacked(leaf)
+        old = jax.lax.dynamic_slice_in_dim(stack, start, layers) if state.master is None else state.master
+        mean = jax.lax.dynamic_slice_in_dim(_stacked(gradient), start, layers) * scale
         updates, optimizer = jax.vmap(self.transformation.update)(mean, state.optimizer, old)
         new, optimizer = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (optax.apply_updates(old, updates), optimizer),
             (old, state.optimizer),
         )
-        leaf = jax.lax.dynamic_update_slice_in_dim(leaf, new.astype(leaf.dtype), start, 0)
-        return leaf, ChunkState(None if state.master is None else new, optimizer)
+        stack = jax.lax.dynamic_update_slice_in_dim(stack, new.astype(leaf.dtype), start, 0)
+        return stack.reshape(leaf.shape), ChunkState(None if state.master is None else new, optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaving:
+    """A chunk on its way to the host, and the bytes it takes until then of the room for visitors."""
+
+    state: ChunkState
+    nbytes: int
+
+
+class _Pipeline:
+    """The chunks during one update: those on the host arrive ahead of their turn, and leave after it unless they stay.
+
+    Attributes:
+        states: the chunks' states; after the update, where they stay.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], states: Sequence[ChunkState], resident: int):
+        self.states = list(states)
+        self._chunks, self._resident = chunks, resident
+        self._visitors = {i for i, state in enumerate(states) if _on_host(state)}
+        self._arriving = collections.deque(sorted(self._visitors))
+        self._leaving: collections.deque[_Leaving] = collections.deque()
+        self._visiting_bytes = self._peak = 0
+        self._evicted = self._returned = self._paged = 0
+        self._begin = 0.0
+
+    def start(self, scale: Array) -> None:
+        """Send for the first chunk; if any moves, wait for the gradients, so that only paging is timed."""
+        if self._visitors or self._resident < len(self._chunks):
+            self._fetch()
+            jax.block_until_ready(scale)
+        self._begin = time.perf_counter()
+
+    def take(self, i: int) -> ChunkState:
+        """Return a chunk on the device, and send for the next one."""
+        if i in self._visitors:
+            self._fetch()
+        return self.states[i]
+
+    def put(self, i: int, state: ChunkState) -> None:
+        """Take an updated chunk: it stays, or leaves for the host."""
+        visitor, nbytes = i in self._visitors, self._chunks[i].nbytes
+        if i >= self._resident:
+            state = _moved(state, "pinned_host")
+            self._leaving.append(_Leaving(state, nbytes if visitor else 0))
+            self._paged += 2 * nbytes if visitor else 0
+            self._evicted += 0 if visitor else nbytes
+        elif visitor:
+            self._visiting_bytes -= nbytes
+            self._returned += nbytes
+        self.states[i] = state
+
+    def stats(self) -> TransferStats:
+        """Return what was moved since `start`."""
+        moved = self._evicted or self._returned or self._paged
+        seconds = time.perf_counter() - self._begin if moved else 0.0
+        return TransferStats(self._evicted, self._returned, self._paged, seconds, self._peak)
+
+    def _fetch(self) -> None:
+        """Send for the next chunk from the host, once there is room for it."""
+        while len(self._leaving) > _IN_FLIGHT - 2:
+            gone = self._leaving.popleft()
+            jax.block_until_ready(gone.state)
+            self._visiting_bytes -= gone.nbytes
+        if self._arriving:
+            i = self._arriving.popleft()
+            self.states[i] = _moved(self.states[i], "device")
+            self._visiting_bytes += self._chunks[i].nbytes
+            self._peak = max(self._peak, self._visiting_bytes)
+
+
+def _depth(leaf: Any) -> int:
+    """Return L of a leaf [L, rows, columns]; 1 without such an axis."""
+    return leaf.shape[0] if len(leaf.shape) > 2 else 1
+
+
+def _stacked(leaf: Any) -> Any:
+    """Return a leaf as [L, ...]."""
+    return leaf if len(leaf.shape) > 2 else leaf[None]
 
 
 def _concatenated(*parts: Array) -> np.ndarray:
-    # What NumPy copies stays with the array it was asked of; asked of the state it would be a second one on the host.
+    # JAX keeps NumPy's copy with the array that was converted: with the state's own, it would stay on the host twice.
     copies = (jax.device_put(part, part.sharding.with_memory_kind("device"), may_alias=False) for part in parts)
     return np.concatenate([np.asarray(copy) for copy in copies])
 
@@ -377,7 +426,7 @@ def _on_host(state: ChunkState) -> bool:
 
 
 def _moved(state: ChunkState, memory_kind: str) -> ChunkState:
-    """The chunk in another memory; where it was is freed as soon as the copy is made."""
+    """Move a chunk to another memory; its old memory is freed as soon as the copy is made."""
 
     def move(array: Array) -> Array:
         moved = jax.device_put(array, array.sharding.with_memory_kind(memory_kind))

@@ -291,23 +291,23 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     **dict.fromkeys(
         ("do_mmlu_eval", "mmlu_dataset", "mmlu_split", "max_mmlu_samples"), "MMLU comes in a later release."
     ),
-    **dict.fromkeys(("do_predict", "predict_with_generate"), "prediction comes in a later release; see --prompts."),
+    **dict.fromkeys(("do_predict", "predict_with_generate"), "prediction comes in a later release; see `prompts`."),
     **dict.fromkeys(
         ("min_new_tokens", "num_beams", "num_beam_groups", "penalty_alpha", "use_cache", "typical_p",
          "diversity_penalty", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
-        "generation has --do_sample, --temperature, --top_k, --top_p and --max_new_tokens in this release.",
+        "generation has `do_sample`, `temperature`, `top_k`, `top_p` and `max_new_tokens` in this release.",
     ),
-    "max_memory_MB": "a run takes what it needs: see --plan, --optim_placement and --remat.",
-    "fp16": "float16 overflows in training; use --bf16.",
+    "max_memory_MB": "a run takes what it needs: see `plan`, `optim_placement` and `remat`.",
+    "fp16": "float16 overflows in training; use `bf16`.",
     "full_finetune": "only adapters are trained here.",
     "trust_remote_code": "no code from a model repository is ever run.",
     "use_auth_token": "log in with `hf auth login`; the token is then found by itself.",
     "remove_unused_columns": "unused columns are reported and left alone.",
     "dataloader_num_workers": "rows are tokenised once, before training.",
-    "evaluation_strategy": "give --eval_steps N, or --do_eval False.",
-    "eval_strategy": "give --eval_steps N, or --do_eval False.",
-    "logging_strategy": "give --logging_steps N.",
-    "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in --output_dir.",
+    "evaluation_strategy": "give `eval_steps=N`, or `do_eval=False`.",
+    "eval_strategy": "give `eval_steps=N`, or `do_eval=False`.",
+    "logging_strategy": "give `logging_steps=N`.",
+    "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in `output_dir`.",
 }  # fmt: skip
 
 STEP_FLAGS = names_where(TrainConfig, shapes_step=True)

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy without the logits of a whole batch ever existing."""
+"""Next-token cross-entropy without logits of a whole batch."""
 
 import functools
 
@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.data import IGNORED
 
-# Tokens whose logits exist at a time, at most: enough for a full-speed product, few beside a batch.
+# Most tokens whose logits exist at a time: enough for a full-speed product, few of a batch.
 _CHUNK = 512
-# Their logits, at most: 128 MiB in float32.
+# Most logits at a time: 128 MiB in float32.
 _CHUNK_LOGITS = 2**25
 # Rows of the head that a CPU multiplies at a time when it sums over the vocabulary: 2 MiB at 1024 columns in bfloat16.
 _VOCABULARY_BLOCK = 1024
@@ -23,7 +23,7 @@ def next_token_loss(
     *,
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of the next-token cross-entropies, in nats, and the number of trained tokens.
+    """Sum the next-token cross-entropies, in nats, and count the trained tokens.
 
     The head is frozen, so the gradient of `hidden` is all that is differentiated; it is computed together with the
     loss, chunk by chunk, and no logits are kept or computed twice. Only tokens that are trained take part: they are
@@ -51,13 +51,13 @@ def next_token_loss(
 
 
 def default_chunk(vocabulary: int) -> int:
-    """Tokens whose logits exist at a time, unless the batch has fewer."""
+    """Return the number of tokens whose logits exist at a time, unless the batch has fewer."""
     return max(64, min(_CHUNK, _CHUNK_LOGITS // vocabulary // 64 * 64))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_of_rows(chunk: int, rows: Array, head: Array, targets: Array, count: Array) -> Array:
-    """Summed loss of the first `count` rows [T, D]; T is a multiple of `chunk`."""
+    """Sum the loss of the first `count` rows [T, D]; T is a multiple of `chunk`."""
 
     def add(i: Array, total: Array) -> Array:
         return total + _chunk_loss(*_slice(i, chunk, rows, targets), head)[0]
@@ -68,12 +68,13 @@ def _loss_of_rows(chunk: int, rows: Array, head: Array, targets: Array, count: A
 def _loss_forward(chunk: int, rows: Array, head: Array, targets: Array, count: Array) -> tuple[Array, Array]:
     def add(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         total, gradient = carry
-        one, one_targets = _slice(i, chunk, rows, targets)
-        loss, exponentials, normaliser, trained = _chunk_loss(one, one_targets, head)
+        part, part_targets = _slice(i, chunk, rows, targets)
+        loss, exponentials, normaliser, trained = _chunk_loss(part, part_targets, head)
         probabilities = exponentials / normaliser
-        hit = jax.nn.one_hot(one_targets, head.shape[0], dtype=probabilities.dtype)
+        hit = jax.nn.one_hot(part_targets, head.shape[0], dtype=probabilities.dtype)
         d_logits = jnp.where(trained[:, None], probabilities - hit, 0).astype(rows.dtype)
-        d_rows = jax.lax.platform_dependent(d_logits, head, cpu=_by_vocabulary_blocks, default=_product)
+        with jax.named_scope("head"):
+            d_rows = jax.lax.platform_dependent(d_logits, head, cpu=_by_vocabulary_blocks, default=_product)
         d_rows = d_rows.astype(rows.dtype)
         return total + loss, jax.lax.dynamic_update_slice(gradient, d_rows, (i * chunk, 0))
 
@@ -121,8 +122,9 @@ def _slice(i: Array, chunk: int, rows: Array, targets: Array) -> tuple[Array, Ar
 
 
 def _chunk_loss(rows: Array, targets: Array, head: Array) -> tuple[Array, Array, Array, Array]:
-    """(summed loss, exp(logits - max) [T, V], its row sums [T, 1], which rows are trained [T]), in float32."""
-    logits = jnp.einsum("td,vd->tv", rows, head, preferred_element_type=jnp.float32)
+    """Return (summed loss, exp(logits - max) [T, V], its row sums [T, 1], mask of trained rows [T]), in float32."""
+    with jax.named_scope("head"):
+        logits = jnp.einsum("td,vd->tv", rows, head, preferred_element_type=jnp.float32)
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(shifted)
     normaliser = jnp.sum(exponentials, axis=-1, keepdims=True)

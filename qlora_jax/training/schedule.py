@@ -11,10 +11,10 @@ from qlora_jax.training.config import TrainConfig
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, ...: a rise from 0 over the warm-up, then constant, linear to 0 or cosine to 0.
+    """Make the learning rate of step 0, 1, ...: linear from 0 over the warm-up, then constant, linear or cosine to 0.
 
-    Steps and rates are those of transformers' schedulers of the same names, but that `constant` warms up too (the paper
-    trains with a constant schedule and warm-up; transformers calls that constant_with_warmup).
+    Steps and rates are those of transformers' schedulers of the same names, except that `constant` warms up too (the
+    paper trains with a constant schedule and warm-up; transformers calls that constant_with_warmup).
     """
     warmup = config.warmup_steps
     if warmup is None:
@@ -40,7 +40,7 @@ def make_optimizer(
         config: the run's flags.
         total_steps: optimizer steps of the run, for the schedule.
         lora: the adapters, or their shapes.
-        dtype: compute dtype; where it has 16 bits, so has the working copy of the adapters.
+        dtype: compute dtype, and that of the working copy of the adapters.
         limit: bytes of device memory, for placement `auto`; None for no limit.
     """
     optimizer = find_optimizer(config.optim)

@@ -99,8 +99,8 @@ class _LocalSums:
 def _on_every_device(sums: Callable[..., Any], devices: Devices | None, dims: int) -> Callable[..., Any]:
     """Map `sums(lora, frozen, batch, key)` over the devices' rows and add the results up over the batch's mesh axis.
 
-    Every device runs the whole model: written as one program for all rows, XLA could not divide the kernels' calls and
-    would send every row to every device.
+    Every device runs the whole model: in a single program for all rows, XLA could not partition the calls of kernels
+    and would send every row to every device.
     """
     if devices is None or devices.mesh.size == 1:
         return sums
@@ -118,7 +118,7 @@ def _on_every_device(sums: Callable[..., Any], devices: Devices | None, dims: in
     return mapped
 
 
-# For whichever platform a program is compiled.
+# Of every platform that a program may be compiled for.
 _COMPILER_OPTIONS: dict[str, str | bool | int | float] = {
     # XLA keeps to 256-bit vectors on CPUs that have 512 bits; dequantizing 4-bit weights gains more than clocks lose (2
     # to 5 % of a step on a Zen 5). CPUs without them take the widest they have.
@@ -155,8 +155,9 @@ def make_gradient_step(
     def sums(
         lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], key: Array | None
     ) -> tuple[nnx.State, Sums]:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), lora)
-        totals = jax.tree.map(jax.new_ref, zeros)
+        with jax.named_scope("gradient_accumulation"):
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), lora)
+            totals = jax.tree.map(jax.new_ref, zeros)
 
         def micro(index: Array | int, micro_batch: Mapping[str, Array]) -> Sums:
             micro_key = None if key is None else jax.random.fold_in(key, index)
@@ -169,9 +170,8 @@ def make_gradient_step(
                 return found.loss, found
 
             loss, backward, found = jax.vjp(loss_sum, zeros, has_aux=True)
-            with jax.named_scope("gradient_accumulation"):
-                # Each layer's gradient is added where the total lies: no second tree of gradients exists.
-                backward.with_refs(totals)(jnp.ones_like(loss))  # type: ignore[attr-defined]  # of the function it declares
+            # Each layer's gradient is added where the total lies: no second tree of gradients exists.
+            backward.with_refs(totals)(jnp.ones_like(loss))  # type: ignore[attr-defined]  # of the function it declares
             return found
 
         if micro_batches == 1:
@@ -185,7 +185,8 @@ def make_gradient_step(
             shapes = jax.eval_shape(local_sums, lora, frozen, first, key)
             start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             found, _ = jax.lax.scan(accumulate, start, (jnp.arange(micro_batches), batch))
-        return jax.tree.map(jax.freeze, totals), found
+        with jax.named_scope("gradient_accumulation"):
+            return jax.tree.map(jax.freeze, totals), found
 
     def gradients(
         lora: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], step: Array

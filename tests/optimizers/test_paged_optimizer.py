@@ -1,4 +1,4 @@
-"""The paged optimizer: where state lies changes no bit of training, and never more of it is on the device than said."""
+"""The paged optimizer: the placement of state changes no bit of training, and device memory stays within its bound."""
 
 import dataclasses
 import math
@@ -219,6 +219,45 @@ def test_one_program_a_kind_of_leaf():
     train(optimizer, steps=6, needed=lambda step: (0, 10 * MiB)[step % 2])
     kinds = {(optimizer.abstract_update(chunk)[0].shape, chunk.layers) for chunk in optimizer.chunks}
     assert optimizer.update_program._cache_size() == len(kinds) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_leaf_without_layers_counts_as_one_layer(name, dtype):
+    """A trained head [rows, columns] beside stacked adapters, wherever the state lies."""
+    rng = np.random.default_rng(3)
+    values = {"head": rng.normal(size=(80, 64)), "lora": rng.normal(size=(4, 8, 64)), "bias": rng.normal(size=80)}
+    fresh = lambda: jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), values)  # noqa: E731
+    stacked = {name: value if value.ndim == 3 else value[None] for name, value in fresh().items()}
+
+    def steps(optimizer, lora, state, layout):
+        for step in range(3):
+            gradients = jax.tree.map(lambda leaf: jnp.sin(leaf + step), layout)  # noqa: B023
+            lora, state, _ = optimizer.update(lora, gradients, state, jnp.float32(1), jnp.asarray(True))
+        return lora, state
+
+    reference = PagedOptimizer(rule(name), stacked, dtype=dtype)
+    want = steps(reference, *reference.init(jax.tree.map(jnp.copy, stacked)), stacked)
+    for placement in ("device", "host"):
+        optimizer = PagedOptimizer(rule(name), fresh(), dtype=dtype, placement=placement)
+        assert optimizer.state_bytes == reference.state_bytes
+        lora, state = steps(optimizer, *optimizer.init(fresh()), fresh())
+        assert jax.tree.map(jnp.shape, lora) == jax.tree.map(np.shape, values)
+        masters, whole = optimizer.masters(lora, state), optimizer.gather(state)
+        assert bits((lora, masters, whole)) == bits((want[0], reference.masters(*want), reference.gather(want[1])))
+        abstract = jax.tree.leaves(optimizer.abstract())
+        assert [leaf.shape for leaf in abstract] == [leaf.shape for leaf in jax.tree.leaves((masters, whole))]
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        saved = jax.tree.map(np.array, (masters, whole))
+        assert bits(steps(optimizer, *optimizer.scatter(*saved, sharding), fresh())[0]) == bits(
+            steps(
+                reference,
+                *reference.scatter(
+                    *jax.tree.map(np.array, (reference.masters(*want), reference.gather(want[1]))), sharding
+                ),
+                stacked,
+            )[0]
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
