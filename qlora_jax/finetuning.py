@@ -23,6 +23,7 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets, load_datasets, longest_batch
 from qlora_jax.training.failures import memory_advice
 from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
+from qlora_jax.training.progress import announced
 from qlora_jax.training.reporting import MetricsLog, plot_losses, read_metrics
 from qlora_jax.training.run_directory import RunDirectory, check_output_dir
 from qlora_jax.training.run_state import initial_state, refuse_finished, restored_state
@@ -62,7 +63,8 @@ def finetune(config: TrainConfig) -> Result:
     tokenizer = ensure_pad(load_tokenizer(path))
 
     # Data.
-    datasets = load_datasets(config, tokenizer)
+    with announced("reading the data", at_once=False):
+        datasets = load_datasets(config, tokenizer)
     for report in datasets.reports:
         logger.info("%s", report)
 

@@ -45,20 +45,31 @@ def announced(doing: str, *, at_once: bool = True, interval: float = REMINDER_SE
 
 
 class ProgressBar:
-    """A bar over the steps of a run on standard error, shown where the library's messages are (level INFO)."""
+    """A bar over the steps of a run on standard error, shown where the library's messages are (level INFO).
 
-    def __init__(self, done: int, total: int):
-        interactive = sys.stderr.isatty()
+    However long a step takes, the bar is redrawn every `interval` seconds.
+    """
+
+    def __init__(self, done: int, total: int, *, interval: float = REMINDER_SECONDS):
+        interactive, shown = sys.stderr.isatty(), logger.isEnabledFor(logging.INFO)
         self._bar = tqdm(
             total=total,
             initial=done,
             desc="training",
             unit="step",
             # A log file gets a line now and then instead of an animation.
-            mininterval=0.1 if interactive else REMINDER_SECONDS / 2,
+            mininterval=0.1 if interactive else interval / 2,
             miniters=1,
-            disable=not logger.isEnabledFor(logging.INFO),
+            disable=not shown,
         )
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._redraw, args=(interval,), name="progress-bar", daemon=True)
+        if shown:
+            self._thread.start()
+
+    def _redraw(self, interval: float) -> None:
+        while not self._closed.wait(interval):
+            self._bar.refresh()
 
     def show(self, step: int, **values: str) -> None:
         """Move to a step and show its values."""
@@ -67,4 +78,7 @@ class ProgressBar:
 
     def close(self) -> None:
         """Leave the last line on the screen."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
         self._bar.close()

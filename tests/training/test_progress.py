@@ -15,7 +15,7 @@ def messages(caplog):
 
 
 def reminders():
-    return [thread for thread in threading.enumerate() if thread.name == "reminder"]
+    return [thread for thread in threading.enumerate() if thread.name in ("reminder", "progress-bar")]
 
 
 def test_reminders_come_while_the_block_runs(messages):
@@ -51,6 +51,7 @@ def test_no_thread_and_no_bar_without_listeners(caplog, capfd):
     with announced("loading", interval=0.001):
         assert not reminders()
     bar = ProgressBar(0, 3)
+    assert not reminders()
     bar.show(3, loss="1")
     bar.close()
     assert capfd.readouterr() == ("", "")
@@ -64,3 +65,15 @@ def test_a_bar_that_goes_on_from_earlier_steps(messages, capfd):
     last = capfd.readouterr().err.split("\r")[-1]
     assert "4/4" in last
     assert "loss=0.25" in last
+
+
+def test_the_bar_is_redrawn_during_a_long_step(messages, capfd):
+    bar = ProgressBar(0, 4, interval=0.01)
+    drawn, deadline = "", time.monotonic() + 10
+    while drawn.count("0/4") < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        drawn += capfd.readouterr().err
+    assert drawn.count("0/4") >= 4
+    bar.close()
+    assert not reminders()
+    bar.close()
