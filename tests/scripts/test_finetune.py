@@ -7,11 +7,27 @@ import re
 import shutil
 import struct
 
-import fixtures.finetune_helpers as helpers
 import numpy as np
 import pytest
 from fixtures.checkpoint_helpers import hf_shapes
-from fixtures.finetune_helpers import CONFIG, SMALL, call, error_line, flags, last_error, metrics, reproducible, run
+from fixtures.finetune_helpers import (
+    CONFIG,
+    SMALL_RUN,
+    as_flags,
+    assert_same_run,
+    child_environment,
+    file_digest,
+    last_error,
+    make_model,
+    make_rows,
+    only_error,
+    read_metrics,
+    run_captured,
+    run_child,
+    run_in_process,
+    without_timings,
+    write_jsonl,
+)
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
@@ -26,40 +42,59 @@ from qlora_jax.training.step import TrainState
 
 PROMPTS = ("say abcde", "say zyx please")
 # 4 rows a step: 12 steps are exactly one pass over 48 rows.
-MAIN = SMALL | {"report_to": "tensorboard"}
+MAIN = SMALL_RUN | {"report_to": "tensorboard"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with a model, chat rows, plain rows and prompts."""
     directory = tmp_path_factory.mktemp("finetune")
-    helpers.make_model(directory / "model")
-    rows = helpers.make_rows(52)
-    helpers.write_jsonl(directory / "rows.jsonl", rows)
+    make_model(directory / "model")
+    rows = make_rows(52)
+    write_jsonl(directory / "rows.jsonl", rows)
     chats = [
         {"messages": [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]}
         for row in rows
     ]
-    helpers.write_jsonl(directory / "chats.jsonl", chats)
+    write_jsonl(directory / "chats.jsonl", chats)
     (directory / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return directory
 
 
 def main_flags(place, **changes):
     named = {"model_name_or_path": place / "model", "dataset": place / "chats.jsonl", "prompts": place / "prompts.txt"}
-    return flags(**(MAIN | named | {"output_dir": place / "out"} | changes))
+    return as_flags(**(MAIN | named | {"output_dir": place / "out"} | changes))
 
 
 @pytest.fixture(scope="module")
 def finished(place):
-    """(directory, stdout, stderr) of a whole run in a process of its own, Python warnings being errors."""
-    status, out, err = run(main_flags(place), env=helpers.environment(PYTHONWARNINGS="error"))
+    """Directory, stdout and stderr of a whole run."""
+    status, out, err = run_captured(main_flags(place))
     assert status == 0, err
     return place / "out", out, err
 
 
+@pytest.mark.e2e
+def test_a_process_of_its_own_comes_to_the_same(finished, place):
+    """With the same words; Python warnings are errors there too."""
+    directory, out, _ = finished
+    output = place / "child"
+    argv = main_flags(place, output_dir=output)
+    status, child_out, child_err = run_child(argv, env=child_environment(PYTHONWARNINGS="error"))
+    assert status == 0, child_err
+    assert_same_run(output, directory)
+
+    def words(text):
+        """Without paths, and without what a clock measured."""
+        return re.sub(r"[\d.:]+(?=s|it/s)|minutes .*|<.*?>", "", text.replace(str(output), str(directory)))
+
+    assert words(child_out) == words(out)
+    assert "12/12" in child_err
+    assert "Warning" not in child_err and "Traceback" not in child_err
+
+
 def test_metrics_have_every_step_with_every_number(finished, place):
-    lines = metrics(finished[0])
+    lines = read_metrics(finished[0])
     train = [line for line in lines if "loss" in line]
     assert [line["step"] for line in train] == list(range(1, 13))
     for line in train:
@@ -99,13 +134,13 @@ def evaluation_tokens(place):
 
 
 def test_the_learning_rate_is_the_schedule(finished):
-    rates = [line["learning_rate"] for line in metrics(finished[0]) if "loss" in line]
+    rates = [line["learning_rate"] for line in read_metrics(finished[0]) if "loss" in line]
     cosine = [1e-2 * (1 + math.cos(math.pi * i / 11)) / 2 for i in range(11)]
     assert rates == pytest.approx([0.0, *cosine], rel=1e-5)  # warm-up: ceil(0.03 * 12) = 1 step
 
 
 def test_losses_fall(finished):
-    lines = metrics(finished[0])
+    lines = read_metrics(finished[0])
     losses = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert losses[0] == pytest.approx(math.log(CONFIG["vocab_size"]), rel=0.3)
@@ -123,9 +158,7 @@ def test_the_adapter_is_peft_and_trained(finished):
         assert all(np.any(layer != 0) for layer in value), path
     # The same bytes as in the last checkpoint.
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert helpers.digest(finished[0] / "adapter" / name) == helpers.digest(
-            finished[0] / "checkpoint-000012" / name
-        )
+        assert file_digest(finished[0] / "adapter" / name) == file_digest(finished[0] / "checkpoint-000012" / name)
 
 
 def test_summary_counts_what_there_is(finished):
@@ -151,7 +184,7 @@ def test_summary_counts_what_there_is(finished):
     assert sizes["optimizer_on_device"] == 8 * trainable + 8 * len(tensors)
     assert sizes["optimizer_on_host"] == 0
     assert summary["bits_per_quantized_parameter"] == pytest.approx(8 * (packed + scales) / (2 * packed))
-    lines = metrics(finished[0])
+    lines = read_metrics(finished[0])
     losses = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert (summary["first_loss"], summary["last_loss"]) == (losses[0], losses[-1])
@@ -188,7 +221,7 @@ def test_plot_and_tensorboard(finished):
     assert png.endswith(b"IEND\xaeB`\x82")
     (file,) = (finished[0] / "tensorboard").glob("events.out.tfevents.*")
     logged = {(tag, step): value for tag, step, value in scalars(file.read_bytes())}
-    lines = metrics(finished[0])
+    lines = read_metrics(finished[0])
     assert len(logged) == sum(len(line) - 1 for line in lines)
     for line in lines:
         for name, value in line.items():
@@ -240,37 +273,43 @@ def test_nothing_but_finished_files_is_left(finished):
 
 
 def test_the_same_command_again_says_that_the_run_is_finished(finished, place, capsys):
-    before = {path: helpers.digest(path) for path in finished[0].rglob("*") if path.is_file()}
-    assert call(main_flags(place)) == 1
-    message = error_line(capsys.readouterr().err)
+    before = {path: file_digest(path) for path in finished[0].rglob("*") if path.is_file()}
+    assert run_in_process(main_flags(place)) == 1
+    message = only_error(capsys.readouterr().err)
     assert "holds a finished run of 12 steps" in message
     assert "--overwrite_output_dir" in message
-    assert {path: helpers.digest(path) for path in finished[0].rglob("*") if path.is_file()} == before
+    assert {path: file_digest(path) for path in finished[0].rglob("*") if path.is_file()} == before
 
 
 def test_a_converted_model_trains_to_the_same_bits(finished, place, capsys):
     convert(place / "model", place / "converted", QuantizationConfig(), "float32")
-    assert call(main_flags(place, model_name_or_path=place / "converted", output_dir=place / "out-converted")) == 0
+    assert (
+        run_in_process(main_flags(place, model_name_or_path=place / "converted", output_dir=place / "out-converted"))
+        == 0
+    )
     assert f"base model: converted model {place / 'converted'}" in capsys.readouterr().out
-    assert reproducible(metrics(place / "out-converted")) == reproducible(metrics(finished[0]))
-    assert helpers.digest(place / "out-converted/adapter/adapter_model.safetensors") == helpers.digest(
+    assert without_timings(read_metrics(place / "out-converted")) == without_timings(read_metrics(finished[0]))
+    assert file_digest(place / "out-converted/adapter/adapter_model.safetensors") == file_digest(
         finished[0] / "adapter/adapter_model.safetensors"
     )
     assert (
-        call(main_flags(place, model_name_or_path=place / "converted", quant_type="fp4", output_dir=place / "x")) == 1
+        run_in_process(
+            main_flags(place, model_name_or_path=place / "converted", quant_type="fp4", output_dir=place / "x")
+        )
+        == 1
     )
-    assert "was converted to" in error_line(capsys.readouterr().err)
+    assert "was converted to" in only_error(capsys.readouterr().err)
     assert not (place / "x").exists()
 
 
 def test_a_saved_adapter_is_where_another_run_starts(finished, place):
     """The adapter's own rank, alpha and modules win over the flags."""
     output = place / "out-continued"
-    status = call(
+    status = run_in_process(
         main_flags(place, adapter=finished[0] / "adapter", lora_r=7, output_dir=output, max_steps=4, learning_rate=1e-3)
     )
     assert status == 0
-    before, after = metrics(finished[0]), metrics(output)
+    before, after = read_metrics(finished[0]), read_metrics(output)
     # Read back from PEFT's format, the adapter does to held-out rows what it did when it was saved.
     assert after[0]["eval_loss"] == before[-1]["eval_loss"]
     assert after[-1]["eval_loss"] < before[-1]["eval_loss"]
@@ -280,15 +319,16 @@ def test_a_saved_adapter_is_where_another_run_starts(finished, place):
     assert all(np.any(new[0][path] != old[0][path]) for path in old[0])
 
 
+@pytest.mark.e2e
 def test_two_devices_train_like_one_with_twice_the_batch(finished, place):
-    environment = helpers.environment(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    environment = child_environment(XLA_FLAGS="--xla_force_host_platform_device_count=2")
     output = place / "out-devices"
-    status, _, err = run(
+    status, _, err = run_child(
         main_flags(place, per_device_train_batch_size=1, per_device_eval_batch_size=1, output_dir=output),
         env=environment,
     )
     assert status == 0, err
-    one, two = metrics(finished[0]), metrics(output)
+    one, two = read_metrics(finished[0]), read_metrics(output)
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "eval_loss", "grad_norm"):
@@ -304,8 +344,8 @@ def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
         "bits": 8, "bf16": True, "lora_modules": "attention", "do_eval": False, "max_steps": 2, "max_grad_norm": 0.0,
         "output_dir": place / "out-int8", "num_train_epochs": 0.05, "dataset": place / "rows.jsonl",
     }  # fmt: skip
-    assert call(main_flags(place, **changes)) == 0
-    lines = metrics(place / "out-int8")
+    assert run_in_process(main_flags(place, **changes)) == 0
+    lines = read_metrics(place / "out-int8")
     assert [line["step"] for line in lines] == [1]  # ceil(0.05 * 52 / 4)
     _, config = load_adapter(place / "out-int8" / "adapter", CONFIG)
     assert config.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
@@ -334,7 +374,7 @@ def test_divergence_names_step_rows_and_the_last_good_checkpoint(place, capsys):
         warmup_steps=2, save_steps=1, eval_steps=0, report_to="none",
     )  # fmt: skip
     for _ in range(2):  # the same command meets the same rows again
-        assert call(argv) == 1
+        assert run_in_process(argv) == 1
         message = last_error(capsys.readouterr().err)
         assert message.startswith("loss nan and gradient norm ")
         assert f"the last good checkpoint is {output / 'checkpoint-000002'}" in message
@@ -343,7 +383,7 @@ def test_divergence_names_step_rows_and_the_last_good_checkpoint(place, capsys):
         rows = [next(batches).example_ids for _ in range(3)][-1]
         assert f"at step 3 (rows: {', '.join(rows)})" in message
         assert all(row.startswith("rows.jsonl line ") for row in rows)
-        assert [line["step"] for line in metrics(output)] == [0, 1, 2]
+        assert [line["step"] for line in read_metrics(output)] == [0, 1, 2]
         assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-000001", "checkpoint-000002"]
         lora, _ = load_adapter(output / "checkpoint-000002", CONFIG)
         assert all(np.isfinite(value).all() for value in lora.values())
@@ -359,11 +399,11 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(finished, place, capsy
     save_file(
         {name: np.full_like(tensor, 1e38) for name, tensor in tensors.items()}, huge / "adapter_model.safetensors"
     )
-    assert call(main_flags(place, adapter=huge, output_dir=place / "out-huge")) == 1
+    assert run_in_process(main_flags(place, adapter=huge, output_dir=place / "out-huge")) == 1
     message = last_error(capsys.readouterr().err)
     assert message.startswith("held-out loss nan at step 0 (rows: chats.jsonl line ")
     assert "no checkpoint had been saved" in message
-    assert metrics(place / "out-huge") == []
+    assert read_metrics(place / "out-huge") == []
 
 
 # --- bad input
@@ -411,9 +451,9 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(finished, place, capsy
 def test_bad_input_is_one_sentence(bad, capsys, changes, messages):
     changes = {name: str(value).replace("{}", str(bad)) for name, value in changes.items()}
     named = {"dataset": bad / "rows.jsonl", "output_dir": bad / "out-bad"}
-    assert call(main_flags(bad, **(named | changes))) == 1
+    assert run_in_process(main_flags(bad, **(named | changes))) == 1
     captured = capsys.readouterr()
-    said = error_line(captured.err)
+    said = only_error(captured.err)
     for message in messages:
         assert message.replace("{}", str(bad)) in said
     # Nothing to resume was made.
@@ -423,13 +463,13 @@ def test_bad_input_is_one_sentence(bad, capsys, changes, messages):
 @pytest.fixture(scope="module")
 def bad(place):
     """The same place with everything that can be wrong in it."""
-    rows = helpers.make_rows(3)
+    rows = make_rows(3)
     (place / "empty.jsonl").write_text("\n")
     (place / "malformed.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1]) + '\n{"input": "say\n')
-    helpers.write_jsonl(place / "column.jsonl", [{"input": "x"}] * 6)
-    helpers.write_jsonl(place / "columns.jsonl", [{"question": "x", "answer": "y"}] * 4)
-    helpers.write_jsonl(place / "one.jsonl", rows[:1])
-    helpers.make_model(place / "no-eos", eos=False)
+    write_jsonl(place / "column.jsonl", [{"input": "x"}] * 6)
+    write_jsonl(place / "columns.jsonl", [{"question": "x", "answer": "y"}] * 4)
+    write_jsonl(place / "one.jsonl", rows[:1])
+    make_model(place / "no-eos", eos=False)
     for name, keep in (("corrupt", None), ("truncated", 5000)):
         shutil.copytree(place / "model", place / name)
         weights = place / name / "model.safetensors"
@@ -438,6 +478,7 @@ def bad(place):
     return place
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -448,10 +489,10 @@ def bad(place):
     ids=["data", "flag", "model"],
 )
 def test_bad_input_through_a_process(bad, changes, message):
-    argv = flags(**{"model_name_or_path": "model", "dataset": "rows.jsonl", "output_dir": "out-bad"} | changes)
-    status, out, err = run(argv, cwd=bad, env=helpers.environment(PYTHONWARNINGS="error"))
+    argv = as_flags(**{"model_name_or_path": "model", "dataset": "rows.jsonl", "output_dir": "out-bad"} | changes)
+    status, out, err = run_child(argv, cwd=bad, env=child_environment(PYTHONWARNINGS="error"))
     assert status == 1
-    assert message in error_line(err)
+    assert message in only_error(err)
     assert "Traceback" not in out
 
 
@@ -463,8 +504,8 @@ def test_another_runs_directory_is_refused_and_names_what_differs(finished, plac
     ):
         if not (place / "converted").exists():
             convert(place / "model", place / "converted", QuantizationConfig(), "float32")
-        assert call(main_flags(place, **changes)) == 1
-        said = error_line(capsys.readouterr().err)
+        assert run_in_process(main_flags(place, **changes)) == 1
+        said = only_error(capsys.readouterr().err)
         assert "holds the checkpoints of another run" in said
         assert message in said
         assert "--overwrite_output_dir" in said
@@ -472,8 +513,8 @@ def test_another_runs_directory_is_refused_and_names_what_differs(finished, plac
     rows = (place / "chats.jsonl").read_text()
     try:
         (place / "chats.jsonl").write_text(rows.replace("abcde", "edcba") + rows.splitlines()[0] + "\n")
-        assert call(main_flags(place)) == 1
-        assert "data was " in error_line(capsys.readouterr().err)
+        assert run_in_process(main_flags(place)) == 1
+        assert "data was " in only_error(capsys.readouterr().err)
     finally:
         (place / "chats.jsonl").write_text(rows)
 
@@ -482,17 +523,17 @@ def test_overwrite_deletes_the_other_run(finished, place):
     output = place / "out-overwritten"
     shutil.copytree(finished[0], output)
     changes = {"max_steps": 1, "eval_steps": 0, "save_strategy": "no", "report_to": "none"}
-    assert call([*main_flags(place, output_dir=output, **changes), "--overwrite_output_dir"]) == 0
+    assert run_in_process([*main_flags(place, output_dir=output, **changes), "--overwrite_output_dir"]) == 0
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-000001"]
-    assert [line["step"] for line in metrics(output)] == [0, 1, 1]
+    assert [line["step"] for line in read_metrics(output)] == [0, 1, 1]
 
 
 def test_evaluating_without_training(finished, place, capsys):
     changes = {"adapter": finished[0] / "adapter", "do_train": False, "output_dir": place / "out-evaluated"}
-    assert call(main_flags(place, **changes)) == 0
-    lines = metrics(place / "out-evaluated")
+    assert run_in_process(main_flags(place, **changes)) == 0
+    lines = read_metrics(place / "out-evaluated")
     assert [line["step"] for line in lines] == [0]
-    last = [line["eval_loss"] for line in metrics(finished[0]) if "eval_loss" in line][-1]
+    last = [line["eval_loss"] for line in read_metrics(finished[0]) if "eval_loss" in line][-1]
     assert lines[0]["eval_loss"] == pytest.approx(last, rel=1e-6)
     assert not (place / "out-evaluated" / "adapter").exists()
     assert not list((place / "out-evaluated").glob("checkpoint-*"))

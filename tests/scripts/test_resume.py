@@ -1,31 +1,25 @@
-"""Runs that are killed or stopped at random moments and started again come to the same bits as one left alone."""
+"""Runs in this process that stop or die at chosen moments and are started again: the same bits as one left alone."""
 
 import json
 import os
-import random
-import re
-import resource
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 
-import fixtures.finetune_helpers as helpers
 import jax
 import pytest
 from fixtures.finetune_helpers import (
-    SMALL,
-    call,
-    error_line,
-    finish,
-    flags,
-    last_error,
-    metrics,
-    run,
-    same_run,
-    start,
-    wait_until,
+    GROUPED_RUN,
+    assert_same_run,
+    file_digest,
+    make_resumable,
+    only_error,
+    read_metrics,
+    resumable_flags,
+    run_child,
+    run_in_process,
+    without_timings,
 )
 
 from qlora_jax import finetuning
@@ -33,163 +27,10 @@ from qlora_jax.device_memory import ProgramMemory
 from qlora_jax.training import model, reporting, run_directory, setup, trainer
 from qlora_jax.training.step import TrainStep
 
-# What a resumed run could get wrong: dropout masks, accumulation, the order of length-grouped batches, the optimizer's
-# moments, a decaying learning rate.
-GROUPED = SMALL | {"lora_dropout": 0.1, "max_steps": 24, "save_total_limit": 3}
-PACKED = GROUPED | {"packing": True, "sequence_length": 96, "source_max_len": 64, "eval_steps": 3}
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("resume")
-    helpers.make_model(directory / "model")
-    helpers.write_jsonl(directory / "rows.jsonl", helpers.make_rows(40))
-    (directory / "prompts.txt").write_text("say abcd\n")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def environment(place):
-    """Compiled once: a started run then takes seconds, most of them imports."""
-    return helpers.environment(
-        PYTHONWARNINGS="error",
-        JAX_COMPILATION_CACHE_DIR=str(place / "cache"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
-
-
-def argv(place, name, values):
-    named = {"model_name_or_path": place / "model", "dataset": place / "rows.jsonl", "prompts": place / "prompts.txt"}
-    return flags(**(values | named | {"output_dir": place / name}))
-
-
-def uninterrupted(place, environment, name, values):
-    status, _, err = run(argv(place, name, values), env=environment)
-    assert status == 0, err
-    assert "Warning" not in err
-    return place / name
-
-
-@pytest.fixture(scope="module")
-def grouped(place, environment):
-    return uninterrupted(place, environment, "grouped", GROUPED)
-
-
-@pytest.fixture(scope="module")
-def packed(place, environment):
-    return uninterrupted(place, environment, "packed", PACKED)
-
-
-@pytest.fixture
-def rng():
-    """Other moments every time; the seed is printed when a test fails."""
-    seed = int(os.environ.get("QLORA_JAX_TEST_SEED", time.time_ns() % 10**9))
-    print(f"QLORA_JAX_TEST_SEED={seed}")
-    return random.Random(seed)
-
-
-def being_saved(directory: Path, since: float):
-    """Whether a checkpoint, not the first, has been begun since a time and is not complete."""
-    if not list(directory.glob("checkpoint-*")):
-        return False
-    for path in directory.glob(".checkpoint-*.tmp"):
-        try:
-            if path.stat().st_mtime > since:
-                return True
-        except FileNotFoundError:
-            continue
-    return False
-
-
-def kill_at_random(process, directory, kind, rng):
-    """SIGKILL some lines of metrics further on, or while a checkpoint is written; whether it still ran."""
-    began, lines = time.time(), helpers.line_count(directory)
-    if kind == "lines":
-        target = lines + rng.randint(1, 6)
-        reached = wait_until(process, lambda: helpers.line_count(directory) >= target)
-        delay = rng.uniform(0, 0.1)
-    else:
-        # The run first removes what the one before left.
-        reached = wait_until(process, lambda: being_saved(directory, began))
-        delay = rng.uniform(0, 0.05)
-    time.sleep(delay)
-    killed = helpers.kill(process)
-    print(f"{kind}: reached {reached}, {delay:.3f} s later killed {killed}, {helpers.line_count(directory)} lines")
-    return killed
-
-
-@pytest.mark.parametrize(
-    ("golden", "values", "kinds"),
-    [
-        ("grouped", GROUPED, ("lines", "save", "lines", "save")),
-        ("packed", PACKED, ("lines", "save")),
-    ],
-)
-def test_killed_and_resumed_is_bit_identical(place, environment, request, rng, golden, values, kinds):
-    golden = request.getfixturevalue(golden)
-    name = f"{golden.name}-killed"
-    killed = 0
-    for kind in kinds:
-        killed += kill_at_random(start(argv(place, name, values), env=environment), place / name, kind, rng)
-    status, out, err = run(argv(place, name, values), env=environment)
-    assert status == 0, err
-    assert killed == len(kinds)
-    assert re.search(r"resuming .* after step \d+ of 24", out)
-    same_run(place / name, golden)
-    steps = [line["step"] for line in metrics(place / name) if "loss" in line]
-    assert steps == list(range(1, 25))
-
-
-def test_stopped_by_a_signal_and_resumed_is_bit_identical(place, environment, grouped, rng):
-    output = place / "stopped"
-    stops = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        target = helpers.line_count(output) + rng.randint(2, 6)
-        process = start(argv(place, output.name, GROUPED), env=environment)
-        assert wait_until(process, lambda target=target: helpers.line_count(output) >= target)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(number)
-        status, out, err = finish(process)
-        assert status == 0, err
-        assert f"{number.name}: saving after this step" in out
-        assert "Traceback" not in err
-        stop = re.search(r"^interrupted after step (\d+); run the same command again to resume$", err, re.MULTILINE)
-        assert stop, err
-        stops.append(int(stop[1]))
-        print(f"{number.name}: stopped after step {stops[-1]}")
-        assert (output / f"checkpoint-{stops[-1]:06d}" / "adapter_config.json").exists()
-        assert max(line["step"] for line in metrics(output)) == stops[-1]
-        assert not (output / "adapter").exists()
-    assert 0 < stops[0] < stops[1] < 24
-    status, out, err = run(argv(place, output.name, GROUPED), env=environment)
-    assert status == 0, err
-    assert f"resuming {output} after step {stops[1]} of 24" in out
-    # The checkpoints of the stops are beside the regular ones; the newest three are the same.
-    same_run(output, grouped)
-
-
-def test_disk_full_keeps_earlier_checkpoints_and_can_be_resumed(place, environment, grouped):
-    output = place / "full"
-    process = start(argv(place, output.name, GROUPED), env=environment)
-    assert wait_until(process, lambda: (output / "checkpoint-000003").exists())
-    # No file may grow beyond this from now on; an adapter has 32 kB.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16000, 16000))
-    status, _, err = finish(process)
-    assert status == 1, err
-    message = last_error(err)
-    assert "could not be saved: " in message
-    assert "earlier checkpoints are intact" in message
-    saved = sorted(output.glob("checkpoint-*"))
-    assert saved
-    assert f"checkpoint-{3 * len(saved) + 3:06d} could not be saved" in message
-    status, out, err = run(argv(place, output.name, GROUPED), env=environment)
-    assert status == 0, err
-    assert f"after step {3 * len(saved)} of 24" in out
-    same_run(output, grouped)
-
-
-# --- the same in one process, where the moment of death can be chosen
+    return make_resumable(tmp_path_factory.mktemp("resume"))
 
 
 class Killed(BaseException):
@@ -230,7 +71,7 @@ class Death:
 
 
 # The learning rate depends on the step alone, so that all runs in this process can share their compiled steps.
-INSIDE = GROUPED | {
+INSIDE = GROUPED_RUN | {
     "max_steps": 6, "save_steps": 2, "eval_steps": 2, "save_total_limit": 2, "lr_scheduler_type": "constant",
     "warmup_steps": 3,
 }  # fmt: skip
@@ -265,7 +106,7 @@ def inside(place, compiled):
     with pytest.MonkeyPatch.context() as patch:
         for (owner, name), make in compiled.items():
             patch.setattr(owner, name, make)
-        assert call(argv(place, "inside", INSIDE)) == 0
+        assert run_in_process(resumable_flags(place, "inside", INSIDE)) == 0
     return place / "inside"
 
 
@@ -275,7 +116,7 @@ def test_killed_at_any_operation_on_the_disk_and_resumed_is_bit_identical(
     """A chain of deaths, each somewhere in what was left to do, and each of the last few operations of a run."""
     with monkeypatch.context() as patch:
         death = Death(patch)
-        assert call(argv(place, "inside-counted", INSIDE)) == 0
+        assert run_in_process(resumable_flags(place, "inside-counted", INSIDE)) == 0
     operations = death.count
     assert operations > 60
     assert {"replace summary.json", "save", "write", "rmtree done", "save_adapter done"} <= set(death.trace)
@@ -294,18 +135,18 @@ def test_killed_at_any_operation_on_the_disk_and_resumed_is_bit_identical(
                 death = Death(patch)
                 death.at = at
                 try:
-                    ended = call(argv(place, name, INSIDE))
+                    ended = run_in_process(resumable_flags(place, name, INSIDE))
                 except Killed:
                     ended = None
             print(f"chain {number}, died at {at} of about {operations}: {death.trace[-1]}, ended {ended}")
             if ended is not None:  # fewer operations were left
                 break
         else:
-            ended = call(argv(place, name, INSIDE))
+            ended = run_in_process(resumable_flags(place, name, INSIDE))
         # A run whose last operation was its death is complete.
         finished = ended == 1 and "holds a finished run" in capsys.readouterr().err
         assert ended == 0 or finished
-        same_run(place / name, inside)
+        assert_same_run(place / name, inside)
 
 
 def test_stopped_where_an_evaluation_is_due(place, inside, monkeypatch, compiled_once, capsys):
@@ -323,12 +164,12 @@ def test_stopped_where_an_evaluation_is_due(place, inside, monkeypatch, compiled
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(trainer.Trainer, method, stop)
-            assert call(argv(place, name, INSIDE | {"save_steps": 100})) == 0
+            assert run_in_process(resumable_flags(place, name, INSIDE | {"save_steps": 100})) == 0
         err = capsys.readouterr().err
         assert f"interrupted after step {step}; run the same command again to resume" in err
         assert (place / name / f"checkpoint-{step:06d}").is_dir()
-        assert call(argv(place, name, INSIDE | {"save_steps": 2})) == 0
-        assert helpers.reproducible(metrics(place / name)) == helpers.reproducible(metrics(inside))
+        assert run_in_process(resumable_flags(place, name, INSIDE | {"save_steps": 2})) == 0
+        assert without_timings(read_metrics(place / name)) == without_timings(read_metrics(inside))
         assert not [path for path in (place / name).glob("checkpoint-*") if int(path.name[-6:]) % 2]
 
 
@@ -337,15 +178,15 @@ def test_other_prompts_on_resume(place, monkeypatch, compiled_once, capsys):
     more = place / "more.txt"
     more.write_text("say zzzz\nsay abcd\n")
     values = INSIDE | {"max_steps": 4}
-    assert call(argv(place, "prompts", values)) == 0
+    assert run_in_process(resumable_flags(place, "prompts", values)) == 0
     (before,) = json.loads((place / "prompts" / "answers.json").read_text())
-    changed = [*argv(place, "prompts", INSIDE), "--prompts", str(more)]
-    assert call(changed) == 0
+    changed = [*resumable_flags(place, "prompts", INSIDE), "--prompts", str(more)]
+    assert run_in_process(changed) == 0
     new, old = json.loads((place / "prompts" / "answers.json").read_text())
     assert (old["prompt"], old["before"]) == ("say abcd", before["before"])
     assert (new["prompt"], new["before"]) == ("say zzzz", "(not asked before training)")
     # A constant schedule may be made longer: the steps are those of the longer run.
-    assert [line["step"] for line in metrics(place / "prompts") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_metrics(place / "prompts") if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert json.loads((place / "prompts" / "summary.json").read_text())["steps"] == 6
 
 
@@ -363,12 +204,12 @@ def leave_room_for_two_thirds(patch):
 
 
 def test_chunks_that_change_their_place_are_logged_at_their_step(place, monkeypatch):
-    assert call(argv(place, "told", INSIDE | {"max_steps": 2, "optim_placement": "host"})) == 0
+    assert run_in_process(resumable_flags(place, "told", INSIDE | {"max_steps": 2, "optim_placement": "host"})) == 0
     with monkeypatch.context() as patch:
         leave_room_for_two_thirds(patch)
         more = {"max_steps": 5, "optim_placement": "auto", "logging_steps": 100, "eval_steps": 100}
-        assert call(argv(place, "told", INSIDE | more)) == 0
-    told = {line["step"]: line for line in metrics(place / "told") if line["step"] > 2 and "eval_loss" not in line}
+        assert run_in_process(resumable_flags(place, "told", INSIDE | more)) == 0
+    told = {line["step"]: line for line in read_metrics(place / "told") if line["step"] > 2 and "eval_loss" not in line}
     assert sorted(told) == [3, 5]
     assert "loss" not in told[3]
     assert min(told[3]["returned_bytes"], told[3]["optimizer_on_host_bytes"]) > 0
@@ -387,12 +228,12 @@ def test_resumed_in_another_placement_is_bit_identical(place, inside, monkeypatc
         with monkeypatch.context() as patch:
             if part.get("optim_placement") == "auto":
                 leave_room_for_two_thirds(patch)
-            assert call(argv(place, "moved", INSIDE | part)) == 0
-    lines = [metrics(path) for path in (place / "moved", inside)]
+            assert run_in_process(resumable_flags(place, "moved", INSIDE | part)) == 0
+    lines = [read_metrics(path) for path in (place / "moved", inside)]
     got, want = ([(line["step"], line["loss"]) for line in one if "loss" in line] for one in lines)
     assert got == want
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert helpers.digest(place / "moved" / "adapter" / name) == helpers.digest(inside / "adapter" / name)
+        assert file_digest(place / "moved" / "adapter" / name) == file_digest(inside / "adapter" / name)
     paging = {line["step"]: line for line in lines[0] if "loss" in line}
     state = paging[1]["optimizer_on_host_bytes"]
     assert all(paging[step]["paged_bytes"] == 2 * state for step in (1, 2))
@@ -409,8 +250,8 @@ def test_resumed_in_another_placement_is_bit_identical(place, inside, monkeypatc
 
 
 def test_another_optimizer_is_another_run(place, inside, capsys):
-    assert call(argv(place, "inside", INSIDE | {"optim": "paged_adamw_8bit"})) == 1
-    assert "--optim was 'paged_adamw_32bit', now 'paged_adamw_8bit'" in error_line(capsys.readouterr().err)
+    assert run_in_process(resumable_flags(place, "inside", INSIDE | {"optim": "paged_adamw_8bit"})) == 1
+    assert "--optim was 'paged_adamw_32bit', now 'paged_adamw_8bit'" in only_error(capsys.readouterr().err)
 
 
 def test_out_of_memory_is_told_once_and_the_checkpoint_kept(place, inside, monkeypatch, compiled_once, capsys):
@@ -423,7 +264,7 @@ def test_out_of_memory_is_told_once_and_the_checkpoint_kept(place, inside, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "__call__", fail)
-        assert call(argv(place, output.name, INSIDE)) == 1
+        assert run_in_process(resumable_flags(place, output.name, INSIDE)) == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err
     said = err[err.index("error: step 5 ran out of device memory on 2 x 2 rows of ") :]
@@ -432,8 +273,8 @@ def test_out_of_memory_is_told_once_and_the_checkpoint_kept(place, inside, monke
     assert "\n  lower --source_max_len and --target_max_len shorten the rows" in said
     assert "--remat offload" in said
     assert "--remat full" not in said  # is on
-    assert call(argv(place, output.name, INSIDE)) == 0
-    same_run(output, inside)
+    assert run_in_process(resumable_flags(place, output.name, INSIDE)) == 0
+    assert_same_run(output, inside)
 
 
 def test_a_damaged_checkpoint_is_named(place, compiled_once):
@@ -441,17 +282,17 @@ def test_a_damaged_checkpoint_is_named(place, compiled_once):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetuning, "plot_losses", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            call(argv(place, output.name, INSIDE))
+            run_in_process(resumable_flags(place, output.name, INSIDE))
     state = output / "checkpoint-000006" / "state"
     for file in state.rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
     # In a process of its own: left to itself, tensorstore writes pages about it.
-    status, _, err = run(argv(place, output.name, INSIDE))
+    status, _, err = run_child(resumable_flags(place, output.name, INSIDE))
     assert status == 1
-    message = error_line(err)
+    message = only_error(err)
     assert message.startswith(f"{output / 'checkpoint-000006'} cannot be restored: its file state/")
     assert message.endswith("; delete it to resume from the one before.")
     shutil.rmtree(output / "checkpoint-000006")
-    assert call(argv(place, output.name, INSIDE)) == 0
-    assert [line["step"] for line in metrics(output) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert run_in_process(resumable_flags(place, output.name, INSIDE)) == 0
+    assert [line["step"] for line in read_metrics(output) if "loss" in line] == [1, 2, 3, 4, 5, 6]
