@@ -40,3 +40,15 @@ def test_a_preset_has_its_models_parameters(name):
 def test_every_preset_can_be_read():
     for name, config in models.PRESETS.items():
         assert models.model_config(config).num_hidden_layers == config["num_hidden_layers"], name
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-7b", 6.738), ("llama-13b", 13.016), ("llama-33b", 32.529), ("llama-65b", 65.286),
+        ("llama-2-70b", 68.977), ("llama-3.1-8b", 8.030), ("llama-3.3-70b", 70.554), ("smollm2-135m", 0.134515),
+    ],
+)  # fmt: skip
+def test_presets_have_the_parameters_of_their_models(name, billions):
+    counted = sum(math.prod(spec.shape) for spec in models.base_tensors(models.PRESETS[name]))
+    assert counted / 1e9 == pytest.approx(billions, abs=1e-3 if billions > 1 else 1e-6)

@@ -1,29 +1,20 @@
 """Plans of training steps: what the compiler says adds up, what is advised helps, and how it is all asked for."""
 
 import dataclasses
-import importlib.util
-import itertools
 import json
-import math
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import compile_in_child
 from fixtures.finetune_helpers import make_model, make_rows, write_jsonl
 
 from qlora_jax import finetuning, gpus, models
-from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.commands import plan as plan_command
 from qlora_jax.errors import UserError
-from qlora_jax.gpus import CHIPS, ahead_of_time, chip_named
-from qlora_jax.planner import Phase, Plan, Program, StepCost, advice, comparison, compiler, planning
-from qlora_jax.planner.compiler import CompilationFailed, CompiledStep, Compiler
+from qlora_jax.gpus import CHIPS
+from qlora_jax.planner import Phase, Program, StepCost, advice, comparison, planning
+from qlora_jax.planner.compiler import CompilationFailed, CompiledStep
 from qlora_jax.planner.planning import Planner, length_fields
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 
@@ -34,197 +25,6 @@ SMALL = {
     "vocab_size": 1024,
 }
 GIB = 2**30
-
-
-# --- models
-
-
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [
-        ("llama-7b", 6.738), ("llama-13b", 13.016), ("llama-33b", 32.529), ("llama-65b", 65.286),
-        ("llama-2-70b", 68.977), ("llama-3.1-8b", 8.030), ("llama-3.3-70b", 70.554), ("smollm2-135m", 0.134515),
-    ],
-)  # fmt: skip
-def test_presets_have_the_parameters_of_their_models(name, billions):
-    counted = sum(math.prod(spec.shape) for spec in models.base_tensors(models.PRESETS[name]))
-    assert counted / 1e9 == pytest.approx(billions, abs=1e-3 if billions > 1 else 1e-6)
-    models.model_config(models.PRESETS[name])
-
-
-def test_a_model_is_a_file_a_directory_or_a_preset(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    assert resolve_config(tmp_path) == resolve_config(str(tmp_path / "config.json")) == SMALL
-    assert resolve_config("llama-7b") == models.PRESETS["llama-7b"]
-
-
-def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    asked = []
-
-    def download(name, file, local_files_only=False, **_):
-        if local_files_only:
-            raise LocalEntryNotFoundError("not cached")
-        asked.append((name, file))
-        return str(tmp_path / file)
-
-    class Hub:
-        def model_info(self, name, timeout):
-            pass
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert resolve_config("some/model") == SMALL
-    assert asked == [("some/model", "config.json")]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("llama-9b", r"^llama-9b is neither a file nor a directory; .* or one of llama-7b, .*smollm2-135m\.$"),
-        ("some/model", r"hub cannot be reached .* give its config\.json, or one of llama-7b"),
-        (".", r"config\.json is missing; give a model directory"),
-        ("broken.json", r"broken\.json is not valid JSON"),
-    ],
-)
-def test_a_model_that_is_none_is_told_in_one_sentence(name, message, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    class Nowhere:
-        def model_info(self, name, timeout):
-            raise TimeoutError
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Nowhere)
-    monkeypatch.chdir(tmp_path)
-    Path("broken.json").write_text("{")
-    with pytest.raises(UserError, match=message):
-        resolve_config(name)
-
-
-# --- what the compiler says
-
-
-def measurements(gpu: str, cases: list[dict[str, Any]]) -> list[Any]:
-    """Of a small model; runs in a child."""
-    found = []
-    for case in cases:
-        flags = {"gradient_accumulation_steps": 1, "lora_r": 16, **case}
-        length = flags.pop("length", 256)
-        measured = compiler.compile_step(TrainConfig(**flags), SMALL, chip_named(gpu), length)
-        found.append(dataclasses.asdict(measured))
-    return found
-
-
-CASES = [
-    {},
-    {"length": 1024},
-    {"per_device_train_batch_size": 4},
-    {"lora_r": 64},
-    {"bits": 16, "optim_placement": "host", "gradient_accumulation_steps": 2, "packing": True, "lora_dropout": 0.1},
-]
-
-
-@pytest.fixture(scope="module")
-def measured() -> list[CompiledStep]:
-    """One for each of CASES."""
-    with ThreadPoolExecutor(2) as pool:  # of children
-        parts = [
-            pool.submit(compile_in_child.call, "test_planner:measurements", "a6000", CASES[start::2], timeout=600)
-            for start in (0, 1)
-        ]
-        first, second = (part.result() for part in parts)
-    in_order = [value for pair in itertools.zip_longest(first, second) for value in pair if value is not None]
-    return [CompiledStep.from_json(value) for value in in_order]
-
-
-@pytest.mark.compile
-def test_totals_are_the_sum_of_the_compiled_parts(measured):
-    for found in measured:
-        plan = Plan(CHIPS["a6000"], found.phases, found.host)
-        gradients, update = found.phases
-        assert plan.device_bytes == sum(plan.by_class.values())
-        assert all(count >= 0 for phase in found.phases for count in phase.by_class.values())
-        # No arguments of the gradients' program: the optimizer's state, and what it does not read of the batch and the
-        # number of the step.
-        rest = gradients.device_bytes - gradients.program.peak - gradients.resident["optimizer_device"]
-        assert 0 <= rest <= (gradients.resident["batch"] - 4) / 4 + 4
-        assert gradients.results["gradients"] <= gradients.program.outputs
-        # The update takes the largest chunk at a time.
-        assert update.program.arguments < update.device_bytes
-        assert update.resident["gradients"] == gradients.results["gradients"]
-
-
-@pytest.mark.compile
-def test_more_tokens_rows_and_rank_take_more_memory(measured):
-    totals = [Plan(CHIPS["a6000"], found.phases, found.host).device_bytes for found in measured]
-    assert totals[0] < totals[1]
-    assert totals[0] < totals[2]
-    assert totals[0] < totals[3]
-    smallest, longer, wider, *_ = (found.work for found in measured)
-    assert (longer.tokens, wider.tokens) == (4 * smallest.tokens, 4 * smallest.tokens)
-    assert 4 * smallest.flops < longer.flops  # attention grows with the square
-    assert wider.flops == pytest.approx(4 * smallest.flops)
-
-
-@pytest.mark.compile
-def test_the_classes_are_those_of_the_flags(measured):
-    plain, _, _, higher, on_host = measured
-    linears = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
-    adapters = 2 * sum(16 * (n + k) for n, k in linears)
-    resident = plain.phases[0].resident
-    assert resident["adapters"] == 2 * adapters  # a copy in bfloat16
-    assert plain.phases[0].results["gradients"] == 4 * adapters
-    assert 12 * adapters <= resident["optimizer_device"] < 12.1 * adapters  # two moments and the masters
-    assert higher.phases[0].resident["adapters"] == 4 * resident["adapters"]
-    assert resident["base_packed"] == (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536) * 2 // 2
-    assert resident["unquantised_embedding"] == 2 * 1024 * 576
-    assert on_host.phases[0].resident["optimizer_device"] == 0
-    assert on_host.host["optimizer_host"] == resident["optimizer_device"]
-    assert 0 < on_host.phases[1].resident["optimizer_passing"] < on_host.host["optimizer_host"]
-    assert on_host.work.host_bytes == on_host.host["optimizer_host"]
-    assert plain.work.host_bytes == 0
-    assert on_host.phases[0].resident["unquantised_linear"] == 4 * resident["base_packed"]
-    assert "base_packed" not in on_host.phases[0].resident
-    assert {found.cudnn for found in measured} == {bool(importlib.util.find_spec("nvidia.cudnn"))}
-
-
-def plan_7b(*flags: str) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), "llama-7b", "--gpu", "rtx4090", "--seq", "512", *flags, "--json"]
-    # Without what tests set: the script finds out by itself that no GPU is here.
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.compile
-def test_a_plan_of_a_7b():
-    found = plan_7b("--optim_placement", "host", "--dataset_rows", "52000")
-    assert found["model"] == "llama-7b"
-    assert (found["gpu"], found["seq"], found["batch"]) == ("rtx4090", 512, 1)
-    assert found["device_limit_bytes"] == 24 * GIB
-    assert found["fits"] is True
-    assert found["max_seq"] is None
-    on_device = {name: count for name, count in found["by_class"].items() if not name.startswith("host_")}
-    assert sum(on_device.values()) == found["device_bytes"]
-    on_host = sum(found["by_class"].values()) - found["device_bytes"]
-    assert on_host == found["host_bytes"] > 0
-    assert found["by_class"]["base_packed"] == 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 2
-    assert found["by_class"]["allowance"] == 512 * 2**20 + math.ceil(0.02 * 24 * GIB)
-    # The paper's 6.9 GB, of a run with these flags.
-    assert found["device_bytes"] - found["by_class"]["allowance"] < 6.9e9
-    assert [program["name"] for program in found["programs"]] == ["gradients", "optimizer update"]
-    update = found["programs"][1]["by_class"]
-    assert 0 < update["optimizer_passing"] <= 0.05 * found["by_class"]["host_optimizer_host"]
-    # Two to three passes over 6.5 billion weights, a multiply-add each, by a card of 165 TFLOP/s; adapters too.
-    one_pass = 2 * 6.5e9 * 512 * 16 / 165.2e12
-    assert 2 * one_pass < found["seconds_a_step_at_least"] < 3.2 * one_pass
-    assert found["tokens_per_second_at_most"] == pytest.approx(16 * 512 / found["seconds_a_step_at_least"])
-    assert found["seconds_for_the_dataset_at_least"] == pytest.approx(52000 / 16 * found["seconds_a_step_at_least"])
-    assert (found["attention"] == "cudnn") == (not found["warnings"])
 
 
 # --- the planner, with a compiler that is not there
@@ -395,54 +195,6 @@ def test_json_holds_a_search_and_advice():
     assert value["max_seq_host_bytes"] == at_longest.plan.host_bytes > 0
     assert value["advice"]["fits"] is True
     assert value["advice"]["flags"]
-
-
-# --- the child that compiles
-
-
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
-        (
-            "import os, sys; sys.stdin.readline(); sys.stderr.write('LLVM ERROR: no such instruction\\n'); os.abort()",
-            r"ended its process \(SIGABRT: LLVM ERROR: no such instruction\) over the step of 128 tokens for a6000",
-        ),
-        ("import sys; sys.exit(3)", r"ended its process \(exit status 3\)"),
-    ],
-)  # fmt: skip
-def test_a_compiler_that_aborts_is_one_sentence(program, message, monkeypatch):
-    monkeypatch.setattr(compiler, "_COMMAND", (sys.executable, "-c", program))
-    with Compiler(CHIPS["a6000"]) as compile_step:
-        for _ in range(2):  # and is started again
-            with pytest.raises(CompilationFailed, match=message):
-                compile_step(TrainConfig(), SMALL, 128)
-
-
-def test_what_the_child_says_comes_back(monkeypatch):
-    for answer, kind in (({"error": "no plugin"}, UserError), ({"failed": "no memory"}, CompilationFailed)):
-        program = f"import sys; sys.stdin.readline(); print({json.dumps(answer)!r})"
-        monkeypatch.setattr(compiler, "_COMMAND", (sys.executable, "-c", program))
-        with Compiler(CHIPS["a6000"]) as compile_step, pytest.raises(kind, match=next(iter(answer.values()))):
-            compile_step(TrainConfig(), SMALL, 128)
-
-
-def request(**changes: Any) -> dict[str, Any]:
-    config = dataclasses.asdict(TrainConfig(gradient_accumulation_steps=1))
-    return {"config": config, "model": SMALL, "gpu": "a6000", "length": 128, **changes}
-
-
-def test_the_child_answers_what_cannot_be_planned(monkeypatch):
-    monkeypatch.setattr(ahead_of_time, "_PLUGINS", ("jax_plugins.no_such_plugin",))
-    ahead_of_time.topology.cache_clear()
-    assert "pip install 'qlora-jax[plan]'" in compiler._answer(request())["error"]
-    assert "vocab_size must be" in compiler._answer(request(model={**SMALL, "vocab_size": 0}))["error"]
-    assert "No GPU is called" in compiler._answer(request(gpu="a5000"))["error"]
-
-    def fails(*_: Any) -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: too much\nand a page of it")
-
-    monkeypatch.setattr(compiler, "compile_step", fails)
-    assert compiler._answer(request()) == {"failed": "RESOURCE_EXHAUSTED: too much"}
 
 
 # --- command lines

@@ -1,0 +1,64 @@
+"""Models found by file, directory, preset or hub id."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_jax import models
+from qlora_jax.checkpoints.hub import resolve_config
+from qlora_jax.errors import UserError
+
+SMALL = {**models.PRESETS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 1024}
+
+
+def test_a_model_is_a_file_a_directory_or_a_preset(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    assert resolve_config(tmp_path) == resolve_config(str(tmp_path / "config.json")) == SMALL
+    assert resolve_config("llama-7b") == models.PRESETS["llama-7b"]
+
+
+def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    asked = []
+
+    def download(name, file, local_files_only=False, **_):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        asked.append((name, file))
+        return str(tmp_path / file)
+
+    class Hub:
+        def model_info(self, name, timeout):
+            pass
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert resolve_config("some/model") == SMALL
+    assert asked == [("some/model", "config.json")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llama-9b", r"^llama-9b is neither a file nor a directory; .* or one of llama-7b, .*smollm2-135m\.$"),
+        ("some/model", r"hub cannot be reached .* give its config\.json, or one of llama-7b"),
+        (".", r"config\.json is missing; give a model directory"),
+        ("broken.json", r"broken\.json is not valid JSON"),
+    ],
+)
+def test_a_model_that_is_none_is_told_in_one_sentence(name, message, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class Nowhere:
+        def model_info(self, name, timeout):
+            raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Nowhere)
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    with pytest.raises(UserError, match=message):
+        resolve_config(name)
