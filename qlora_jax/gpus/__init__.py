@@ -1,6 +1,6 @@
 """CUDA GPUs known by their data sheets, and programs compiled for them on a machine that has none."""
 
-from qlora_jax.gpus.ahead_of_time import compile_for, mesh, topology
+from qlora_jax.gpus.ahead_of_time import compile_for, mesh, topology, tracing_for
 from qlora_jax.gpus.chips import CHIPS, REPRESENTATIVES, Chip, chip_like, chip_named, chip_of
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "compile_for",
     "mesh",
     "topology",
+    "tracing_for",
 ]

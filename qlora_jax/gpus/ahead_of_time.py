@@ -114,6 +114,13 @@ def _cudnn_asks(chip: Chip) -> Iterator[None]:
             setattr(fused_attention_stablehlo, name, function)
 
 
+@contextlib.contextmanager
+def tracing_for(chip: Chip) -> Iterator[None]:
+    """Trace as on a machine with this GPU: JAX takes it for the default device, and knows what its cuDNN can do."""
+    with jax.default_device(topology(chip).devices[0]), _cudnn_asks(chip):
+        yield
+
+
 def compile_for(
     chip: Chip,
     function: Callable[..., Any],
@@ -138,7 +145,7 @@ def compile_for(
             kernels and this process compiled some for another architecture.
     """
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with jax.default_device(topology(chip, n_devices).devices[0]), _cudnn_asks(chip):
+    with tracing_for(chip):
         lowered = jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
         if "custom_call @mosaic_gpu" in lowered.as_text():
             first = _pallas_arch.setdefault("first", chip.arch)

@@ -131,16 +131,26 @@ def _attend_cudnn(q: Array, k: Array, v: Array, facts: Attention, mask: Array | 
     )
 
 
-def _cudnn_can(q: Array, k: Array, v: Array, facts: Attention, mask: Array | None) -> bool:
-    """True if tracing finds no obstacle, such as no cuDNN, too wide a head, a mask of odd length."""
+def cudnn_obstacle(q: Any, k: Any, v: Any, facts: Attention, mask: Any) -> str | None:
+    """Reason why cuDNN cannot do an attention, such as too wide a head or a mask of odd length; None if it can.
+
+    The arguments are those of `attend`, or their shapes. Only tracing is tried.
+    """
     if q.dtype.itemsize != 2:
-        return False
-    attention = functools.partial(_attend_cudnn, facts=facts, mask=mask)
+        return f"{q.dtype} has not 16 bits."
+
+    def gradient(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        return jax.grad(lambda q: _attend_cudnn(q, k, v, facts, mask).astype(jnp.float32).sum())(q)
+
     try:
-        jax.eval_shape(jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum()), q, k, v)
-    except RuntimeError:
-        return False
-    return True
+        jax.eval_shape(gradient, q, k, v, mask)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _cudnn_can(q: Array, k: Array, v: Array, facts: Attention, mask: Array | None) -> bool:
+    return cudnn_obstacle(q, k, v, facts, mask) is None
 
 
 def forward(

@@ -1,7 +1,7 @@
 """Plans of a run for a GPU that need not be there: bytes by class, the longest sequence, a bound on its time."""
 
 from qlora_jax.planner.accounting import Allowance, BaseBytes, Phase, Plan, Program, tree_bytes
-from qlora_jax.planner.bounds import Bound, MatmulFlops, StepCost, bound, causal_fraction, count_products
+from qlora_jax.planner.bounds import Bound, MatmulFlops, StepCost, bound, count_products, visible_fraction
 from qlora_jax.planner.report import describe, describe_bound, verdict
 from qlora_jax.planner.search import Longest, longest_sequence
 
@@ -16,11 +16,11 @@ __all__ = [
     "Program",
     "StepCost",
     "bound",
-    "causal_fraction",
     "count_products",
     "describe",
     "describe_bound",
     "longest_sequence",
     "tree_bytes",
     "verdict",
+    "visible_fraction",
 ]

@@ -14,6 +14,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from qlora_jax.gpus import Chip
+from qlora_jax.nn.attention import Attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +99,14 @@ def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
                 yield each
 
 
-def causal_fraction(queries: int, window: int | None = None) -> float:
-    """Share of the S x S scores that causal attention computes at least, within a window of that many keys."""
-    reach = queries if window is None else min(queries, window)
-    # Query i sees min(i + 1, reach) keys.
-    return (reach * (reach + 1) / 2 + (queries - reach) * reach) / queries**2
+def visible_fraction(length: int, facts: Attention) -> float:
+    """Share of the S x S scores of an attention over `length` tokens that its facts show: those it must compute."""
+    if facts.window is None:
+        return (length + 1) / (2 * length) if facts.causal else 1.0
+    reach = min(length, facts.window)
+    # Query i sees min(i + 1, reach) keys to the left, itself included, and as many to the right if it is not causal.
+    left = (reach * (reach + 1) / 2 + (length - reach) * reach) / length**2
+    return left if facts.causal else 2 * left - 1 / length
 
 
 @dataclasses.dataclass(frozen=True)

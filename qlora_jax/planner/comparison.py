@@ -175,7 +175,7 @@ def as_json(found: GPUPlan) -> dict[str, Any]:
         "max_seq_seconds_a_step_at_least": None if at_longest is None else at_longest.bound.seconds,
         "by_class": {**plan.by_class, **{f"host_{name}": count for name, count in plan.host.items()}},
         "programs": [{**dataclasses.asdict(phase.program), "by_class": phase.by_class} for phase in plan.phases],
-        "attention": "cudnn" if planned.compiled.flash else "xla",
+        "attention": "xla" if planned.fallbacks else "cudnn",
         "tile": planned.tile,
         "seconds_a_step_at_least": limit.seconds,
         "tokens_per_second_at_most": limit.tokens_per_second,

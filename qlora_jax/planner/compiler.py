@@ -4,6 +4,7 @@ A compiler that aborts takes its process with it, and a process compiles Pallas 
 `Compiler` keeps a child that compiles one request after another, `compile_step` is what the child does.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib.util
@@ -27,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qlora_jax import gpus, models
 from qlora_jax.data import Batch, abstract_batch
 from qlora_jax.errors import UserError
+from qlora_jax.nn.attention import cudnn_obstacle, head_groups
 from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.planner import (
     Allowance,
@@ -35,9 +37,9 @@ from qlora_jax.planner import (
     Phase,
     Program,
     StepCost,
-    causal_fraction,
     count_products,
     tree_bytes,
+    visible_fraction,
 )
 from qlora_jax.planner.scopes import temporaries_by_scope
 from qlora_jax.sharding import Devices
@@ -56,6 +58,29 @@ class CompilationFailed(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionKind:
+    """Attentions of a model that are alike, as they compile for a GPU.
+
+    Attributes:
+        layers: layers that have one.
+        window: keys that a query sees; None for all.
+        scores: shape of the scores [B, H, S, S] of as many heads as attend at a time; where cuDNN cannot do the
+            attention, they exist in float32.
+        obstacle: reason why it cannot; None if it can.
+    """
+
+    layers: int
+    window: int | None
+    scores: tuple[int, int, int, int]
+    obstacle: str | None
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of the scores."""
+        return 4 * math.prod(self.scores)
+
+
+@dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """Memory and least work of a training step compiled for a GPU.
 
@@ -63,21 +88,27 @@ class CompiledStep:
         phases: the programs of a step, with the device memory in use while each runs.
         host: class -> bytes of pinned host memory.
         work: least work of a step.
-        flash: attention is cuDNN's, which keeps no scores.
-        cudnn: cuDNN is installed, without which it cannot be.
+        attentions: what became of each kind of attention.
+        cudnn: cuDNN is installed, without which it can do none.
     """
 
     phases: tuple[Phase, ...]
     host: Mapping[str, int]
     work: StepCost
-    flash: bool
+    attentions: tuple[AttentionKind, ...]
     cudnn: bool
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CompiledStep":
         """Undo `dataclasses.asdict`."""
-        phases = tuple(map(Phase.from_json, value["phases"]))
-        return cls(phases, value["host"], StepCost(**value["work"]), value["flash"], value["cudnn"])
+        attentions = (AttentionKind(**{**kind, "scores": tuple(kind["scores"])}) for kind in value["attentions"])
+        return cls(
+            phases=tuple(map(Phase.from_json, value["phases"])),
+            host=value["host"],
+            work=StepCost(**value["work"]),
+            attentions=tuple(attentions),
+            cudnn=value["cudnn"],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +188,7 @@ def compile_step(config: TrainConfig, model_config: Mapping[str, Any], chip: gpu
     """
     declared = _declare(config, model_config, length, chip)
     with tempfile.TemporaryDirectory() as dumped:
-        compiled, gradients = _gradients(declared, chip, dumped)
+        gradients = _gradients(declared, chip, dumped)
     optimizer = declared.step.optimizer
     staying = optimizer.resident_chunks(gradients.peak)
     on_device = optimizer.resident_bytes(staying)
@@ -181,7 +212,7 @@ def compile_step(config: TrainConfig, model_config: Mapping[str, Any], chip: gpu
         ),
         host=memory.host,
         work=_least_work(config, model_config, declared.shape, memory),
-        flash="__cudnn$fmha" in (compiled.as_text() or ""),
+        attentions=_attentions(config, model_config, declared.shape, chip),
         cudnn=importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn") is not None,
     )
 
@@ -206,7 +237,7 @@ def _declare(
     return _Declared(shape, model, step.optimizer.abstract_lora(), batch, step)
 
 
-def _gradients(declared: _Declared, chip: gpus.Chip, dumped: str) -> tuple[jax.stages.Compiled, Program]:
+def _gradients(declared: _Declared, chip: gpus.Chip, dumped: str) -> Program:
     """Compile the gradient program; XLA writes its buffer assignment into the directory `dumped`."""
     mesh = gpus.mesh(chip)
     working, frozen, batch, counter = declared.arguments
@@ -220,7 +251,25 @@ def _gradients(declared: _Declared, chip: gpus.Chip, dumped: str) -> tuple[jax.s
     options = {"xla_dump_to": dumped}
     compiled = gpus.compile_for(chip, declared.step.gradient_step, *arguments, compiler_options=options)
     scopes = temporaries_by_scope(Path(dumped), compiled.as_text() or "")
-    return compiled, Program.checked("gradients", compiled, arguments, scopes)
+    return Program.checked("gradients", compiled, arguments, scopes)
+
+
+def _attentions(
+    config: TrainConfig, model_config: Mapping[str, Any], shape: tuple[int, int, int], chip: gpus.Chip
+) -> tuple[AttentionKind, ...]:
+    """Ask of every kind of attention of a model if cuDNN can do it on a GPU."""
+    (_, rows, length), dtype = shape, setup.compute_dtype(config, _PLATFORM)
+    model = models.model_config(model_config)
+    heads, kv_heads, width = model.heads
+    q, k = (jax.ShapeDtypeStruct((rows, length, n, width), dtype) for n in (heads, kv_heads))
+    mask = jax.ShapeDtypeStruct((rows, 1, length, length), jnp.bool_) if config.packing else None
+    scores = (rows, heads // head_groups(rows * length, heads, kv_heads), length, length)
+    found = []
+    for facts, layers in collections.Counter(model.attentions).items():
+        with gpus.tracing_for(chip):
+            obstacle = cudnn_obstacle(q, k, k, facts, mask)
+        found.append(AttentionKind(layers, facts.window, scores, obstacle))
+    return tuple(found)
 
 
 def _updates(optimizer: PagedOptimizer, chip: gpus.Chip) -> Iterator[Program]:
@@ -256,8 +305,9 @@ def _least_work(
     """
     accumulated, rows, length = shape
     products = _products_of_a_micro_batch(config, model_config, length)
+    # XLA's products are as large for every attention; a mean over them is what they need.
     attentions = models.model_config(model_config).attentions
-    visible = sum(causal_fraction(length, facts.window) for facts in attentions) / len(attentions)
+    visible = sum(visible_fraction(length, facts) for facts in attentions) / len(attentions)
     weights = _passes(config) * (memory.base.linears + memory.adapters) + memory.base.head
     state = memory.optimizer_device + memory.optimizer_host
     return StepCost(

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qlora_jax import models
+from qlora_jax.formatting import format_bytes
 from qlora_jax.gpus import CHIPS, Chip
 from qlora_jax.nn.long_sequence import tile_size
 from qlora_jax.planner import Allowance, Bound, Longest, Plan, bound, describe, describe_bound, longest_sequence
-from qlora_jax.planner.compiler import CompilationFailed, CompiledStep, Compiler
+from qlora_jax.planner.compiler import AttentionKind, CompilationFailed, CompiledStep, Compiler
 from qlora_jax.training.config import TrainConfig
 
 LEAST_RANK = 8
@@ -56,16 +57,24 @@ class StepPlan:
                 f"config.json gives the model {self.positions:,} positions; the plan counts the memory of more, and "
                 "says nothing of what the model makes of them."
             )
-        if self.compiled.flash or self.config.bf16 is False:
-            return tuple(found)
-        if not self.compiled.cudnn:
-            found.append(
-                "cuDNN is not installed here, so attention was compiled as XLA's, which keeps [S, S] scores; a GPU run "
-                "has cuDNN's, which does not: pip install 'qlora-jax[plan]'."
-            )
-        else:
-            found.append("cuDNN cannot do this model's attention at this length; XLA's keeps [S, S] scores.")
-        return tuple(found)
+        return (*found, *map(self._attention_warning, self.fallbacks))
+
+    @property
+    def fallbacks(self) -> tuple[AttentionKind, ...]:
+        """Kinds of attention that XLA does, because cuDNN cannot."""
+        return tuple(kind for kind in self.compiled.attentions if kind.obstacle is not None)
+
+    def _attention_warning(self, kind: AttentionKind) -> str:
+        layers = sum(other.layers for other in self.compiled.attentions)
+        which = "Attention" if kind.layers == layers else f"Attention of {kind.layers} of {layers} layers"
+        shape = " x ".join(f"{size:,}" for size in kind.scores)
+        cost = f"XLA's, which keeps float32 scores [{shape}], {format_bytes(kind.score_bytes)} at a time"
+        if self.compiled.cudnn or self.config.bf16 is False:
+            return f"{which} is {cost}; cuDNN cannot: {kind.obstacle}"
+        return (
+            f"{which} was compiled as {cost}, because cuDNN is not installed here; a GPU run has cuDNN's, which keeps "
+            "none: pip install 'qlora-jax[plan]'."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS, ahead_of_time, chip_named
 from qlora_jax.planner import Plan, compiler
 from qlora_jax.planner.compiler import CompilationFailed, CompiledStep, Compiler
+from qlora_jax.planner.scopes import OTHER
 from qlora_jax.training.config import TrainConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
@@ -78,6 +79,14 @@ def test_totals_are_the_sum_of_the_compiled_parts(steps):
         # The update takes the largest chunk at a time.
         assert update.program.arguments < update.device_bytes
         assert update.resident["gradients"] == gradients.results["gradients"]
+
+
+@pytest.mark.compile
+def test_temporaries_belong_to_named_scopes(steps):
+    for found in steps:
+        program = found.phases[0].program
+        assert 0.9 * program.temporaries <= sum(program.scopes.values()) <= program.temporaries
+        assert program.scopes.get(OTHER, 0) < 0.1 * program.temporaries
 
 
 @pytest.mark.compile

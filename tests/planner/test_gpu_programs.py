@@ -4,33 +4,35 @@ import pytest
 from fixtures.compile_in_child import call
 
 # Function, model, kernel, rows (of a GPU), tokens a row, GPUs.
-PROGRAMS = [
-    ["training_step", "smollm2", "fused", 4, 256, 1],
-    ["training_step", "llama-7b", "fused", 1, 512, 1],
+FUSED = [
     ["training_step", "smollm2", "fused", 2, 256, 2],
-    ["training_step", "smollm2", "unfused", 4, 256, 1],
-    ["training_step", "smollm2", "xla", 4, 256, 1],
+    ["training_step", "llama-7b", "fused", 1, 512, 1],
     ["long_step", "smollm2", "fused", 1, 8192],
     ["decoding", "llama-7b", "fused", 1, 64],
 ]
+# What the assertions on those would find if weights were dequantized to memory: by a kernel, by XLA.
+DEQUANTIZED = {
+    "h100": ["training_step", "smollm2", "unfused", 4, 256, 1],
+    "b200": ["training_step", "smollm2", "xla", 4, 256, 1],
+}
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("chip", ["a6000", "h100", "b200"])
-def test_no_weight_is_decoded_to_memory_or_copied(chip):
+def test_no_weight_is_dequantized_to_memory_or_copied(chip):
     """On the fused path: no array of a whole base weight in 16 or 32 bits, and no codes but the stored ones."""
-    results = call("fixtures.compiled_programs:compiled", chip, PROGRAMS, timeout=600)
-    for (program, _, kernel, *_rest), result in zip(PROGRAMS, results, strict=True):
-        if kernel == "xla":  # what is asserted below would fail if a weight were decoded
+    programs = [*FUSED, *([DEQUANTIZED[chip]] if chip in DEQUANTIZED else [])]
+    results = call("fixtures.compiled_programs:compiled", chip, programs, timeout=900)
+    for (program, _, kernel, *_rest), result in zip(programs, results, strict=True):
+        assert bool(result["decoded"]) == (kernel != "fused")
+        if kernel == "xla":
             assert result["kernels"] == 0
-            assert result["decoded"]
             continue
         # Forward, recomputed forward (but for the last linear, whose output nothing needs), backward; tiles add none.
         # Decoding: the prompt, then one token at a time.
         assert result["kernels"] == (7 + 7 if program == "decoding" else 7 + 6 + 7)
         assert not result["moved"]
         assert not result["gathers"]
-        assert bool(result["decoded"]) == (kernel == "unfused")
         if program == "long_step":
             assert result["host_bytes"] == 30 * 8192 * 576 * 2  # the layers' inputs, bfloat16, once
             assert not result["host_computations"]

@@ -11,6 +11,7 @@ from fixtures import tiny_model
 from qlora_jax import models
 from qlora_jax.data import abstract_batch
 from qlora_jax.gpus import CHIPS
+from qlora_jax.nn.attention import Attention
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.planner import (
     BaseBytes,
@@ -19,11 +20,11 @@ from qlora_jax.planner import (
     Program,
     StepCost,
     bound,
-    causal_fraction,
     count_products,
     describe,
     longest_sequence,
     tree_bytes,
+    visible_fraction,
 )
 from qlora_jax.planner.search import COARSE, FINE, SWITCH, step_above
 from qlora_jax.quantization import QuantizationConfig
@@ -135,11 +136,12 @@ def test_products_of_a_training_step_follow_its_shapes(recomputed):
     assert 3 * scores <= found.batched <= 4 * scores
 
 
-@pytest.mark.parametrize(("queries", "window"), [(1, None), (7, None), (7, 3), (7, 1), (7, 50), (64, 16)])
-def test_the_visible_share_of_the_scores(queries, window):
-    reach = queries if window is None else window
-    seen = sum(1 for q in range(queries) for k in range(queries) if 0 <= q - k < reach)
-    assert causal_fraction(queries, window) == pytest.approx(seen / queries**2)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "window"), [(1, None), (7, None), (7, 3), (7, 1), (7, 50), (64, 16)])
+def test_the_visible_share_of_the_scores(length, window, causal):
+    facts = Attention(causal=causal, window=window)
+    seen = facts.visible(jnp.arange(length), jnp.arange(length)).sum()
+    assert visible_fraction(length, facts) == pytest.approx(float(seen) / length**2)
 
 
 def test_a_bound_is_what_takes_longest():

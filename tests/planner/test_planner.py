@@ -14,7 +14,7 @@ from qlora_jax.commands import plan as plan_command
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS
 from qlora_jax.planner import Phase, Program, StepCost, advice, comparison, planning
-from qlora_jax.planner.compiler import CompilationFailed, CompiledStep
+from qlora_jax.planner.compiler import AttentionKind, CompilationFailed, CompiledStep
 from qlora_jax.planner.planning import Planner, length_fields
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 
@@ -33,8 +33,8 @@ GIB = 2**30
 class FakeCompiler:
     """Memory linear in the tokens, in the rank, and in what a setting costs."""
 
-    def __init__(self, *, a_token=120_000, flash=True, cudnn=True, fails_above=None, offloaded=0):
-        self.a_token, self.flash, self.cudnn, self.fails_above = a_token, flash, cudnn, fails_above
+    def __init__(self, *, a_token=120_000, obstacle=None, cudnn=True, fails_above=None, offloaded=0):
+        self.a_token, self.obstacle, self.cudnn, self.fails_above = a_token, obstacle, cudnn, fails_above
         self.offloaded = offloaded
         self.asked: list[tuple[TrainConfig, int]] = []
 
@@ -52,7 +52,12 @@ class FakeCompiler:
         update = Program(0, 0, 0, 0, 0, 0, name="optimizer update")
         host = {"optimizer_host": state if on_host else 0, "offloaded_activations": offloaded}
         work = StepCost(tokens * config.gradient_accumulation_steps, 1e12, 1, 1)
-        return CompiledStep((Phase(program, resident), Phase(update, resident)), host, work, self.flash, self.cudnn)
+        rows = config.per_device_train_batch_size
+        kinds = (
+            AttentionKind(20, 512, (rows, 4, length, length), self.obstacle),
+            AttentionKind(6, None, (rows, 4, length, length), None if self.cudnn else self.obstacle),
+        )
+        return CompiledStep((Phase(program, resident), Phase(update, resident)), host, work, kinds, self.cudnn)
 
 
 def planner(gpu: str = "rtx4090", host_limit: int | None = None, **options: Any) -> tuple[Planner, FakeCompiler]:
@@ -154,13 +159,24 @@ def test_a_host_that_lacks_memory_is_advised_to_hold_less():
 
 
 def test_xla_attention_is_warned_of():
-    without, _ = planner(flash=False, cudnn=False)
-    (warning,) = without.plan(LEAN, 512).warnings
-    assert "pip install 'qlora-jax[plan]'" in warning
-    cannot, _ = planner(flash=False)
-    assert cannot.plan(LEAN, 512).warnings != (warning,)
     assert not planner()[0].plan(LEAN, 512).warnings
-    assert f"Note: {warning}" in planning.describe_run(without.plan(LEAN, 512))
+    without, _ = planner(obstacle="cuDNN is not detected.", cudnn=False)
+    planned = without.plan(LEAN, 512)
+    local, full = planned.warnings
+    assert local == (
+        "Attention of 20 of 26 layers was compiled as XLA's, which keeps float32 scores [1 x 4 x 512 x 512], 4.0 MiB "
+        "at a time, because cuDNN is not installed here; a GPU run has cuDNN's, which keeps none: "
+        "pip install 'qlora-jax[plan]'."
+    )
+    assert full.startswith("Attention of 6 of 26 layers was compiled as XLA's")
+    assert f"Note: {local}" in planning.describe_run(planned)
+    assert (
+        without.plan(dataclasses.replace(LEAN, bf16=False), 512).warnings[0].endswith("cannot: cuDNN is not detected.")
+    )
+    cannot, _ = planner(obstacle="The head dim must be <= 128.")
+    (warning,) = cannot.plan(LEAN, 512).warnings
+    assert warning.startswith("Attention of 20 of 26 layers is XLA's, which keeps float32 scores ")
+    assert warning.endswith("; cuDNN cannot: The head dim must be <= 128.")
 
 
 def test_more_positions_than_the_model_has_are_noted():
