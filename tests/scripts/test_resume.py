@@ -203,6 +203,7 @@ def leave_room_for_two_thirds(patch):
     patch.setattr(finetuning, "device_limit", lambda device: 1)
 
 
+@pytest.mark.e2e
 def test_chunks_that_change_their_place_are_logged_at_their_step(place, monkeypatch):
     assert run_in_process(resumable_flags(place, "told", INSIDE | {"max_steps": 2, "optim_placement": "host"})) == 0
     with monkeypatch.context() as patch:
@@ -217,6 +218,7 @@ def test_chunks_that_change_their_place_are_logged_at_their_step(place, monkeypa
     assert told[5]["paged_bytes"] == 2 * 2 * told[3]["optimizer_on_host_bytes"]  # of steps 4 and 5, both ways
 
 
+@pytest.mark.e2e
 def test_resumed_in_another_placement_is_bit_identical(place, inside, monkeypatch):
     """The state moves from host to device to wherever there is room; `inside` had it on the device all along."""
     parts = (
