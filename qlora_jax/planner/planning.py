@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from qlora_jax import models
 from qlora_jax.formatting import format_bytes
 from qlora_jax.gpus import CHIPS, Chip
 from qlora_jax.nn.long_sequence import tile_size
@@ -168,7 +167,7 @@ class Planner:
         if key not in self._known:
             compiled = self.compile_step(config, self.model_config, length)
             plan = Plan(self.chip, compiled.phases, compiled.host, self.host_limit)
-            positions = models.model_config(self.model_config).max_position_embeddings
+            positions = self.model_config.get("max_position_embeddings")
             self._known[key] = StepPlan(config, length, plan, compiled, positions)
         return self._known[key]
 
