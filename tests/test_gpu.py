@@ -39,6 +39,7 @@ def test_training_on_the_gpu_follows_the_cpu(dtype, tolerance, remat):
     np.testing.assert_allclose(losses_on(jax.devices("gpu")[0], dtype, remat), cpu, rtol=tolerance)
 
 
+@pytest.mark.e2e
 def test_losses_on_a_device():
     """The comparison above, as far as a CPU goes: bfloat16 follows float32 within the same tolerance."""
     cpu = jax.devices("cpu")[0]

@@ -110,6 +110,7 @@ def inside(place, compiled):
     return place / "inside"
 
 
+@pytest.mark.e2e
 def test_killed_at_any_operation_on_the_disk_and_resumed_is_bit_identical(
     place, inside, monkeypatch, compiled_once, rng, capsys
 ):

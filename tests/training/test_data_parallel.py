@@ -48,6 +48,7 @@ def run():
     return lambda *arguments: call("test_data_parallel:losses_and_adapters", *arguments, environment=environment)
 
 
+@pytest.mark.e2e
 def test_two_devices_train_as_one(run):
     (losses, adapters), (losses_of_one, adapters_of_one) = run(2, 0.0), run(1, 0.0)
     np.testing.assert_allclose(losses, losses_of_one, rtol=1e-5)
