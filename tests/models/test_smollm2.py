@@ -85,7 +85,7 @@ def test_training_losses_follow_the_reference_stack(run, tolerance, smollm2):
     assert np.mean(np.abs(np.array(losses[1:]) / untrained - 1) > tolerance) > 0.8
 
 
-@pytest.mark.e2e
+@pytest.mark.slow  # of wall time
 def test_first_step_on_a_converted_model_within_30_seconds(smollm2, tmp_path):
     convert = [sys.executable, str(SCRIPTS / "convert.py"), str(smollm2), str(tmp_path / "base"), "--dtype", "float32"]
     subprocess.run(convert, check=True, capture_output=True)
