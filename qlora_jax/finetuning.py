@@ -106,8 +106,8 @@ def finetune(config: TrainConfig) -> Result:
             trainer.evaluate(0)
         after = before
         if config.do_train:
-            contents = model.base.config.source
-            with memory_advice(directory, functools.partial(planned_advice, config, model_config=contents)):
+            advise = functools.partial(planned_advice, config, model_config=model.base.config)
+            with memory_advice(directory, advise):
                 finished = trainer.train()
             if not finished:
                 return Result(summarize(trainer), [], interrupted=True)

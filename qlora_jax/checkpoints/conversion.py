@@ -140,7 +140,7 @@ def _check_space(staging: Path, output: Path, needed: int) -> None:
 def _write_companions(source: TensorSource, directory: Path) -> None:
     """Write config.json and the tokenizer's files; for GGUF both are made from its metadata."""
     if isinstance(source, GGUFSource):
-        (directory / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
+        (directory / "config.json").write_text(json.dumps(source.config.source, indent=2) + "\n", encoding="utf-8")
         tokenizer_from_gguf(source.metadata, source.path).save_pretrained(directory)
         return
     for name in COMPANION_FILES:

@@ -18,7 +18,7 @@ from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
 from qlora_jax.errors import UserError
 from qlora_jax.files import damaged_file, reason
-from qlora_jax.models import TensorSpec
+from qlora_jax.models import TensorSpec, model_config
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 
 
@@ -27,7 +27,7 @@ class ConvertedBase:
 
     Attributes:
         path: the directory.
-        config: contents of config.json.
+        config: read from config.json.
         description: one line for people.
 
     Raises:
@@ -38,7 +38,7 @@ class ConvertedBase:
         self.path = Path(os.path.abspath(path))  # orbax takes no other
         self._dtype = dtype
         self._manifest: Manifest = read_manifest(self.path)
-        self.config = read_json_object(self.path / "config.json", CONVERT_AGAIN)
+        self.config = model_config(read_json_object(self.path / "config.json", CONVERT_AGAIN))
         stored = self._manifest.quantization
         if _describe(stored) != _describe(quantization):
             raise UserError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.gguf_file import Entry, check_readable, read_header, read_tensor
 from qlora_jax.errors import UserError
-from qlora_jax.models import FAMILIES, GGUF, Name, names
+from qlora_jax.models import FAMILIES, GGUF, Name, model_config, names
 
 _ROPE_FREQS = "rope_freqs.weight"
 _LEAVES = (".weight", ".bias")
@@ -60,7 +60,7 @@ class GGUFSource:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metadata, entries = read_header(self.path)
-        self.config: dict[str, Any] = _Metadata(self.path, self.metadata, entries).config()
+        self.config = model_config(_Metadata(self.path, self.metadata, entries).config())
         table = {name.gguf: name for name in names(self.config) if name.gguf}
         self._entries: dict[str, Entry] = {}
         self._layouts: dict[str, str] = {}
@@ -98,7 +98,7 @@ class GGUFSource:
         self.check_readable(name)
         array = read_tensor(self.path, self._entries[name])
         if self._layouts[name] == "interleaved_heads":
-            return _half_split(array, self.config["head_dim"])
+            return _half_split(array, self.config.head_dim)
         if self._layouts[name] == "plus_one":
             return array.astype(np.float32) - np.float32(1)
         return array

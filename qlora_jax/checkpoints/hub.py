@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, write_errors
-from qlora_jax.models import PRESETS
+from qlora_jax.models import PRESETS, DecoderConfig, model_config
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def resolve_model(name_or_path: str | Path, *, weights: bool = True) -> Path:
     return directory
 
 
-def resolve_config(name_or_path: str | Path) -> dict[str, Any]:
+def resolve_config(name_or_path: str | Path) -> DecoderConfig:
     """Read a model's config.json, wherever the model is; its weights are neither needed nor fetched.
 
     Args:
@@ -88,17 +88,22 @@ def resolve_config(name_or_path: str | Path) -> dict[str, Any]:
             fetched), or a name of `qlora_jax.models.PRESETS`.
 
     Raises:
-        UserError: there is no such model, or its config.json cannot be read.
+        UserError: there is no such model, or its config.json cannot be read or is not supported.
     """
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return open_source(path).config
+    return model_config(_config_contents(path, name))
+
+
+def _config_contents(path: Path, name: str) -> Mapping[str, Any]:
+    """Read config.json from a directory, a file, a preset or the hub."""
     if path.is_dir():
         return read_json_object(path / "config.json", "give a model directory, or the config.json itself")
-    if path.suffix.lower() == ".gguf" and path.exists():
-        return open_source(path).config
     if path.is_file():
         return read_json_object(path, "give a config.json")
     if name in PRESETS:
-        return dict(PRESETS[name])
+        return PRESETS[name]
     if not _is_hub_id(name):
         raise UserError(
             f"{name} is neither a file nor a directory; give a config.json, a model directory, a hub id, or one of "
@@ -108,7 +113,7 @@ def resolve_config(name_or_path: str | Path) -> dict[str, Any]:
         return read_json_object(_config_from_hub(name), DOWNLOAD_AGAIN)
     except _HubUnreachable as error:
         if name == DEFAULT_MODEL:
-            return dict(PRESETS["smollm2-135m"])
+            return PRESETS["smollm2-135m"]
         raise UserError(
             f"{name} is no local path and the Hugging Face hub cannot be reached ({error}); give its config.json, or "
             f"one of {', '.join(PRESETS)}."

@@ -25,7 +25,7 @@ from qlora_jax.checkpoints.streaming import (
     describe,
     stream_tensors,
 )
-from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, model_config
+from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors
 from qlora_jax.quantization import QuantizationConfig
 
 
@@ -73,12 +73,12 @@ def load_base(
     path = Path(path)
     if is_converted(path):
         converted = ConvertedBase(path, quantization, dtype)
-        config, description = model_config(converted.config), converted.description
+        config, description = converted.config, converted.description
         specs = base_tensors(config)
         chunks = converted.chunks(specs, progress)
     else:
         source = open_source(path)
-        config, description = model_config(source.config), describe(source)
+        config, description = source.config, describe(source)
         specs = base_tensors(config)
         check_source(source, specs, quantization)
         chunks = _source_chunks(source, specs, quantization, dtype, progress)

@@ -83,7 +83,7 @@ class AdapterConfig:
 class _Names:
     """Our path and PEFT's name of every linear in a model's layers."""
 
-    def __init__(self, model: models.Config):
+    def __init__(self, model: models.DecoderConfig):
         family, table = models.family_of(model), models.names(model)
         linears = {name for group in family.lora_groups.values() for name in group}
         # Modules of the layers, by what they are called on either side; files may also use the checkpoint's name.
@@ -91,7 +91,7 @@ class _Names:
         self.task_type = family.peft_task
         self.to_peft = {tuple(name.ours.split(".")): name.peft for name in inside}
         self.to_ours = {template: tuple(name.ours.split(".")) for name in inside for template in (name.hf, name.peft)}
-        self._other_parts = family.other_parts(models.model_config(model))
+        self._other_parts = family.other_parts(model)
 
     def targets(self, modules: list[tuple[str, ...]]) -> list[str] | str:
         """Say which linears have matrices: last names, or a regular expression where other parts have the same."""
@@ -105,7 +105,7 @@ def save_adapter(
     directory: str | os.PathLike[str],
     lora: Mapping[tuple[str, ...], Any],
     config: AdapterConfig,
-    model: models.Config,
+    model: models.DecoderConfig,
 ) -> Path:
     """Write an adapter that PEFT's `PeftModel.from_pretrained` loads, float32, and check it by reading it back.
 
@@ -153,7 +153,7 @@ def save_adapter(
 
 
 def load_adapter(
-    directory: str | os.PathLike[str], model: models.Config
+    directory: str | os.PathLike[str], model: models.DecoderConfig
 ) -> tuple[dict[tuple[str, ...], np.ndarray], AdapterConfig]:
     """Read a PEFT LoRA adapter.
 

@@ -21,7 +21,7 @@ from qlora_jax.checkpoints.model_files import (
     read_json_object,
 )
 from qlora_jax.errors import UserError
-from qlora_jax.models import family_of
+from qlora_jax.models import family_of, model_config
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -72,9 +72,8 @@ class SafetensorsSource:
 
     def __init__(self, directory: str | Path):
         self.path = Path(directory)
-        self.config: dict[str, Any] = read_json_object(
-            self.path / "config.json", "a Hugging Face model directory has one"
-        )
+        contents = read_json_object(self.path / "config.json", "a Hugging Face model directory has one")
+        self.config = model_config(contents)
         self._entries = self._under_the_familys_names(self._read_headers())
         dtypes = sorted({entry.dtype for entry in self._entries.values()})
         self.description = f"Hugging Face safetensors directory {self.path} ({', '.join(dtypes)})"

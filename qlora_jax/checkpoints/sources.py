@@ -1,7 +1,7 @@
 """Sources of base weights: one tensor at a time, under Hugging Face names, whatever the file format."""
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.model_files import PICKLE_SUFFIXES, pickle_refusal
 from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
 from qlora_jax.errors import UserError
+from qlora_jax.models import DecoderConfig
 
 
 @runtime_checkable
@@ -18,12 +19,12 @@ class TensorSource(Protocol):
 
     Attributes:
         path: the directory or file.
-        config: Hugging Face `config.json` contents (for GGUF: the same keys, made from its metadata).
+        config: read from config.json (for GGUF: from one that is made of its metadata).
         description: one line for people: format, path and anything to know about the precision of the weights.
     """
 
     path: Path
-    config: dict[str, Any]
+    config: DecoderConfig
     description: str
 
     def names(self) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def check_source(source: TensorSource, specs: list[TensorSpec], quantization: Qu
     extra = sorted(present - {spec.name for spec in specs} - {name for name in present if ignored.fullmatch(name)})
     if extra:
         raise UserError(
-            f"{source.location(extra[0])} holds {_listing(extra)} that a {source.config['architectures'][0]} with "
+            f"{source.location(extra[0])} holds {_listing(extra)} that a {source.config.architecture} with "
             f"this config.json does not have; leaving them out would make another model, so check that config and "
             f"weights belong together."
         )

@@ -1,4 +1,7 @@
-"""Model families, found by the `architectures` field of a Hugging Face config.json."""
+"""Model families, found by the `architectures` field of a Hugging Face config.json.
+
+`model_config` reads the contents of a config.json once; what it returns travels, and everything else here takes that.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -28,7 +31,6 @@ __all__ = [
     "FAMILIES",
     "GGUF",
     "PRESETS",
-    "Config",
     "DecoderConfig",
     "Family",
     "Name",
@@ -54,21 +56,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 """Hugging Face architecture -> family."""
 
-Config = DecoderConfig | Mapping[str, Any]
-"""A typed configuration, or the contents of config.json that it is read from."""
 
-
-def _source(config: Config) -> Mapping[str, Any]:
-    return config.source if isinstance(config, DecoderConfig) else config
-
-
-def family_of(config: Config) -> Family:
-    """Return the family of a model.
+def model_config(contents: Mapping[str, Any]) -> DecoderConfig:
+    """Read the contents of a config.json.
 
     Raises:
-        UserError: config.json names no architecture, or one that is not implemented; lists those that are.
+        UserError: it names no architecture, or one that is not implemented (lists those that are), or has a field that
+            is not supported (names it).
     """
-    architectures = _source(config).get("architectures") or []
+    architectures = contents.get("architectures") or []
     if not isinstance(architectures, list | tuple) or [type(name) for name in architectures] != [str]:
         raise UserError(f"config.json: architectures must name one architecture, not {architectures!r}.")
     if architectures[0] not in FAMILIES:
@@ -76,26 +72,27 @@ def family_of(config: Config) -> Family:
             f"config.json: architecture {architectures[0]!r} is not supported; supported are {', '.join(FAMILIES)}. "
             "docs/adding_a_model.md shows how to add one."
         )
-    return FAMILIES[architectures[0]]
+    config: DecoderConfig = FAMILIES[architectures[0]].config(contents)
+    return config
 
 
-def model_config(config: Config) -> DecoderConfig:
-    """Typed configuration from the contents of config.json; UserError names any field that is not supported."""
-    return config if isinstance(config, DecoderConfig) else family_of(config).config(config)
+def family_of(config: DecoderConfig) -> Family:
+    """Return the family of a model."""
+    return FAMILIES[config.architecture]
 
 
-def abstract_model(config: Config, qlora: QLoRAConfig) -> DecoderLM:
+def abstract_model(config: DecoderConfig, qlora: QLoRAConfig) -> DecoderLM:
     """The model without its weights: every leaf of its variables is a `jax.ShapeDtypeStruct`."""
-    model: Any = family_of(config).model(model_config(config), qlora)
+    model: Any = family_of(config).model(config, qlora)
     return model
 
 
-def names(config: Config) -> tuple[Name, ...]:
+def names(config: DecoderConfig) -> tuple[Name, ...]:
     """Names of the model's modules in every format."""
-    return family_of(config).names(model_config(config))
+    return family_of(config).names(config)
 
 
-def base_tensors(config: Config) -> list[TensorSpec]:
+def base_tensors(config: DecoderConfig) -> list[TensorSpec]:
     """Every base tensor of the model, one per layer, in the order a checkpoint is read: embedding, layers, the rest."""
     bare = QLoRAConfig(quantization=QuantizationConfig(quant_type="none"))
     frozen: nnx.State
@@ -103,13 +100,13 @@ def base_tensors(config: Config) -> list[TensorSpec]:
     return tensor_specs(frozen, names(config))
 
 
-def ignored_tensors(config: Config) -> tuple[str, ...]:
+def ignored_tensors(config: DecoderConfig) -> tuple[str, ...]:
     """Regular expressions of checkpoint tensors that may be present and carry nothing the model needs."""
     family = family_of(config)
-    return (*family.ignored(model_config(config)), *family.skipped)
+    return (*family.ignored(config), *family.skipped)
 
 
-def lora_modules(config: Config, selection: str) -> tuple[str, ...]:
+def lora_modules(config: DecoderConfig, selection: str) -> tuple[str, ...]:
     """Names of the linears that `all`, `attention`, `mlp` or a comma-separated list of names selects.
 
     `all` is every linear but the head (QLoRA section 4: adapters on all layers are needed to match 16-bit tuning).

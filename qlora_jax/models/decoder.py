@@ -30,12 +30,14 @@ class DecoderConfig:
     """Shapes and constants of one decoder-only model; field names follow Hugging Face's config.json.
 
     Attributes:
+        architecture: Hugging Face's class, which tells the family, see `qlora_jax.models.family_of`.
         attentions: the attention of each layer.
         rotary: (name, table) of the rotary tables that attentions name.
         eos_token_ids: tokens that end a sequence.
         source: the contents of config.json that this was read from.
     """
 
+    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -65,6 +67,7 @@ def shared_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
         fields: what `hf_config.decoder_fields` made of it, or of its text part.
     """
     names = {field.name for field in dataclasses.fields(DecoderConfig)} - {
+        "architecture",
         "attentions",
         "rotary",
         "eos_token_ids",
@@ -72,6 +75,7 @@ def shared_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
     }
     return {
         **{name: fields[name] for name in names},
+        "architecture": config["architectures"][0],
         "rms_norm_eps": float(fields["rms_norm_eps"]),
         "eos_token_ids": eos_token_ids(config),
         "source": config,

@@ -1,8 +1,6 @@
 """Advice for a run whose step ran out of device memory: its plan, and settings that would need less."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -10,6 +8,7 @@ from qlora_jax import gpus
 from qlora_jax.device_memory import device_limit, pinned_limit
 from qlora_jax.errors import UserError
 from qlora_jax.formatting import format_bytes
+from qlora_jax.models import DecoderConfig
 from qlora_jax.planner.planning import Planner, describe_run
 from qlora_jax.training.config import TrainConfig
 
@@ -32,7 +31,7 @@ def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
     return [*advice, f"lower {source} shorten the rows, here of {length} tokens"]
 
 
-def planned_advice(config: TrainConfig, shape: tuple[int, ...], *, model_config: Mapping[str, Any]) -> list[str]:
+def planned_advice(config: TrainConfig, shape: tuple[int, ...], *, model_config: DecoderConfig) -> list[str]:
     """Plan a step on a batch [A, B, S] for the GPU that is here, and find settings that fit; one line each.
 
     Where no plan can be made (a GPU without a data sheet here, no compiler beside the one that runs) the lines are the

@@ -9,6 +9,7 @@ from typing import Any
 from qlora_jax.errors import UserError
 from qlora_jax.formatting import format_bytes, table
 from qlora_jax.gpus import CHIPS, Chip
+from qlora_jax.models import DecoderConfig
 from qlora_jax.planner.planning import Advice, Planner, StepPlan, describe_longest, describe_run
 from qlora_jax.planner.search import Longest
 from qlora_jax.training.config import TrainConfig
@@ -20,7 +21,7 @@ class Request:
 
     Attributes:
         model: what the model is called, for people.
-        model_config: contents of its config.json.
+        model_config: its shapes and constants.
         config: of the run.
         length: tokens of a sequence.
         find_longest: also find the longest sequence that fits.
@@ -29,7 +30,7 @@ class Request:
     """
 
     model: str
-    model_config: Mapping[str, Any]
+    model_config: DecoderConfig
     config: TrainConfig
     length: int
     find_longest: bool = False

@@ -174,12 +174,12 @@ class _StepBytes:
         return {"optimizer_host": self.optimizer_host, "offloaded_activations": self.offloaded}
 
 
-def compile_step(config: TrainConfig, model_config: Mapping[str, Any], chip: gpus.Chip, length: int) -> CompiledStep:
+def compile_step(config: TrainConfig, model_config: models.DecoderConfig, chip: gpus.Chip, length: int) -> CompiledStep:
     """Compile the training step of a run for one GPU, in this process.
 
     Args:
         config: the run; its micro-batch, accumulation and all else that shapes the step count.
-        model_config: contents of the model's config.json.
+        model_config: the model's shapes and constants.
         chip: the GPU.
         length: tokens of a sequence.
 
@@ -218,7 +218,7 @@ def compile_step(config: TrainConfig, model_config: Mapping[str, Any], chip: gpu
 
 
 def _declare(
-    config: TrainConfig, model_config: Mapping[str, Any], length: int, chip: gpus.Chip | None = None
+    config: TrainConfig, model_config: models.DecoderConfig, length: int, chip: gpus.Chip | None = None
 ) -> _Declared:
     """Declare a run's step for a GPU; without one, for this machine's CPU."""
     platform = None if chip is None else _PLATFORM
@@ -255,17 +255,16 @@ def _gradients(declared: _Declared, chip: gpus.Chip, dumped: str) -> Program:
 
 
 def _attentions(
-    config: TrainConfig, model_config: Mapping[str, Any], shape: tuple[int, int, int], chip: gpus.Chip
+    config: TrainConfig, model_config: models.DecoderConfig, shape: tuple[int, int, int], chip: gpus.Chip
 ) -> tuple[AttentionKind, ...]:
     """Ask of every kind of attention of a model if cuDNN can do it on a GPU."""
     (_, rows, length), dtype = shape, setup.compute_dtype(config, _PLATFORM)
-    model = models.model_config(model_config)
-    heads, kv_heads, width = model.heads
+    heads, kv_heads, width = model_config.heads
     q, k = (jax.ShapeDtypeStruct((rows, length, n, width), dtype) for n in (heads, kv_heads))
     mask = jax.ShapeDtypeStruct((rows, 1, length, length), jnp.bool_) if config.packing else None
     scores = (rows, heads // head_groups(rows * length, heads, kv_heads), length, length)
     found = []
-    for facts, layers in collections.Counter(model.attentions).items():
+    for facts, layers in collections.Counter(model_config.attentions).items():
         with gpus.tracing_for(chip):
             obstacle = cudnn_obstacle(q, k, k, facts, mask)
         found.append(AttentionKind(layers, facts.window, scores, obstacle))
@@ -296,7 +295,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def _least_work(
-    config: TrainConfig, model_config: Mapping[str, Any], shape: tuple[int, int, int], memory: _StepBytes
+    config: TrainConfig, model_config: models.DecoderConfig, shape: tuple[int, int, int], memory: _StepBytes
 ) -> StepCost:
     """Count the products of a step in its XLA form, and every byte that it needs once a pass.
 
@@ -306,7 +305,7 @@ def _least_work(
     accumulated, rows, length = shape
     products = _products_of_a_micro_batch(config, model_config, length)
     # XLA's products are as large for every attention; a mean over them is what they need.
-    attentions = models.model_config(model_config).attentions
+    attentions = model_config.attentions
     visible = sum(visible_fraction(length, facts) for facts in attentions) / len(attentions)
     weights = _passes(config) * (memory.base.linears + memory.adapters) + memory.base.head
     state = memory.optimizer_device + memory.optimizer_host
@@ -324,7 +323,7 @@ def _passes(config: TrainConfig) -> int:
     return 2 if config.remat_policy == "none" else 3
 
 
-def _products_of_a_micro_batch(config: TrainConfig, model_config: Mapping[str, Any], length: int) -> MatmulFlops:
+def _products_of_a_micro_batch(config: TrainConfig, model_config: models.DecoderConfig, length: int) -> MatmulFlops:
     # In float32 attention is XLA's too, whatever is installed.
     portable = dataclasses.replace(config, kernel="xla", bf16=False, gradient_accumulation_steps=1)
     declared = _declare(portable, model_config, length)
@@ -333,7 +332,7 @@ def _products_of_a_micro_batch(config: TrainConfig, model_config: Mapping[str, A
     )
     # The only loop without a stated number of iterations: chunks of trained tokens.
     tokens = math.prod(declared.shape)
-    chunk = min(losses.default_chunk(models.model_config(model_config).vocab_size), tokens)
+    chunk = min(losses.default_chunk(model_config.vocab_size), tokens)
     return count_products(traced.jaxpr, trips=tokens / chunk)
 
 
@@ -366,14 +365,19 @@ class Compiler:
                 pass
             self._child = None
 
-    def __call__(self, config: TrainConfig, model_config: Mapping[str, Any], length: int) -> CompiledStep:
+    def __call__(self, config: TrainConfig, model_config: models.DecoderConfig, length: int) -> CompiledStep:
         """Do what `compile_step` does for this GPU, in the child.
 
         Raises:
             UserError: as `compile_step`; CompilationFailed if the compiler refused the program or ended its process.
         """
         child = self._started()
-        request = {"config": dataclasses.asdict(config), "model": model_config, "gpu": self.chip.name, "length": length}
+        request = {
+            "config": dataclasses.asdict(config),
+            "model": model_config.source,
+            "gpu": self.chip.name,
+            "length": length,
+        }
         assert child.stdin is not None and child.stdout is not None
         try:
             child.stdin.write(json.dumps(request) + "\n")
@@ -431,7 +435,8 @@ class Compiler:
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config = TrainConfig(**request["config"])
-        compiled = compile_step(config, request["model"], gpus.chip_named(request["gpu"]), request["length"])
+        model_config = models.model_config(request["model"])
+        compiled = compile_step(config, model_config, gpus.chip_named(request["gpu"]), request["length"])
     except UserError as error:
         return {"error": str(error)}
     except (RuntimeError, ValueError, OverflowError, NotImplementedError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_jax.formatting import format_bytes
 from qlora_jax.gpus import CHIPS, Chip
+from qlora_jax.models import DecoderConfig
 from qlora_jax.nn.long_sequence import tile_size
 from qlora_jax.planner import Allowance, Bound, Longest, Plan, bound, describe, describe_bound, longest_sequence
 from qlora_jax.planner.compiler import AttentionKind, CompilationFailed, CompiledStep, Compiler
@@ -26,14 +27,14 @@ class StepPlan:
         length: tokens of a sequence.
         plan: bytes.
         compiled: the compiled step.
-        positions: the model's own longest context, by its config.json; None if it does not say.
+        positions: the model's own longest context, by its config.json.
     """
 
     config: TrainConfig
     length: int
     plan: Plan
     compiled: CompiledStep
-    positions: int | None = None
+    positions: int
 
     @property
     def bound(self) -> Bound:
@@ -51,7 +52,7 @@ class StepPlan:
     def warnings(self) -> tuple[str, ...]:
         """Sentences that limit the plan's validity, or name a cost that another setting would not have."""
         found = []
-        if self.positions is not None and self.length > self.positions:
+        if self.length > self.positions:
             found.append(
                 f"config.json gives the model {self.positions:,} positions; the plan counts the memory of more, and "
                 "says nothing of what the model makes of them."
@@ -135,7 +136,7 @@ class Planner:
 
     Args:
         chip: the GPU.
-        model_config: contents of the model's config.json.
+        model_config: the model's shapes and constants.
         compile_step: compiles a step, see `Compiler`.
         host_limit: bytes of pinned host memory that may be used; None for no limit.
     """
@@ -143,8 +144,8 @@ class Planner:
     def __init__(
         self,
         chip: Chip,
-        model_config: Mapping[str, Any],
-        compile_step: Callable[[TrainConfig, Mapping[str, Any], int], CompiledStep],
+        model_config: DecoderConfig,
+        compile_step: Callable[[TrainConfig, DecoderConfig, int], CompiledStep],
         host_limit: int | None = None,
     ):
         self.chip, self.model_config, self.compile_step, self.host_limit = chip, model_config, compile_step, host_limit
@@ -152,7 +153,7 @@ class Planner:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, chip: Chip, model_config: Mapping[str, Any], *, host_limit: int | None = None) -> Iterator["Planner"]:
+    def open(cls, chip: Chip, model_config: DecoderConfig, *, host_limit: int | None = None) -> Iterator["Planner"]:
         """Make a planner with a compiler of its own, a child process that ends with the context."""
         with Compiler(chip) as compiler:
             yield cls(chip, model_config, compiler, host_limit)
@@ -167,7 +168,7 @@ class Planner:
         if key not in self._known:
             compiled = self.compile_step(config, self.model_config, length)
             plan = Plan(self.chip, compiled.phases, compiled.host, self.host_limit)
-            positions = self.model_config.get("max_position_embeddings")
+            positions = self.model_config.max_position_embeddings
             self._known[key] = StepPlan(config, length, plan, compiled, positions)
         return self._known[key]
 

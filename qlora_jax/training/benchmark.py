@@ -22,9 +22,9 @@ from qlora_jax.training.step import TrainState, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The shapes of a model and of the batch [B, S] that it is timed on."""
+    """The model, as contents of config.json, and the shape of the batch [B, S] that it is timed on."""
 
-    config: Mapping[str, Any]
+    contents: Mapping[str, Any]
     batch: int
     sequence: int
 
@@ -56,7 +56,8 @@ def linear_layers(presets: Iterable[str]) -> dict[tuple[int, int], str]:
     """
     found: dict[tuple[int, int], str] = {}
     for preset in presets:
-        _, _, frozen = models.split_model(models.abstract_model(models.PRESETS[preset], QLoRAConfig()))
+        model = models.abstract_model(models.model_config(models.PRESETS[preset]), QLoRAConfig())
+        _, _, frozen = models.split_model(model)
         layers: dict[tuple[int, int], list[str]] = {}
         for path, weight in models.flatten(frozen).items():
             if isinstance(weight, QuantizedTensor):
@@ -119,7 +120,7 @@ def time_step(
         steps: timed steps, after one that compiles and `warmup` more.
         warmup: steps run before the timed ones.
     """
-    config = workload.config
+    config = models.model_config(workload.contents)
     lora_config = LoRAConfig(rank, float(rank), 0.0, models.lora_modules(config, "all"))
     precision = QLoRAConfig(quantization, dtype, lora_config, kernel)
     graphdef, lora, frozen = models.split_model(models.abstract_model(config, precision))
@@ -130,7 +131,7 @@ def time_step(
     step_config = StepConfig(remat=remat, max_grad_norm=defaults.max_grad_norm)
     train_step = make_train_step(graphdef, optimizer, step_config)
     shape = (1, workload.batch, workload.sequence)
-    ids = np.random.default_rng(1).integers(0, config["vocab_size"], shape, np.int32)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, shape, np.int32)
     positions = jnp.broadcast_to(jnp.arange(workload.sequence, dtype=jnp.int32), shape)
     batch = {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(ids), "positions": positions}
     seconds = []

@@ -1,7 +1,7 @@
 """From a configuration to a model and a training step, without weights: what a run trains, and what a plan compiles."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ class Adapters:
     tensors: dict[Any, Any] | None
 
 
-def find_adapters(config: TrainConfig, model_config: Mapping[str, Any]) -> Adapters:
+def find_adapters(config: TrainConfig, model_config: models.DecoderConfig) -> Adapters:
     """Resolve the adapters that a configuration asks for.
 
     Raises:
@@ -93,7 +93,7 @@ class ModelParts:
     rules: ShardingRules = REPLICATED
 
 
-def declare_model(config: TrainConfig, model_config: Mapping[str, Any], lora: LoRAConfig, dtype: Any) -> ModelParts:
+def declare_model(config: TrainConfig, model_config: models.DecoderConfig, lora: LoRAConfig, dtype: Any) -> ModelParts:
     """Declare the model that a configuration asks for; every leaf is a `jax.ShapeDtypeStruct`."""
     rules = sharding_rules(config)
     qlora = QLoRAConfig(quantization_config(config), dtype, lora, config.kernel, rules)

@@ -34,7 +34,7 @@ def test_safetensors_round_trip(tmp_path: Path, dtype: str, shards: int):
     for name, tensor in tensors.items():
         assert (source.shape(name), source.dtype(name)) == (tensor.shape, dtype)
         assert equal(source.read(name), tensor)
-    assert source.config == LLAMA
+    assert source.config.source == LLAMA
     assert {spec.name for spec in models.base_tensors(source.config)} == set(tensors)
 
 
@@ -55,7 +55,7 @@ def test_safetensors_round_trip(tmp_path: Path, dtype: str, shards: int):
     ],
 )
 def test_damaged_safetensors(tmp_path: Path, header: Any, data: bytes, message: str):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     write_raw_safetensors(tmp_path / "model.safetensors", header, data)
     with pytest.raises(UserError, match=message) as error:
         open_source(tmp_path)
@@ -122,6 +122,8 @@ def test_not_a_safetensors_directory(tmp_path: Path):
     refused(r"config\.json is not valid JSON")
     (tmp_path / "config.json").write_text("[]")
     refused("does not hold a JSON object")
+    (tmp_path / "config.json").write_text("{}")
+    refused("architectures must name one architecture")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     refused("holds neither model.safetensors nor")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
@@ -146,15 +148,15 @@ def test_gguf_round_trip(tmp_path: Path):
     for name, tensor in tensors.items():
         assert equal(source.read(name), tensor), name
     wanted = {key: value for key, value in LLAMA.items() if not key.endswith("_token_id")}
-    assert {key: source.config[key] for key in wanted} == wanted
+    assert {key: source.config.source[key] for key in wanted} == wanted
     assert {spec.name for spec in models.base_tensors(source.config)} == set(tensors)
 
 
 def test_gguf_ties_embeddings_without_an_output_tensor(tmp_path: Path):
     config = {**LLAMA, "tie_word_embeddings": True, "attention_bias": False}
     source = open_source(write_gguf(tmp_path / "m.gguf", config, random_tensors(config)))
-    assert source.config["tie_word_embeddings"] is True
-    assert source.config["attention_bias"] is False
+    assert source.config.source["tie_word_embeddings"] is True
+    assert source.config.source["attention_bias"] is False
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_1", "BF16", "F16"])
@@ -178,14 +180,14 @@ def test_gguf_rope_scaling(tmp_path: Path):
     tensors = random_tensors(LLAMA)
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     source = open_source(write_gguf(tmp_path / "linear.gguf", LLAMA, tensors, extra=linear))
-    assert source.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert source.config.source["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     yarn = {
         "llama.rope.scaling.type": "yarn",
         "llama.rope.scaling.factor": 8.0,
         "llama.rope.scaling.original_context_length": 64,
     }
     source = open_source(write_gguf(tmp_path / "yarn.gguf", LLAMA, tensors, extra=yarn))
-    assert source.config["rope_scaling"] == {
+    assert source.config.source["rope_scaling"] == {
         "rope_type": "yarn",
         "factor": 8.0,
         "original_max_position_embeddings": 64,
@@ -201,7 +203,7 @@ def test_gguf_llama3_scaling_is_recognised_from_its_divisors(tmp_path: Path):
     divisors = np.where(wavelength < 8192 / 4, 1.0, np.where(wavelength > 8192, 8.0, 1 / ((1 - smooth) / 8.0 + smooth)))
     tensors = {**random_tensors(config), "rope_freqs.weight": divisors.astype(np.float32)}
     source = open_source(write_gguf(tmp_path / "m.gguf", config, tensors))
-    assert source.config["rope_scaling"] == {
+    assert source.config.source["rope_scaling"] == {
         "rope_type": "llama3",
         "factor": 8.0,
         "low_freq_factor": 1.0,

@@ -89,7 +89,7 @@ def direct(source: Path) -> Callable[[QuantizationConfig], LoadedBase]:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
 def test_loaded_equals_quantised_tensor_by_tensor(direct: Any, config: QuantizationConfig):
     tensors, model = random_tensors(LLAMA), direct(config)
-    for spec in models.base_tensors(LLAMA):
+    for spec in models.base_tensors(models.model_config(LLAMA)):
         value = model.tensors[spec.path]
         if spec.layer is not None:
             value = jax.tree.map(lambda leaf, layer=spec.layer: leaf[layer], value)
@@ -123,7 +123,7 @@ def test_converted_equals_loaded(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tensors_fill_the_model(source: Path, dtype: str):
     loaded = load_base(source, quantization=NF4, dtype=dtype)
-    abstract = models.abstract_model(LLAMA, QLoRAConfig(dtype=jnp.dtype(dtype), quantization=NF4))
+    abstract = models.abstract_model(models.model_config(LLAMA), QLoRAConfig(dtype=jnp.dtype(dtype), quantization=NF4))
     _, _, frozen = models.split_model(abstract)
     filled = models.fill_base(frozen, loaded.tensors)
     assert_same(models.flatten(filled), loaded.tensors)
@@ -238,7 +238,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path: Path):
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
         source = open_source(write_hf(tmp_path / "hf", LLAMA, changed))
         with pytest.raises(UserError, match=message):
-            check_source(source, models.base_tensors(LLAMA), NF4)
+            check_source(source, models.base_tensors(models.model_config(LLAMA)), NF4)
         with pytest.raises(UserError, match=message):
             convert(tmp_path / "hf", tmp_path / "out", NF4, "bfloat16")
         assert not (tmp_path / "out").exists()
@@ -256,7 +256,7 @@ def test_tensors_that_carry_nothing_are_passed_over(tmp_path: Path):
     tensors = random_tensors(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
-    specs = models.base_tensors(config)
+    specs = models.base_tensors(models.model_config(config))
     check_source(open_source(write_hf(tmp_path, config, tensors)), specs)
     assert {spec.name for spec in specs} == set(hf_shapes(config))
 

@@ -14,8 +14,9 @@ SMALL = {**models.PRESETS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size":
 
 def test_a_model_is_a_file_a_directory_or_a_preset(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    assert resolve_config(tmp_path) == resolve_config(str(tmp_path / "config.json")) == SMALL
-    assert resolve_config("llama-7b") == models.PRESETS["llama-7b"]
+    assert resolve_config(tmp_path) == resolve_config(str(tmp_path / "config.json")) == models.model_config(SMALL)
+    assert resolve_config(tmp_path).source == SMALL
+    assert resolve_config("llama-7b").source == models.PRESETS["llama-7b"]
 
 
 def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
@@ -37,7 +38,7 @@ def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert resolve_config("some/model") == SMALL
+    assert resolve_config("some/model").source == SMALL
     assert asked == [("some/model", "config.json")]
 
 
@@ -46,6 +47,7 @@ def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
     [
         ("llama-9b", r"^llama-9b is neither a file nor a directory; .* or one of llama-7b, .*smollm2-135m\.$"),
         ("some/model", r"hub cannot be reached .* give its config\.json, or one of llama-7b"),
+        ("falcon.json", r"architecture 'FalconForCausalLM' is not supported"),
         (".", r"config\.json is missing; give a model directory"),
         ("broken.json", r"broken\.json is not valid JSON"),
     ],
@@ -60,5 +62,6 @@ def test_a_model_that_is_none_is_told_in_one_sentence(name, message, tmp_path, m
     monkeypatch.setattr(huggingface_hub, "HfApi", Nowhere)
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text("{")
+    Path("falcon.json").write_text('{"architectures": ["FalconForCausalLM"]}')
     with pytest.raises(UserError, match=message):
         resolve_config(name)

@@ -20,8 +20,9 @@ from qlora_jax.errors import UserError
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft_tiny"  # written by tests/reference/make_peft_golden.py
-GOLDEN_CONFIG = json.loads(str(np.load(GOLDEN / "golden.npz")["config"]))
-ALL = models.lora_modules(LLAMA, "all")
+GOLDEN_MODEL = models.model_config(json.loads(str(np.load(GOLDEN / "golden.npz")["config"])))
+MODEL = models.model_config(LLAMA)
+ALL = models.lora_modules(MODEL, "all")
 LAYERS, RANK, IN, OUT = 3, 4, 6, 10
 LINEARS = {("layers", "self_attn", "q_proj"): (LAYERS, OUT, IN), ("layers", "mlp", "down_proj"): (LAYERS, IN, OUT)}
 A_NAME = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -42,11 +43,11 @@ CONFIG = AdapterConfig(RANK, 16, 0.05, ("q_proj", "down_proj"), "some/model")
 
 def save(directory, lora=None, **changes):
     config = dataclasses.replace(CONFIG, **changes)
-    return save_adapter(directory, random_adapter() if lora is None else lora, config, LLAMA)
+    return save_adapter(directory, random_adapter() if lora is None else lora, config, MODEL)
 
 
 def load(directory):
-    return load_adapter(directory, LLAMA)
+    return load_adapter(directory, MODEL)
 
 
 def edit_config(directory, **fields):
@@ -95,16 +96,16 @@ def test_keys_and_shapes_are_pefts(tmp_path):
 @pytest.mark.parametrize("name", families.ONE_A_FAMILY)
 def test_every_family_both_ways(tmp_path, name):
     """Matrices under our paths, written and read back, are under the names that PEFT gives the modules."""
-    case = families.CASES[name]
-    adapter = models.abstract_model(case["config"], QLoRAConfig(tiny_model.PLAIN, lora=LoRAConfig(RANK, 8.0, 0.0, ALL)))
+    model = families.config(name)
+    adapter = models.abstract_model(model, QLoRAConfig(tiny_model.PLAIN, lora=LoRAConfig(RANK, 8.0, 0.0, ALL)))
     _, lora, _ = models.split_model(adapter)
     rng = np.random.default_rng(0)
     values = {path: rng.standard_normal(like.shape, np.float32) for path, like in models.flatten(lora).items()}
-    save_adapter(tmp_path, values, dataclasses.replace(CONFIG, target_modules=ALL), case["config"])
+    save_adapter(tmp_path, values, dataclasses.replace(CONFIG, target_modules=ALL), model)
     written = load_file(tmp_path / peft.WEIGHTS_NAME)
     golden = {key.removeprefix("grad/") for key in families.arrays(name) if key.startswith("grad/")}
     assert written.keys() == golden  # of PEFT's own model
-    again, config = load_adapter(tmp_path, case["config"])
+    again, config = load_adapter(tmp_path, model)
     assert again.keys() == values.keys()
     for path, value in values.items():
         np.testing.assert_array_equal(again[path], value)
@@ -113,12 +114,12 @@ def test_every_family_both_ways(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3"])
 def test_reads_what_peft_wrote_for_other_families(name):
-    case, directory = families.CASES[name], families.GOLDEN / f"peft_{name}"
-    lora, config = load_adapter(directory, case["config"])
+    model, directory = families.config(name), families.GOLDEN / f"peft_{name}"
+    lora, config = load_adapter(directory, model)
     assert config.target_modules == tuple(sorted(ALL))
     assert len(lora) == 2 * len(ALL)
     file = load_file(directory / peft.WEIGHTS_NAME)
-    layers = case["config"]["num_hidden_layers"]
+    layers = model.num_hidden_layers
     assert len(file) == layers * len(lora)
     for layer in range(layers):
         theirs = file[f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_B.weight"]
@@ -127,8 +128,8 @@ def test_reads_what_peft_wrote_for_other_families(name):
 
 def test_a_model_with_other_parts_says_which_modules_are_meant(tmp_path):
     """The vision tower of Gemma 3 has linears called q_proj too; and transformers has renamed the text part once."""
-    config = families.CASES["gemma3_conditional"]["config"]
-    layers = config["text_config"]["num_hidden_layers"]
+    config = families.config("gemma3_conditional")
+    layers = config.num_hidden_layers
     lora = {
         ("layers", "self_attn", "q_proj", "lora_a"): np.ones((layers, RANK, 64), np.float32),
         ("layers", "self_attn", "q_proj", "lora_b"): np.ones((layers, 128, RANK), np.float32),
@@ -169,7 +170,7 @@ def test_jax_arrays_and_half_precision(tmp_path):
 
 
 def test_reads_what_peft_wrote():
-    lora, config = load_adapter(GOLDEN, GOLDEN_CONFIG)
+    lora, config = load_adapter(GOLDEN, GOLDEN_MODEL)
     assert config.rank == 4
     assert config.alpha == 6.0
     assert config.dropout == 0.05
@@ -186,12 +187,12 @@ def test_reads_what_peft_wrote():
 
 def test_writes_pefts_bytes_again(tmp_path):
     """Read PEFT's file, write it: every tensor under the same name, and no config field PEFT gave another value."""
-    lora, config = load_adapter(GOLDEN, GOLDEN_CONFIG)
+    lora, config = load_adapter(GOLDEN, GOLDEN_MODEL)
     save_adapter(
         tmp_path / "adapter",
         lora,
         config,
-        GOLDEN_CONFIG,
+        GOLDEN_MODEL,
     )
     theirs, ours = load_file(GOLDEN / peft.WEIGHTS_NAME), load_file(tmp_path / "adapter" / peft.WEIGHTS_NAME)
     assert theirs.keys() == ours.keys()
@@ -207,14 +208,14 @@ def test_logits_equal_pefts():
     """The adapter PEFT wrote, on the same base weights, moves our logits as it moves PEFT's."""
     golden = np.load(GOLDEN / "golden.npz")
     config, seed = json.loads(str(golden["config"])), int(golden["seed"])
-    values, adapter = load_adapter(GOLDEN, GOLDEN_CONFIG)
+    values, adapter = load_adapter(GOLDEN, GOLDEN_MODEL)
     graphdef, lora, frozen = tiny_model.build(config, seed=seed, modules=None)
     base = tiny_model.logits(graphdef, lora, frozen, golden["input_ids"])
     np.testing.assert_allclose(base, golden["base_logits"], atol=1e-4, rtol=0)
 
     lora_config = LoRAConfig(adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules)
     precision = QLoRAConfig(tiny_model.PLAIN, jnp.float32, lora_config)
-    graphdef, lora, _ = models.split_model(models.abstract_model(config, precision))
+    graphdef, lora, _ = models.split_model(models.abstract_model(models.model_config(config), precision))
     lora = models.unflatten_like(lora, {path: jnp.asarray(value) for path, value in values.items()}, what="adapter")
     adapted = tiny_model.logits(graphdef, lora, frozen, golden["input_ids"])
     np.testing.assert_allclose(adapted, golden["logits"], atol=1e-4, rtol=0)

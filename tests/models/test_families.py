@@ -22,7 +22,7 @@ from qlora_jax.training.losses import next_token_loss
 def build(name, *, adapted=False):
     """(graphdef, adapters, frozen) of a case in float32, with the golden adapters or none."""
     case = families.CASES[name]
-    config = models.model_config(case["config"])
+    config = families.config(name)
     lora = None
     if adapted:
         lora = LoRAConfig(
@@ -37,7 +37,7 @@ def build(name, *, adapted=False):
 
 def peft_names(name, path, layers):
     """PEFT's names of an adapter matrix of ours, one for each layer."""
-    table = {entry.ours: entry.peft for entry in models.names(families.CASES[name]["config"])}
+    table = {entry.ours: entry.peft for entry in models.names(families.config(name))}
     matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}[path[-1]]
     prefix = "base_model.model." + table[".".join(path[:-1])]
     return [f"{prefix.replace('{i}', str(layer))}.{matrix}.weight" for layer in range(layers)]
@@ -155,7 +155,7 @@ def test_every_spelling_of_a_config_is_read_alike(name):
 def test_the_table_of_tensors_is_the_checkpoints(name):
     import re
 
-    config = families.CASES[name]["config"]
+    config = families.config(name)
     specs = {spec.name: spec.shape for spec in models.base_tensors(config)}
     stored = {each: tuple(shape) for each, shape in families.CASES[name]["tensors"].items()}
     skipped = re.compile("|".join(models.ignored_tensors(config)))

@@ -32,7 +32,7 @@ def tiny_config(name):
 @pytest.mark.parametrize("name", families.ONE_A_FAMILY)
 def test_convert_train_resume_and_evaluate(name, tmp_path):
     config = tiny_config(name)
-    shapes = {spec.name: spec.shape for spec in models.base_tensors(config)}
+    shapes = {spec.name: spec.shape for spec in models.base_tensors(models.model_config(config))}
     source = write_hf(tmp_path / "model", config, random_weights(shapes.items(), **families.CASES[name]["weights"]))
     make_tokenizer().save_pretrained(source)
     convert(source, tmp_path / "nf4", QuantizationConfig(block_size=32), "float32")
@@ -59,7 +59,7 @@ def test_convert_train_resume_and_evaluate(name, tmp_path):
     shutil.copytree(tmp_path / "run" / "adapter", adapter)
 
     # Quantised while it is loaded, with the adapter in PEFT's format: the same evaluation.
-    tensors, read = load_adapter(adapter, config)
+    tensors, read = load_adapter(adapter, models.model_config(config))
     assert read.rank == 4 and len(tensors) == 2 * 7
     again = TrainConfig(
         model_name_or_path=str(source), dataset=str(rows), output_dir=str(tmp_path / "eval"), block_size=32,

@@ -135,11 +135,11 @@ def test_unsupported_configs_name_the_field(change, message):
 def test_block_size_must_divide_the_rows():
     qlora = QLoRAConfig(QuantizationConfig(block_size=256))
     with pytest.raises(UserError, match="`block_size=256` does not divide"):
-        models.abstract_model(tiny_model.CONFIG, qlora)
+        models.abstract_model(models.model_config(tiny_model.CONFIG), qlora)
 
 
 def test_tensor_table_covers_the_model_once():
-    specs = models.base_tensors(tiny_model.CONFIG)
+    specs = models.base_tensors(models.model_config(tiny_model.CONFIG))
     assert len({spec.name for spec in specs}) == len(specs) == 3 * 9 + 2
     assert {spec.name for spec in specs if spec.layer == 1 and spec.quantized} == {
         f"model.layers.1.{name}.weight"
@@ -152,7 +152,7 @@ def test_tensor_table_covers_the_model_once():
 
 def test_compile_time_does_not_grow_with_depth():
     def lowered_size(layers: int) -> tuple[int, float]:
-        config = {**tiny_model.CONFIG, "num_hidden_layers": layers}
+        config = models.model_config({**tiny_model.CONFIG, "num_hidden_layers": layers})
         graphdef, lora, frozen = models.split_model(models.abstract_model(config, QLoRAConfig()))
         from flax import nnx
 

@@ -34,7 +34,8 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_preset_has_its_models_parameters(name):
-    assert sum(math.prod(spec.shape) for spec in models.base_tensors(models.PRESETS[name])) == PARAMETERS[name]
+    specs = models.base_tensors(models.model_config(models.PRESETS[name]))
+    assert sum(math.prod(spec.shape) for spec in specs) == PARAMETERS[name]
 
 
 def test_every_preset_can_be_read():
@@ -50,5 +51,5 @@ def test_every_preset_can_be_read():
     ],
 )  # fmt: skip
 def test_presets_have_the_parameters_of_their_models(name, billions):
-    counted = sum(math.prod(spec.shape) for spec in models.base_tensors(models.PRESETS[name]))
+    counted = sum(math.prod(spec.shape) for spec in models.base_tensors(models.model_config(models.PRESETS[name])))
     assert counted / 1e9 == pytest.approx(billions, abs=1e-3 if billions > 1 else 1e-6)

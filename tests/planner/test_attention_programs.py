@@ -9,8 +9,7 @@ from fixtures.compile_in_child import call
 from qlora_jax import models
 
 CONFIGS = {"LLaMA, Mistral": tiny_model.CONFIG} | {
-    models.family_of(families.CASES[name]["config"]).title: families.CASES[name]["config"]
-    for name in families.ONE_A_FAMILY
+    families.title(name): families.CASES[name]["config"] for name in families.ONE_A_FAMILY
 }
 """A tiny model of each family."""
 

@@ -34,11 +34,11 @@ SHARED = {"gradient_accumulation_steps": 1, "lora_r": 16, "lora_modules": "atten
 
 def compiled(gpu: str, cases: list[dict[str, Any]]) -> list[Any]:
     """Compiled steps of a small model; runs in a child."""
-    found = []
+    found, model = [], models.model_config(SMALL)
     for case in cases:
         flags = {**SHARED, **case}
         length = flags.pop("length", 256)
-        found.append(dataclasses.asdict(compiler.compile_step(TrainConfig(**flags), SMALL, chip_named(gpu), length)))
+        found.append(dataclasses.asdict(compiler.compile_step(TrainConfig(**flags), model, chip_named(gpu), length)))
     return found
 
 
@@ -177,7 +177,7 @@ def test_a_compiler_that_aborts_is_one_sentence(program, message, monkeypatch):
     with Compiler(CHIPS["a6000"]) as compile_step:
         for _ in range(2):  # and is started again
             with pytest.raises(CompilationFailed, match=message):
-                compile_step(TrainConfig(), SMALL, 128)
+                compile_step(TrainConfig(), models.model_config(SMALL), 128)
 
 
 def test_what_the_child_says_comes_back(monkeypatch):
@@ -185,7 +185,7 @@ def test_what_the_child_says_comes_back(monkeypatch):
         program = f"import sys; sys.stdin.readline(); print({json.dumps(answer)!r})"
         monkeypatch.setattr(compiler, "_COMMAND", (sys.executable, "-c", program))
         with Compiler(CHIPS["a6000"]) as compile_step, pytest.raises(kind, match=next(iter(answer.values()))):
-            compile_step(TrainConfig(), SMALL, 128)
+            compile_step(TrainConfig(), models.model_config(SMALL), 128)
 
 
 def request(**changes: Any) -> dict[str, Any]:

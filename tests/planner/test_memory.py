@@ -112,8 +112,9 @@ def test_products_of_a_training_step_follow_its_shapes(recomputed):
     config = TrainConfig(
         lora_r=4, kernel="xla", gradient_checkpointing=recomputed, bf16=False, gradient_accumulation_steps=1
     )
-    lora_config = LoRAConfig(4, 16.0, 0.0, models.lora_modules(tiny_model.CONFIG, "all"))
-    model = setup.declare_model(config, tiny_model.CONFIG, lora_config, jnp.float32)
+    model_config = models.model_config(tiny_model.CONFIG)
+    lora_config = LoRAConfig(4, 16.0, 0.0, models.lora_modules(model_config, "all"))
+    model = setup.declare_model(config, model_config, lora_config, jnp.float32)
     step = setup.make_step(config, model, 10)
     batch = abstract_batch(NextToken().fields, 1, 2, 64)
     counter = jax.ShapeDtypeStruct((), jnp.int32)
@@ -204,7 +205,7 @@ def test_what_is_printed_names_every_class_and_the_allowance():
 @pytest.mark.parametrize("quant_type", ["nf4", "int8", "none"])
 def test_bytes_of_a_base_are_all_of_it(quant_type):
     precision = QLoRAConfig(QuantizationConfig(quant_type), jnp.bfloat16, None)
-    _, _, frozen = models.split_model(models.abstract_model(tiny_model.CONFIG, precision))
+    _, _, frozen = models.split_model(models.abstract_model(models.model_config(tiny_model.CONFIG), precision))
     base = BaseBytes.of(frozen)
     classes = base.by_class
     assert sum(classes.values()) == tree_bytes(frozen)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures import families
 from fixtures.finetune_helpers import make_model, make_rows, write_jsonl
 
 from qlora_jax import finetuning, gpus, models
@@ -19,11 +20,7 @@ from qlora_jax.planner.planning import Planner, length_fields
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
-SMALL = {
-    **models.PRESETS["smollm2-135m"],
-    "num_hidden_layers": 2,
-    "vocab_size": 1024,
-}
+SMALL = models.model_config({**models.PRESETS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 1024})
 GIB = 2**30
 
 
@@ -62,7 +59,7 @@ class FakeCompiler:
 
 def planner(gpu: str = "rtx4090", host_limit: int | None = None, **options: Any) -> tuple[Planner, FakeCompiler]:
     compiler = FakeCompiler(**options)
-    return Planner(CHIPS[gpu], {}, compiler, host_limit), compiler
+    return Planner(CHIPS[gpu], SMALL, compiler, host_limit), compiler
 
 
 LEAN = TrainConfig(optim_placement="host", kernel="fused", remat="offload", lora_r=16)
@@ -180,17 +177,21 @@ def test_xla_attention_is_warned_of():
 
 
 def test_more_positions_than_the_model_has_are_noted():
-    plans = Planner(CHIPS["h100"], {"max_position_embeddings": 8192}, FakeCompiler())
+    plans = Planner(CHIPS["h100"], SMALL, FakeCompiler())
     assert not plans.plan(LEAN, 8192).warnings
     (warning,) = plans.plan(LEAN, 8256).warnings
     assert warning.startswith("config.json gives the model 8,192 positions;")
+    # Where the field is the text part's.
+    nested = families.config("gemma3_conditional")
+    (warning,) = Planner(CHIPS["h100"], nested, FakeCompiler()).plan(LEAN, nested.max_position_embeddings + 1).warnings
+    assert warning.startswith(f"config.json gives the model {nested.max_position_embeddings} positions;")
 
 
 def test_tiles_are_told():
     plans, _ = planner()
     assert plans.plan(LEAN, 4096).tile is None
     long = plans.plan(LEAN, 16384)
-    request = comparison.Request("m", {}, LEAN, 16384)
+    request = comparison.Request("m", SMALL, LEAN, 16384)
     assert comparison.as_json(comparison.GPUPlan(request, long))["tile"] == long.tile == 2048
     assert "All but attention takes 2,048 tokens at a time." in planning.describe_run(long)
     kept = dataclasses.replace(LEAN, gradient_checkpointing=False, remat="none")
@@ -202,7 +203,7 @@ def test_json_holds_a_search_and_advice():
     planned = plans.plan(LEAN, 512_000)
     longest = plans.longest(LEAN, 512)
     at_longest = plans.plan(LEAN, longest.length)
-    request = comparison.Request("m", {}, LEAN, 512_000, find_longest=True)
+    request = comparison.Request("m", SMALL, LEAN, 512_000, find_longest=True)
     found = comparison.GPUPlan(request, planned, longest, at_longest, plans.advice(LEAN, 512_000))
     value = json.loads(json.dumps(comparison.as_json(found)))
     assert value["fits"] is False
@@ -305,17 +306,17 @@ def test_out_of_memory_is_told_with_the_plan(monkeypatch):
     fake_compilers(monkeypatch)
     on = {"a": "rtx3090"}
     monkeypatch.setattr(gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
-    lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config={})
+    lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config=SMALL)
     assert any(line.startswith("Device: ") and "does not fit" in line for line in lines)
     assert lines[-1].startswith("It would fit with `per_device_train_batch_size=")
     packed = dataclasses.replace(LEAN, packing=True, lora_r=8, optim="adamw_8bit")
-    lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config={})
+    lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config=SMALL)
     assert re.fullmatch(r"It would fit with `sequence_length=\d+`: .* GB\.", lines[-1])
-    lines = advice.planned_advice(LEAN, (2, 1, 128), model_config={})
+    lines = advice.planned_advice(LEAN, (2, 1, 128), model_config=SMALL)
     assert "it had 24.0 GiB of 24.0 GiB, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that" in lines[-1]
     # Nothing to plan with: the reason, and what helps in general.
     for name, reason in (("b200", "the compiler ended its process"), (None, "cpu is none of the GPUs known")):
         on["a"] = name
-        first, *others = advice.planned_advice(LEAN, (2, 8, 128), model_config={})
+        first, *others = advice.planned_advice(LEAN, (2, 8, 128), model_config=SMALL)
         assert first.startswith(f"No plan of this step: {reason}")
         assert others == advice.memory_advice(LEAN, (2, 8, 128))

@@ -19,6 +19,7 @@ from random_weights import random_adapter
 from transformers import AutoConfig, AutoTokenizer
 
 from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
+from qlora_jax.models import model_config
 
 RANK = 8
 ALPHA = 16
@@ -97,7 +98,7 @@ def main() -> None:
             args.output_dir / f"adapter-{name}",
             random_adapter(shapes, RANK, ADAPTER_SEED, b_scale),
             AdapterConfig(RANK, ALPHA, 0.0, tuple(path[-1] for path in shapes), None),
-            AutoConfig.from_pretrained(args.model).to_dict(),
+            model_config(AutoConfig.from_pretrained(args.model).to_dict()),
         )
 
 

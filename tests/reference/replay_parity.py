@@ -18,7 +18,7 @@ from random_weights import random_adapter
 
 from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 from qlora_jax.checkpoints.sources import open_source
-from qlora_jax.models import base_tensors
+from qlora_jax.models import DecoderConfig, base_tensors
 from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.model import load_model
 from qlora_jax.training.run_state import initial_state
@@ -46,12 +46,12 @@ def load_rows(path: Path) -> tuple[list[dict[str, np.ndarray]], dict[str, float]
     return batches, settings
 
 
-def linears(config: dict) -> dict[tuple[str, ...], tuple[int, int, int]]:
+def linears(config: DecoderConfig) -> dict[tuple[str, ...], tuple[int, int, int]]:
     """Stacked shapes (L, out, in) of every linear but the head."""
     shapes: dict[tuple[str, ...], tuple[int, int, int]] = {}
     for spec in base_tensors(config):
         if spec.kind == "linear":
-            shapes[spec.path[:-1]] = (config["num_hidden_layers"], *spec.shape)
+            shapes[spec.path[:-1]] = (config.num_hidden_layers, *spec.shape)
     return shapes
 
 

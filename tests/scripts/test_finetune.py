@@ -35,11 +35,13 @@ from qlora_jax.checkpoints.conversion import convert
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.commands.finetune import report
+from qlora_jax.models import model_config
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import load_datasets
 from qlora_jax.training.step import TrainState
 
+MODEL = model_config(CONFIG)
 PROMPTS = ("say abcde", "say zyx please")
 # 4 rows a step: 12 steps are exactly one pass over 48 rows.
 MAIN = SMALL_RUN | {"report_to": "tensorboard"}
@@ -150,7 +152,7 @@ def test_losses_fall(finished):
 
 
 def test_the_adapter_is_peft_and_trained(finished):
-    lora, config = load_adapter(finished[0] / "adapter", CONFIG)
+    lora, config = load_adapter(finished[0] / "adapter", MODEL)
     assert (config.rank, config.alpha, config.dropout) == (4, 8.0, 0.0)
     assert len(lora) == 2 * 7
     for path, value in lora.items():
@@ -313,7 +315,7 @@ def test_a_saved_adapter_is_where_another_run_starts(finished, place):
     # Read back from PEFT's format, the adapter does to held-out rows what it did when it was saved.
     assert after[0]["eval_loss"] == before[-1]["eval_loss"]
     assert after[-1]["eval_loss"] < before[-1]["eval_loss"]
-    old, new = load_adapter(finished[0] / "adapter", CONFIG), load_adapter(output / "adapter", CONFIG)
+    old, new = load_adapter(finished[0] / "adapter", MODEL), load_adapter(output / "adapter", MODEL)
     assert (new[1].rank, new[1].alpha) == (4, 8.0)
     assert new[0].keys() == old[0].keys()
     assert all(np.any(new[0][path] != old[0][path]) for path in old[0])
@@ -347,7 +349,7 @@ def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
     assert run_in_process(main_flags(place, **changes)) == 0
     lines = read_metrics(place / "out-int8")
     assert [line["step"] for line in lines] == [1]  # ceil(0.05 * 52 / 4)
-    _, config = load_adapter(place / "out-int8" / "adapter", CONFIG)
+    _, config = load_adapter(place / "out-int8" / "adapter", MODEL)
     assert config.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
     summary = json.loads((place / "out-int8" / "summary.json").read_text())
     linears = [shape for name, shape in hf_shapes(CONFIG).items() if ".self_attn." in name or ".mlp." in name]
@@ -385,7 +387,7 @@ def test_divergence_names_step_rows_and_the_last_good_checkpoint(place, capsys):
         assert all(row.startswith("rows.jsonl line ") for row in rows)
         assert [line["step"] for line in read_metrics(output)] == [0, 1, 2]
         assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-000001", "checkpoint-000002"]
-        lora, _ = load_adapter(output / "checkpoint-000002", CONFIG)
+        lora, _ = load_adapter(output / "checkpoint-000002", MODEL)
         assert all(np.isfinite(value).all() for value in lora.values())
     assert not (output / "adapter").exists()
     assert not (output / "summary.json").exists()

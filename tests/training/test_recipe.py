@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import finetuning, kernels
+from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.data import TOKEN_FIELDS, Field
 from qlora_jax.errors import UserError
@@ -158,5 +159,5 @@ def test_another_objective_with_a_reference_model_runs_from_rows_to_adapter(plac
     assert evaluations[-1]["eval_moved"] == 1.0
     assert all(line["moved"] in (0.0, 1.0) for line in lines if "loss" in line)
     assert result.summary["trained_tokens"] > 0
-    tensors, _ = load_adapter(place / "toy" / "adapter", json.loads((place / "model" / "config.json").read_text()))
+    tensors, _ = load_adapter(place / "toy" / "adapter", resolve_config(place / "model"))
     assert any(np.any(value != 0) for path, value in tensors.items() if path[-1] == "lora_b")
