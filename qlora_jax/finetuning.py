@@ -22,6 +22,7 @@ from qlora_jax.training.answers import Answer, Questionnaire, read_prompts
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets, load_datasets, longest_batch
 from qlora_jax.training.failures import memory_advice
+from qlora_jax.training.idle_fields import changed_fields, idle_notes
 from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
 from qlora_jax.training.progress import announced
 from qlora_jax.training.reporting import MetricsLog, plot_losses, read_metrics
@@ -58,6 +59,8 @@ def finetune(config: TrainConfig) -> Result:
     # Resolve: what can be refused is refused before anything large is read.
     kernels.check_implementation(config.kernel)
     check_output_dir(config)
+    for note in idle_notes(config, changed_fields(config)):
+        logger.info("%s", note)
     prompts = read_prompts(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = ensure_pad(load_tokenizer(path))

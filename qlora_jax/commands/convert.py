@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from qlora_jax.cli import argument, command, flag, parse_flags, spellings
+from qlora_jax.errors import UserError
 
 DESCRIPTION = "Quantise a model once: safetensors directory, hub id or GGUF file to a directory that finetune loads."
 
@@ -28,7 +29,10 @@ class ConvertFlags:
 
 def main(argv: Sequence[str], *, prog: str = "qlora-jax convert") -> int:
     """Convert and print what was written."""
-    flags, _ = parse_flags(ConvertFlags, argv, prog=prog, description=DESCRIPTION)
+    flags, given = parse_flags(ConvertFlags, argv, prog=prog, description=DESCRIPTION)
+    for name in sorted(given & {"block_size", "double_quant"}):
+        if flags.quant_type not in ("nf4", "fp4"):
+            raise UserError(f"--{name} has no effect with --quant_type {flags.quant_type}; leave it out.")
     with command(spellings(ConvertFlags)):
         convert_model(flags)
     return 0

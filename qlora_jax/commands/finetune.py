@@ -4,7 +4,8 @@ import dataclasses
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qlora_jax.cli import command, flag, parse_flags, spellings, with_dashes
 from qlora_jax.environment import multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
+from qlora_jax.training.idle_fields import changed_fields, check_idle, idle_fields, idle_notes
 
 DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
 parameters. Without --model_name_or_path and --dataset it runs a small example: SmolLM2-135M-Instruct on an embedded
@@ -35,17 +37,36 @@ def configure(argv: Sequence[str], prog: str) -> tuple[TrainConfig, Flags]:
     if flags.gpu is not None and not flags.plan:
         raise UserError("--gpu names the GPU to plan for; give --plan too.")
     config = TrainConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainConfig)})
+    for note in notes_on(config, given):
+        print(note)
     if given & {"model_name_or_path", "dataset"}:
         return config, flags
     # On such a processor the example takes two thirds of the time; a GPU computes in bfloat16 anyway.
     defaults = {**EXAMPLE_FLAGS, "bf16": True} if multiplies_bfloat16() else EXAMPLE_FLAGS
     example = {name: value for name, value in defaults.items() if name not in given}
+    # Without those that a given flag makes void, as --num_train_epochs does --max_steps.
+    void = idle_fields(types.SimpleNamespace(**{**vars(config), **example}))
+    example = {name: value for name, value in example.items() if name not in void}
     spelled_out = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in example.items())
     print(
         f"No model and no data set named: running the example, which is\n  {prog} "
         f"--model_name_or_path {config.model_name_or_path} --dataset {config.dataset} {spelled_out}\n"
     )
     return dataclasses.replace(config, **example), flags
+
+
+def notes_on(config: TrainConfig, given: Set[str]) -> list[str]:
+    """List a line for every flag that was given with its default and has no effect; the library tells the others.
+
+    Raises:
+        UserError: one that says another thing than the rest, such as --gradient_checkpointing with --remat none.
+    """
+    spelling = spellings(TrainConfig)
+    try:
+        check_idle(config, given)
+    except UserError as error:
+        raise UserError(with_dashes(str(error), spelling)) from error
+    return [with_dashes(note, spelling) for note in idle_notes(config, given - changed_fields(config))]
 
 
 def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], output_dir: str) -> None:

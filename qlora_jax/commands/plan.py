@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from qlora_jax.cli import argument, command, flag, parse_flags, spellings
+from qlora_jax.cli import argument, command, flag, parse_flags, spellings, with_dashes
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
+from qlora_jax.training.idle_fields import check_idle, idle_notes
 
 if TYPE_CHECKING:
     from qlora_jax.planner.planning import Advice
@@ -44,20 +45,24 @@ def schema() -> type[Any]:
 def main(argv: Sequence[str], *, prog: str = "qlora-jax plan") -> int:
     """Plan and print."""
     flags: Any
-    flags, _ = parse_flags(schema(), argv, prog=prog, description=DESCRIPTION)
-    with command({**spellings(TrainConfig), **spellings(type(flags)), "per_device_train_batch_size": "--batch"}):
-        return plan_step(flags)
+    flags, given = parse_flags(schema(), argv, prog=prog, description=DESCRIPTION)
+    spelling = {**spellings(TrainConfig), **spellings(type(flags)), "per_device_train_batch_size": "--batch"}
+    with command(spelling):
+        shared = {name: getattr(flags, name) for name in STEP_FLAGS}
+        config = TrainConfig(**shared, per_device_train_batch_size=flags.batch)
+        check_idle(config, given)
+        for note in idle_notes(config, given):
+            print(f"Note: {with_dashes(note, spelling)}", file=sys.stderr)
+        return plan_step(flags, config)
 
 
-def plan_step(flags: Any) -> int:
+def plan_step(flags: Any, config: TrainConfig) -> int:
     """Plan for one GPU or for all, and print."""
     from qlora_jax.checkpoints.hub import resolve_config
     from qlora_jax.gpus import CHIPS, chip_named
     from qlora_jax.planner import comparison
 
     check(flags, tuple(CHIPS))
-    shared = {name: getattr(flags, name) for name in STEP_FLAGS}
-    config = TrainConfig(**shared, per_device_train_batch_size=flags.batch)
     request = comparison.Request(
         model=flags.model,
         model_config=resolve_config(flags.model),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from qlora_jax.cli import flag, names_where
 from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
 from qlora_jax.errors import UserError
+from qlora_jax.training.idle_fields import changed_fields, check_idle
 
 RematPolicy = Literal["full", "save_attention", "offload", "none"]
 
@@ -132,7 +133,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(
         16, "Forward passes in an optimizer step.", group="training", shapes_step=True
     )
-    max_steps: int = flag(10000, "Optimizer steps; ignored if num_train_epochs is given.", group="training")
+    max_steps: int = flag(10000, "Optimizer steps; or give num_train_epochs.", group="training")
     num_train_epochs: float | None = flag(
         None, "Passes over the training data, instead of max_steps.", group="training"
     )
@@ -206,7 +207,7 @@ class TrainConfig:
     run_name: str | None = flag(None, "Name of the run in W&B.", group="output", resume="free")
 
     def __post_init__(self) -> None:
-        """Reject values that no run could use; UserError names the field."""
+        """Reject values that no run could use, or that have no effect beside others; UserError names the field."""
         if self.bits not in (4, 8, 16):
             raise UserError(f"`bits={self.bits}`: choose 4, 8 or 16.")
         if self.block_size < 32 or self.block_size > 4096 or self.block_size & (self.block_size - 1):
@@ -222,12 +223,6 @@ class TrainConfig:
         for name in ("max_train_samples", "max_eval_samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"`{name}={getattr(self, name)}`: must be at least 1.")
-        if not self.gradient_checkpointing and self.remat not in (None, "none"):
-            raise UserError(f"`remat={self.remat}` recomputes activations; leave out `gradient_checkpointing=False`.")
-        if self.sequence_length is not None and not self.packing:
-            raise UserError("`sequence_length` is the length of packed sequences; give `packing` too.")
-        if self.eval_dataset is not None and not self.do_eval:
-            raise UserError("`eval_dataset` is not read with `do_eval=False`; leave out one of them.")
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
             raise UserError(f"`num_train_epochs={self.num_train_epochs}`: must be positive.")
         for name in ("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio"):
@@ -238,9 +233,10 @@ class TrainConfig:
                 raise UserError(f"`{name}={getattr(self, name)}`: must be positive.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"`top_p={self.top_p}`: must be above 0 and at most 1.")
-        for name in ("weight_decay", "max_grad_norm", "eval_steps", "top_k"):
-            if getattr(self, name) < 0:
+        for name in ("weight_decay", "max_grad_norm", "eval_steps", "top_k", "eval_dataset_size", "warmup_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"`{name}={getattr(self, name)}`: must not be negative.")
+        check_idle(self, changed_fields(self))
 
     @property
     def remat_policy(self) -> RematPolicy:

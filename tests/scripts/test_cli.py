@@ -18,11 +18,13 @@ import pytest
 
 from qlora_jax import commands
 from qlora_jax.cli import argument, command, flag, names_where, parse_flags, run, spellings, with_dashes
+from qlora_jax.commands import convert as convert_command
 from qlora_jax.commands import finetune as finetune_command
 from qlora_jax.device_memory import CONTEXT_BYTES
 from qlora_jax.environment import let_jax_fill_the_gpu, multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
+from qlora_jax.training.idle_fields import IDLE, changed_fields, idle_notes
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -54,7 +56,7 @@ def test_defaults_are_the_reference_programs():
         (["--learning_rate", "1e-3"], "learning_rate", 1e-3),
         (["--max-steps=7"], "max_steps", 7),
         (["--bf16"], "bf16", True),
-        (["--eval_dataset_size", "3"], "eval_dataset_size", 3),
+        (["--max_eval_samples", "3"], "max_eval_samples", 3),
         (["--optim", "lion_8bit"], "optim", "lion_8bit"),
         (["--optim_placement", "host"], "optim_placement", "host"),
     ],
@@ -77,20 +79,141 @@ def test_values(argv, field, value):
         (["--quant_type", "int4"], "--quant_type: invalid choice: 'int4'"),
         (["stray"], "'stray' is not a flag"),
         (["--do_mmlu_eval"], "--do_mmlu_eval is not available: MMLU comes in a later release."),
-        (["--sequence_length", "64"], "--sequence_length is the length of packed sequences; give --packing too."),
-        (["--eval_dataset", "x", "--do_eval", "False"], "--eval_dataset is not read with --do_eval False"),
+        (
+            ["--sequence_length", "64"],
+            "--sequence_length 64 has no effect without --packing; give that too, or leave it out.",
+        ),
+        (
+            ["--eval_dataset", "x", "--do_eval", "False"],
+            "--eval_dataset x has no effect with --do_eval False; leave out one of them.",
+        ),
         (["--bits", "3"], "--bits 3: choose 4, 8 or 16."),
         (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
         (["--optim", "adamw_torch"], "choose from 'paged_adamw_32bit', 'adamw_32bit'"),
         (["--max_steps", "0"], "--max_steps 0: must be at least 1."),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: must be at least 0 and below 1."),
         (["--learning_rate", "nan"], "--learning_rate nan: must be positive."),
+        (["--warmup_steps", "-1"], "--warmup_steps -1: must not be negative."),
     ],
 )
 def test_errors_name_the_flag(argv, message):
     with pytest.raises(UserError) as error:
         parse(*argv)
     assert message in str(error.value)
+
+
+REFERENCE = (
+    "--model_name_or_path m --dataset oasst1 --output_dir o --logging_steps 10 --save_strategy steps --save_steps 500 "
+    "--save_total_limit 40 --eval_dataset_size 1024 --max_eval_samples 1000 --per_device_eval_batch_size 1 "
+    "--max_new_tokens 32 --group_by_length --do_train --do_eval --lora_r 64 --lora_alpha 16 --lora_modules all "
+    "--double_quant --quant_type nf4 --bf16 --bits 4 --warmup_ratio 0.03 --lr_scheduler_type constant "
+    "--gradient_checkpointing --source_max_len 16 --target_max_len 512 --per_device_train_batch_size 1 "
+    "--gradient_accumulation_steps 16 --max_steps 1875 --eval_steps 187 --learning_rate 0.0002 --adam_beta2 0.999 "
+    "--max_grad_norm 0.3 --lora_dropout 0.1 --weight_decay 0.0 --seed 0"
+).split()
+"""scripts/finetune_guanaco_7b.sh of artidoro/qlora, without the flags that are not available here."""
+
+
+def test_a_command_line_of_the_reference_program_is_taken_as_it_is(capsys):
+    config, _ = finetune_command.configure(REFERENCE, "finetune.py")
+    assert (config.max_steps, config.eval_dataset_size, config.target_max_len) == (1875, 1024, 512)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("added", "lines"),
+    [
+        # Defaults that it spells out are told.
+        ("--bits 8", ["quant_type has no effect with --bits 8.", "double_quant has no effect with --bits 8."]),
+        ("--packing", ["group_by_length has no effect with --packing."]),
+        ("--warmup_steps 5", ["warmup_ratio has no effect with --warmup_steps 5."]),
+        ("--optim sgd", ["adam_beta2 has no effect with --optim sgd."]),
+        ("--temperature 1.0", ["temperature has no effect without --do_sample."]),
+    ],
+)
+def test_redundant_flags_are_told(added, lines, capsys):
+    finetune_command.configure(REFERENCE + added.split(), "finetune.py")
+    assert capsys.readouterr().out.splitlines() == [f"--{line}" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--quant_type fp4 --bits 8", "--quant_type fp4 has no effect with --bits 8; leave it out."),
+        ("--block_size 128 --bits 16", "--block_size 128 has no effect with --bits 16;"),
+        ("--double_quant False --bits 8", "--double_quant False has no effect with --bits 8;"),
+        (
+            "--eval_dataset x --eval_dataset_size 4",
+            "--eval_dataset_size 4 has no effect with --eval_dataset; leave out",
+        ),
+        ("--do_eval False --eval_dataset_size 4", "--eval_dataset_size 4 has no effect with --do_eval False;"),
+        (
+            "--dataset default --eval_dataset_size 4",
+            "--eval_dataset_size 4 has no effect with --dataset default, which",
+        ),
+        (
+            "--max_steps 5 --num_train_epochs 2",
+            "--max_steps 5 has no effect with --num_train_epochs 2.0; leave out one",
+        ),
+        ("--warmup_ratio 0.1 --warmup_steps 5", "--warmup_ratio 0.1 has no effect with --warmup_steps 5;"),
+        ("--group_by_length False --packing", "--group_by_length False has no effect with --packing;"),
+        ("--temperature 0.7", "--temperature 0.7 has no effect without --do_sample; give that too, or leave it out."),
+        ("--top_k 5", "--top_k 5 has no effect without --do_sample;"),
+        ("--top_p 0.9", "--top_p 0.9 has no effect without --do_sample;"),
+        ("--adam_epsilon 1e-6 --optim lion_8bit", "--adam_epsilon 1e-06 has no effect with --optim lion_8bit;"),
+        ("--adam_beta1 0.8 --optim sgd", "--adam_beta1 0.8 has no effect with --optim sgd;"),
+        (
+            "--gradient_checkpointing --remat none",
+            "--gradient_checkpointing True has no effect with --remat none, which",
+        ),
+        (
+            "--gradient_checkpointing False --remat full",
+            "--gradient_checkpointing False has no effect with --remat full",
+        ),
+    ],
+)
+def test_flags_without_an_effect_are_refused(argv, message):
+    with pytest.raises(UserError) as error:
+        finetune_command.configure(["--dataset", "x", *argv.split()], "finetune.py")
+    assert str(error.value).startswith(message)
+
+
+def test_what_is_off_for_a_while_is_told():
+    config = TrainConfig(dataset="x", do_eval=False, eval_steps=7, save_strategy="no", save_steps=3, run_name="n")
+    assert idle_notes(config, changed_fields(config)) == [
+        "`eval_steps` has no effect with `do_eval=False`.",
+        "`save_steps` has no effect with `save_strategy=no`.",
+        "`run_name` has no effect with `report_to=tensorboard`.",
+    ]
+
+
+def test_rules_name_fields():
+    fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for rule in IDLE:
+        assert set(rule.fields) <= set(fields)
+        assert not rule.why.format(**fields).startswith("`")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        ("--num_train_epochs 1", "max_steps", 10000),
+        ("--packing False", "sequence_length", None),
+        ("--remat full", "gradient_checkpointing", True),
+        ("--warmup_steps 3", "max_steps", 60),
+    ],
+)
+def test_the_example_leaves_out_what_a_flag_makes_void(argv, field, value, capsys):
+    config, _ = finetune_command.configure(argv.split(), "finetune.py")
+    assert getattr(config, field) == value
+    assert (f"--{field} " in capsys.readouterr().out) is (value == 60)
+
+
+@pytest.mark.parametrize("flags", ["--block_size 64", "--double_quant"])
+def test_converting_refuses_flags_without_an_effect(flags, tmp_path):
+    name = flags.split()[0]
+    with pytest.raises(UserError, match=f"^{name} has no effect with --quant_type int8; leave it out"):
+        convert_command.main(["m", str(tmp_path), "--quant_type", "int8", *flags.split()])
 
 
 def test_flags_are_listed_by_their_properties():

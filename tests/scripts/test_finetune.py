@@ -342,11 +342,13 @@ def test_two_devices_train_like_one_with_twice_the_batch(finished, place):
 
 
 def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
+    named = {name: value for name, value in MAIN.items() if name not in ("eval_dataset_size", "max_steps")}
     changes = {
-        "bits": 8, "bf16": True, "lora_modules": "attention", "do_eval": False, "max_steps": 2, "max_grad_norm": 0.0,
+        "bits": 8, "bf16": True, "lora_modules": "attention", "do_eval": False, "max_grad_norm": 0.0,
         "output_dir": place / "out-int8", "num_train_epochs": 0.05, "dataset": place / "rows.jsonl",
+        "model_name_or_path": place / "model",
     }  # fmt: skip
-    assert run_in_process(main_flags(place, **changes)) == 0
+    assert run_in_process(as_flags(**(named | changes))) == 0
     lines = read_metrics(place / "out-int8")
     assert [line["step"] for line in lines] == [1]  # ceil(0.05 * 52 / 4)
     _, config = load_adapter(place / "out-int8" / "adapter", MODEL)
@@ -356,7 +358,9 @@ def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
     assert summary["bytes"]["base_packed"] == sum(math.prod(shape) for shape in linears)
     assert summary["bytes"]["scales"] == 4 * sum(shape[0] for shape in linears)
     assert summary["last_eval_loss"] is None
-    assert "held out, " not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "held out, " not in out
+    assert "\n--eval_steps has no effect with --do_eval False.\n" in f"\n{out}"
 
 
 def test_no_rows_held_out(place):
@@ -430,7 +434,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(finished, place, capsy
         ({"dataset": "{}/one.jsonl"}, ["--eval_dataset_size 4 leaves nothing to train on"]),
         ({"dataset_format": "alpacca"}, ["--dataset_format alpacca is unknown; use one of"]),
         ({"dataset_format": "alpaca"}, ["column 'instruction' is missing"]),
-        ({"eval_dataset": "{}/nowhere.jsonl"}, ["{}/nowhere.jsonl", "no such file"]),
+        ({"eval_dataset": "{}/rows.jsonl"}, ["--eval_dataset_size 4 has no effect with --eval_dataset"]),
         ({"eval_dataset_size": 52}, ["--eval_dataset_size 52 leaves nothing to train on"]),
         ({"bits": 5}, ["--bits 5: choose 4, 8 or 16"]),
         ({"block_size": 100}, ["--block_size 100: choose a power of two"]),

@@ -103,13 +103,13 @@ def test_a_resumed_run_keeps_the_kernels_and_facts_it_began_with(place, first, m
     assert found == [recorded]
     assert json.loads((place / "run" / "run.json").read_text())["facts"] == record["facts"]
     # A new run resolves its own.
-    finetuning.finetune(config(place, "new", max_steps=1, do_eval=False))
+    finetuning.finetune(config(place, "new", max_steps=1, do_eval=False, eval_dataset_size=None))
     assert {choice["implementation"] for choice in found[1]} == {"xla"}
 
 
 def test_choices_that_were_not_recorded_are_resolved_on_resume(place, monkeypatch):
     """As in runs of earlier versions."""
-    changes = {"do_eval": False}
+    changes = {"do_eval": False, "eval_dataset_size": None}
     finetuning.finetune(config(place, "earlier", max_steps=1, **changes))
     record = json.loads((place / "earlier" / "run.json").read_text())
     del record["facts"], record["wrote"]
