@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
-    ("defaults", "device_memory", "errors", "formatting"),
+    ("choices", "defaults", "device_memory", "errors", "formatting"),
     ("environment", "files", "gpus", "quantization"),
     ("cli", "kernels"),
     ("sharding",),

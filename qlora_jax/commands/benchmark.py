@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from qlora_jax.choices import Kernel, Remat
 from qlora_jax.cli import command, flag, parse_flags, spellings, subcommand
 from qlora_jax.errors import UserError
 
@@ -27,11 +28,9 @@ class StepFlags:
     )
     dtype: Literal["float32", "bfloat16", "all"] = flag("all", "Compute dtype.")
     quant_type: Literal["nf4", "fp4", "int8", "none"] = flag("nf4", "Storage of the linear weights.")
-    kernel: Literal["auto", "xla", "fused", "unfused", "dequantize"] = flag("auto", "Implementation of the 4-bit ops.")
+    kernel: Kernel = flag("auto", "Implementation of the 4-bit ops.")
     lora_r: int = flag(16, "Rank of the adapters, on all linears.")
-    remat: Literal["full", "save_attention", "offload", "none"] = flag(
-        "none", "What the backward pass finds of a layer."
-    )
+    remat: Remat = flag("none", "What the backward pass finds of a layer.")
     steps: int = flag(10, "Timed steps.")
     json: bool = flag(False, "Print one JSON object a line instead of a table.")
 

@@ -12,12 +12,60 @@ from typing import Any
 from qlora_jax.cli import command, flag, parse_flags, spellings, with_dashes
 from qlora_jax.environment import multiplies_bfloat16
 from qlora_jax.errors import UserError
-from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, check_idle, idle_fields, idle_notes
 
 DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
 parameters. Without --model_name_or_path and --dataset it runs a small example: SmolLM2-135M-Instruct on an embedded
 data set. A run that was interrupted is resumed by the same command."""
+
+
+# What the command runs when neither a model nor a data set is named: small enough for two CPU cores.
+EXAMPLE_FLAGS: Mapping[str, Any] = {
+    "bits": 4,
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "packing": True,
+    "sequence_length": 256,
+    "source_max_len": 128,
+    "target_max_len": 128,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "max_steps": 60,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "eval_steps": 20,
+    "save_steps": 20,
+    "save_total_limit": 2,
+    "logging_steps": 1,
+    "max_new_tokens": 64,
+}
+
+# Flags of the reference program (or of its trainer) that are not flags here, and what to do instead.
+UNSUPPORTED_FLAGS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("do_mmlu_eval", "mmlu_dataset", "mmlu_split", "max_mmlu_samples"), "MMLU comes in a later release."
+    ),
+    **dict.fromkeys(("do_predict", "predict_with_generate"), "prediction comes in a later release; see `prompts`."),
+    **dict.fromkeys(
+        ("min_new_tokens", "num_beams", "num_beam_groups", "penalty_alpha", "use_cache", "typical_p",
+         "diversity_penalty", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+        "generation has `do_sample`, `temperature`, `top_k`, `top_p` and `max_new_tokens` in this release.",
+    ),
+    "max_memory_MB": "a run takes what it needs: see `plan`, `optim_placement` and `remat`.",
+    "fp16": "float16 overflows in training; use `bf16`.",
+    "full_finetune": "only adapters are trained here.",
+    "trust_remote_code": "no code from a model repository is ever run.",
+    "use_auth_token": "log in with `hf auth login`; the token is then found by itself.",
+    "remove_unused_columns": "unused columns are reported and left alone.",
+    "dataloader_num_workers": "rows are tokenised once, before training.",
+    "evaluation_strategy": "give `eval_steps=N`, or `do_eval=False`.",
+    "eval_strategy": "give `eval_steps=N`, or `do_eval=False`.",
+    "logging_strategy": "give `logging_steps=N`.",
+    "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in `output_dir`.",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.choices import Remat
 from qlora_jax.models.family import LAYER, Name
 from qlora_jax.models.hf_config import eos_token_ids
 from qlora_jax.nn.attention import Attention
 from qlora_jax.nn.blocks import AttentionProjections, Embedding, GatedMLP, Keys
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.nn.norms import RMSNorm
-from qlora_jax.nn.remat import Remat
 from qlora_jax.nn.rotary import RotaryConfig, rotary_tables
 from qlora_jax.nn.stack import Cache, Context, Stack
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.choices import Remat
 from qlora_jax.nn import attention, jax_internals
-from qlora_jax.nn.remat import Remat
 
 # Tokens of a tile: enough rows for full-speed products, few enough that a tile's hidden layer is small.
 TILE = 2048

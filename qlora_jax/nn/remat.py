@@ -1,17 +1,16 @@
 """Rematerialisation policies: what the backward pass of a layer finds in memory, and what it computes again."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
+from qlora_jax.choices import Remat
 from qlora_jax.nn.attention import ATTENTION
 from qlora_jax.nn.linear import SAVED
 
 # Name of a layer's input.
 LAYER_INPUT = "layer_input"
-
-Remat = Literal["full", "save_attention", "offload", "none"]
 
 _policies = jax.checkpoint_policies
 POLICIES: dict[str, Any] = {

@@ -20,9 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax import kernels
+from qlora_jax.choices import Remat
 from qlora_jax.nn import long_sequence
 from qlora_jax.nn.attention import Attention, attend, attend_xla, segment_mask
-from qlora_jax.nn.remat import LAYER_INPUT, Remat, rematerialised
+from qlora_jax.nn.remat import LAYER_INPUT, rematerialised
 from qlora_jax.nn.variables import GradientSlot, Trainable
 from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.sharding import REPLICATED, ShardingRules, gathered

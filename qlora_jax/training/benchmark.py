@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax import models
+from qlora_jax.choices import Remat
 from qlora_jax.device_memory import device_limit
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
-from qlora_jax.nn.remat import Remat
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.schedule import make_optimizer

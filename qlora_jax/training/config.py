@@ -1,15 +1,13 @@
 """Configuration of a fine-tuning run: the one schema of its flags, with the reference program's names."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
+from qlora_jax.choices import Kernel, Remat
 from qlora_jax.cli import flag, names_where
 from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
 from qlora_jax.errors import UserError
 from qlora_jax.training.idle_fields import changed_fields, check_idle
-
-RematPolicy = Literal["full", "save_attention", "offload", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +22,7 @@ class StepConfig:
         micro_batches: forward passes of an optimizer step, the leading axis A of its batch [A, B, S].
     """
 
-    remat: RematPolicy = "none"
+    remat: Remat = "none"
     dropout: bool = False
     seed: int = 0
     max_grad_norm: float = 0.0
@@ -37,7 +35,7 @@ class TrainConfig:
 
     model_name_or_path: str = flag(
         DEFAULT_MODEL,
-        "Hub id, Hugging Face directory, GGUF file, or a directory made by scripts/convert.py.",
+        "Hub id, Hugging Face directory, GGUF file, or a directory made by qlora-jax convert.",
         group="model",
     )
     bits: int = flag(
@@ -57,7 +55,7 @@ class TrainConfig:
         group="model",
         shapes_step=True,
     )
-    kernel: Literal["auto", "xla", "fused", "unfused", "dequantize"] = flag(
+    kernel: Kernel = flag(
         "auto",
         "How 4-bit weights are multiplied: xla dequantizes them with XLA (anywhere); fused dequantizes inside the "
         "product and unfused with a kernel before it (CUDA GPUs); auto takes what should be fastest on the device. "
@@ -157,7 +155,7 @@ class TrainConfig:
         shapes_step=True,
         resume="free",
     )
-    remat: Literal["full", "save_attention", "offload", "none"] | None = flag(
+    remat: Remat | None = flag(
         None,
         "What the backward pass finds of a layer: its input (full, the default), that and what attention returned "
         "(save_attention), its input in host memory (offload), or everything that is costly to compute (none).",
@@ -239,7 +237,7 @@ class TrainConfig:
         check_idle(self, changed_fields(self))
 
     @property
-    def remat_policy(self) -> RematPolicy:
+    def remat_policy(self) -> Remat:
         """The activations of a layer that are kept for the backward pass, see `qlora_jax.nn.remat`."""
         return self.remat or ("full" if self.gradient_checkpointing else "none")
 
@@ -258,53 +256,6 @@ class TrainConfig:
             micro_batches=self.gradient_accumulation_steps,
         )
 
-
-# What `finetune.py` runs when neither a model nor a data set is named: small enough for two CPU cores.
-EXAMPLE_FLAGS: Mapping[str, Any] = {
-    "bits": 4,
-    "lora_r": 16,
-    "lora_alpha": 32.0,
-    "packing": True,
-    "sequence_length": 256,
-    "source_max_len": 128,
-    "target_max_len": 128,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 4,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "max_steps": 60,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
-    "eval_steps": 20,
-    "save_steps": 20,
-    "save_total_limit": 2,
-    "logging_steps": 1,
-    "max_new_tokens": 64,
-}
-
-# Flags of the reference program (or of its trainer) that are not flags here, and what to do instead.
-UNSUPPORTED_FLAGS: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("do_mmlu_eval", "mmlu_dataset", "mmlu_split", "max_mmlu_samples"), "MMLU comes in a later release."
-    ),
-    **dict.fromkeys(("do_predict", "predict_with_generate"), "prediction comes in a later release; see `prompts`."),
-    **dict.fromkeys(
-        ("min_new_tokens", "num_beams", "num_beam_groups", "penalty_alpha", "use_cache", "typical_p",
-         "diversity_penalty", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
-        "generation has `do_sample`, `temperature`, `top_k`, `top_p` and `max_new_tokens` in this release.",
-    ),
-    "max_memory_MB": "a run takes what it needs: see `plan`, `optim_placement` and `remat`.",
-    "fp16": "float16 overflows in training; use `bf16`.",
-    "full_finetune": "only adapters are trained here.",
-    "trust_remote_code": "no code from a model repository is ever run.",
-    "use_auth_token": "log in with `hf auth login`; the token is then found by itself.",
-    "remove_unused_columns": "unused columns are reported and left alone.",
-    "dataloader_num_workers": "rows are tokenised once, before training.",
-    "evaluation_strategy": "give `eval_steps=N`, or `do_eval=False`.",
-    "eval_strategy": "give `eval_steps=N`, or `do_eval=False`.",
-    "logging_strategy": "give `logging_steps=N`.",
-    "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in `output_dir`.",
-}  # fmt: skip
 
 STEP_FLAGS = names_where(TrainConfig, shapes_step=True)
 """Fields of a run that shape the programs of its step; a plan has them under the same names."""

@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array
 
 from qlora_jax import data
-from qlora_jax.nn.remat import Remat
+from qlora_jax.choices import Remat
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.losses import next_token_loss
 

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.choices import Remat
 from qlora_jax.device_memory import PINNED_LIMIT_VARIABLE, ProgramMemory, pinned_limit
 from qlora_jax.errors import UserError
-from qlora_jax.nn.remat import Remat
 from qlora_jax.nn.variables import GradientSlot
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
 from qlora_jax.optimizers.paged import ChunkState

@@ -9,6 +9,7 @@ import pytest
 from fixtures import tiny_model
 from flax import nnx
 
+from qlora_jax.choices import Remat
 from qlora_jax.nn import attention, long_sequence, remat
 from qlora_jax.planner import count_products
 from qlora_jax.quantization import QuantizationConfig
@@ -51,7 +52,7 @@ def assert_same(got, want):
 
 def test_the_flag_offers_every_policy():
     (flag, _) = typing.get_args(typing.get_type_hints(TrainConfig)["remat"])
-    assert set(typing.get_args(flag)) == set(remat.POLICIES) == set(typing.get_args(remat.Remat))
+    assert set(typing.get_args(flag)) == set(remat.POLICIES) == set(typing.get_args(Remat))
     assert TrainConfig().remat_policy == "full"
     assert TrainConfig(gradient_checkpointing=False).remat_policy == "none"
     assert TrainConfig(remat="offload").remat_policy == "offload"

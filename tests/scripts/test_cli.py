@@ -20,10 +20,11 @@ from qlora_jax import commands
 from qlora_jax.cli import argument, command, flag, names_where, parse_flags, run, spellings, with_dashes
 from qlora_jax.commands import convert as convert_command
 from qlora_jax.commands import finetune as finetune_command
+from qlora_jax.commands.finetune import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS
 from qlora_jax.device_memory import CONTEXT_BYTES
 from qlora_jax.environment import let_jax_fill_the_gpu, multiplies_bfloat16
 from qlora_jax.errors import UserError
-from qlora_jax.training.config import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS, TrainConfig
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import IDLE, changed_fields, idle_notes
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -1,0 +1,9 @@
+"""Values of fields that several floors know; imports nothing, so that flags need no JAX."""
+
+from typing import Literal
+
+Remat = Literal["full", "save_attention", "offload", "none"]
+"""What the backward pass finds of a layer, see `qlora_jax.nn.remat`."""
+
+Kernel = Literal["auto", "xla", "fused", "unfused", "dequantize"]
+"""Implementations of the 4-bit operations, see `qlora_jax.kernels`."""
