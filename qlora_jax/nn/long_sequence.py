@@ -104,6 +104,7 @@ def _forward(
     return out, (trainable, encoder, frozen, saved)
 
 
+@jax.named_scope("layers")
 def _forward_layers(
     program: Program,
     kinds: Any,
@@ -136,6 +137,7 @@ def _forward_layers(
     return h, saved
 
 
+@jax.named_scope("layers")
 def _backward(
     program: Program,
     kinds: Any,
@@ -410,6 +412,7 @@ class _Tiles:
         return carry, results
 
 
+@jax.named_scope("slice")
 def _at(x: Array, layer: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
 

@@ -22,6 +22,7 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
         self.weight = frozen_array((*stack, features), jnp.float32, "norm", (*("layers",) * len(stack), None))
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise the last axis; the result has x's dtype."""
         h = x.astype(jnp.float32)

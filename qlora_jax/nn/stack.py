@@ -211,6 +211,7 @@ class Stack:
         """Every different attention, in order of first use."""
         return tuple(dict.fromkeys(itertools.chain(*self.layers)))
 
+    @jax.named_scope("layers")
     def __call__(
         self,
         layers: nnx.Module,
@@ -321,6 +322,7 @@ class Stack:
                     windows.setdefault(min(facts.window or capacity, capacity), []).append((layer, i))
         return windows
 
+    @jax.named_scope("layers")
     def decode(
         self,
         layers: nnx.Module,
@@ -390,6 +392,7 @@ def _apply(
     return h
 
 
+@jax.named_scope("slice")
 def _taken(tree: Any, index: Array) -> Any:
     """One layer's part of every leaf."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
