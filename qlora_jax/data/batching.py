@@ -96,14 +96,22 @@ def abstract_batch(fields: Sequence[Field], *shape: int) -> Batch:
 def bucket_lengths(max_length: int, *, multiple: int = 64, max_buckets: int = 8) -> tuple[int, ...]:
     """Return at most `max_buckets` increasing lengths, multiples of `multiple`, spaced geometrically up to max_length.
 
-    bucket_i = multiple * (top / multiple)^(i / (n - 1)), rounded up, where top is max_length rounded up.
+    bucket_i = multiple * (top / multiple)^(i / (n - 1)), rounded up, where top is max_length rounded up. Long
+    ones are multiples of up to 512, by less than an eighth longer: a step cuts them into tiles
+    (`qlora_jax.nn.long_sequence.tile_size`), which a length of few divisors does not allow.
     """
     top = -(-max_length // multiple)
     n = min(max_buckets, top)
-    if n == 1:
-        return (top * multiple,)
     inner = (int(np.ceil(round(top ** (i / (n - 1)), 6))) for i in range(n - 1))
-    return tuple(sorted({min(m, top) * multiple for m in inner} | {top * multiple}))
+    return tuple(sorted({_with_divisors(min(m, top) * multiple, multiple) for m in (*inner, top)}))
+
+
+def _with_divisors(length: int, multiple: int) -> int:
+    """Round a length up to a multiple of `multiple`, or of up to eight times as much where that is a 16th or less."""
+    largest = 8 * multiple
+    while multiple < largest and 16 * multiple < length:
+        multiple *= 2
+    return -(-length // multiple) * multiple
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_jax.formatting import format_bytes
 from qlora_jax.gpus import CHIPS, Chip
 from qlora_jax.models import DecoderConfig
-from qlora_jax.nn.long_sequence import tile_size
+from qlora_jax.nn.long_sequence import TILE, tile_size
 from qlora_jax.planner import Allowance, Bound, Longest, Plan, bound, describe, describe_bound, longest_sequence
 from qlora_jax.planner.compiler import AttentionKind, CompilationFailed, CompiledStep, Compiler
 from qlora_jax.training.config import TrainConfig
@@ -56,6 +56,11 @@ class StepPlan:
             found.append(
                 f"config.json gives the model {self.positions:,} positions; the plan counts the memory of more, and "
                 "says nothing of what the model makes of them."
+            )
+        tokens = self.config.per_device_train_batch_size * self.length
+        if self.tile is None and self.config.remat_policy != "none" and tokens > 2 * TILE:
+            found.append(
+                f"{tokens:,} tokens do not divide into tiles, which would take far less memory; a multiple of 512 does."
             )
         return (*found, *map(self._attention_warning, self.fallbacks))
 

@@ -21,6 +21,7 @@ from qlora_jax.data import (
 )
 from qlora_jax.data.batching import first_fit
 from qlora_jax.errors import UserError
+from qlora_jax.nn.long_sequence import tile_size
 
 MODES = ["packing", "group_by_length", "plain"]
 PAD = 999
@@ -194,12 +195,13 @@ def test_grouping_pads_less_than_plain_and_shows_the_longest_first():
     assert max(len(e) for e in examples) == first["segment_ids"].sum(axis=1).max()
 
 
-@pytest.mark.parametrize(("longest", "most"), [(1, 1), (64, 1), (65, 2), (300, 5), (1280, 8), (100_000, 8)])
+@pytest.mark.parametrize(("longest", "most"), [(1, 1), (64, 1), (65, 2), (300, 5), (1280, 8), (6000, 8), (100_000, 8)])
 def test_bucket_lengths_are_few_multiples_that_reach_the_longest(longest, most):
     buckets = bucket_lengths(longest)
     assert 1 <= len(buckets) <= most
     assert list(buckets) == sorted(set(buckets)) and all(b % 64 == 0 for b in buckets)
-    assert buckets[-1] - 64 < longest <= buckets[-1]
+    assert longest <= buckets[-1] < max(longest + 64, longest * 9 / 8)
+    assert all(tile_size(b) < b for b in buckets if b > 4096)
     assert bucket_lengths(longest, max_buckets=1) == buckets[-1:]
 
 

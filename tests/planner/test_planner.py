@@ -179,7 +179,7 @@ def test_xla_attention_is_warned_of():
 def test_more_positions_than_the_model_has_are_noted():
     plans = Planner(CHIPS["h100"], SMALL, FakeCompiler())
     assert not plans.plan(LEAN, 8192).warnings
-    (warning,) = plans.plan(LEAN, 8256).warnings
+    (warning,) = plans.plan(LEAN, 8704).warnings
     assert warning.startswith("config.json gives the model 8,192 positions;")
     # Where the field is the text part's.
     nested = families.config("gemma3_conditional")
@@ -196,6 +196,10 @@ def test_tiles_are_told():
     assert "All but attention takes 2,048 tokens at a time." in planning.describe_run(long)
     kept = dataclasses.replace(LEAN, gradient_checkpointing=False, remat="none")
     assert plans.plan(kept, 16384).tile is None
+    uneven = plans.plan(LEAN, 5000)
+    assert uneven.tile is None
+    assert any("do not divide into tiles" in warning for warning in uneven.warnings)
+    assert not any("tiles" in warning for planned in (long, plans.plan(kept, 5000)) for warning in planned.warnings)
 
 
 def test_json_holds_a_search_and_advice():
