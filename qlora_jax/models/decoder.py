@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.choices import Remat
 from qlora_jax.models.family import LAYER, Name
-from qlora_jax.models.hf_config import eos_token_ids
+from qlora_jax.models.hf_config import decoder_fields, eos_token_ids
+from qlora_jax.models.layer_types import attentions_of
 from qlora_jax.nn.attention import Attention
 from qlora_jax.nn.blocks import AttentionProjections, Embedding, GatedMLP, Keys
 from qlora_jax.nn.linear import QLoRAConfig
@@ -80,6 +81,35 @@ def shared_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
         "eos_token_ids": eos_token_ids(config),
         "source": config,
     }
+
+
+SILU: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish", None)}
+"""Activations of a feed-forward layer that `PreNormLayer` computes, as config.json may call them."""
+
+
+def default_rotary(config: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[tuple[str, RotaryConfig], ...]:
+    """Rotary tables of a family that has one for all layers; arguments as for `shared_fields`."""
+    return (("default", RotaryConfig.from_hf(config, fields["head_dim"], fields["max_position_embeddings"])),)
+
+
+def read_windowed_config(
+    config: Mapping[str, Any], hf_class: str, neutral: Mapping[str, tuple[Any, ...]]
+) -> DecoderConfig:
+    """Read config.json of a decoder of `PreNormLayer`s, any of which may slide, and that has no field of its own.
+
+    Args:
+        config: contents of config.json.
+        hf_class: transformers' configuration class, see `hf_config.decoder_fields`.
+        neutral: fields that the family does not implement -> values under which that makes no difference.
+
+    Raises:
+        UserError: a field is missing, unknown or not implemented; names it.
+    """
+    read = frozenset(("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"))
+    fields = decoder_fields(config, hf_class, read=read, neutral={**SILU, **neutral})
+    return DecoderConfig(
+        **shared_fields(config, fields), attentions=attentions_of(fields), rotary=default_rotary(config, fields)
+    )
 
 
 class PreNormLayer(nnx.Module):

@@ -8,10 +8,12 @@ from typing import Any
 from qlora_jax.errors import UserError
 from qlora_jax.models.decoder import (
     LORA_GROUPS,
+    SILU,
     DecoderConfig,
     DecoderLM,
     PreNormLayer,
     decoder_names,
+    default_rotary,
     ignored_tensors,
     shared_fields,
 )
@@ -19,9 +21,6 @@ from qlora_jax.models.family import GGUF, Family
 from qlora_jax.models.hf_config import check_layer_types, decoder_fields
 from qlora_jax.nn.attention import Attention
 from qlora_jax.nn.linear import QLoRAConfig
-from qlora_jax.nn.rotary import RotaryConfig
-
-_ACTIVATION = {"hidden_act": ("silu", "swish", None)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
         {name: value for name, value in config.items() if name != "layer_types"},
         "MistralConfig" if mistral else "LlamaConfig",
         read=frozenset(own),
-        neutral={**_ACTIVATION, **absent},
+        neutral={**SILU, **absent},
     )
     check_layer_types({**config, "num_hidden_layers": fields["num_hidden_layers"]})
     window = fields.get("sliding_window")
@@ -59,7 +58,7 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(
         **shared_fields(config, fields),
         attentions=(Attention(window=window),) * fields["num_hidden_layers"],
-        rotary=(("default", RotaryConfig.from_hf(config, fields["head_dim"], fields["max_position_embeddings"])),),
+        rotary=default_rotary(config, fields),
         attention_bias=bool(fields.get("attention_bias")),
         mlp_bias=bool(fields.get("mlp_bias")),
     )

@@ -11,26 +11,15 @@ from qlora_jax.models.decoder import (
     PreNormLayer,
     decoder_names,
     ignored_tensors,
-    shared_fields,
+    read_windowed_config,
 )
 from qlora_jax.models.family import GGUF, Family
-from qlora_jax.models.hf_config import decoder_fields
-from qlora_jax.models.layer_types import attentions_of
 from qlora_jax.nn.linear import QLoRAConfig
-from qlora_jax.nn.rotary import RotaryConfig
-
-_READ = frozenset(("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"))
-_NEUTRAL = {"hidden_act": ("silu", "swish", None), "use_mrope": (False, None)}
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read config.json; UserError names a field that is missing, unknown or not implemented."""
-    fields = decoder_fields(config, "Qwen2Config", read=_READ, neutral=_NEUTRAL)
-    return DecoderConfig(
-        **shared_fields(config, fields),
-        attentions=attentions_of(fields),
-        rotary=(("default", RotaryConfig.from_hf(config, fields["head_dim"], fields["max_position_embeddings"])),),
-    )
+    return read_windowed_config(config, "Qwen2Config", {"use_mrope": (False, None)})
 
 
 def make_model(config: DecoderConfig, qlora: QLoRAConfig) -> DecoderLM:
