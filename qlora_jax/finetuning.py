@@ -21,7 +21,7 @@ from qlora_jax.training import setup
 from qlora_jax.training.answers import Answer, Questionnaire, read_prompts
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets, load_datasets, longest_batch
-from qlora_jax.training.failures import memory_advice
+from qlora_jax.training.failures import advised_out_of_memory
 from qlora_jax.training.idle_fields import changed_fields, idle_notes
 from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
 from qlora_jax.training.progress import announced
@@ -110,7 +110,7 @@ def finetune(config: TrainConfig) -> Result:
         after = before
         if config.do_train:
             advise = functools.partial(planned_advice, config, model_config=model.base.config)
-            with memory_advice(directory, advise):
+            with advised_out_of_memory(directory, advise):
                 finished = trainer.train()
             if not finished:
                 return Result(summarize(trainer), [], interrupted=True)

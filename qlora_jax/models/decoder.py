@@ -284,6 +284,6 @@ def head_norm_names(layout: str = "as_is") -> tuple[Name, Name]:
     return in_layer("self_attn.q_norm", "attn_q_norm", layout), in_layer("self_attn.k_norm", "attn_k_norm", layout)
 
 
-def ignored_tensors(config: DecoderConfig) -> tuple[str, ...]:
+def redundant_tensors(config: DecoderConfig) -> tuple[str, ...]:
     """Inverse frequencies that old checkpoints carry, and the head's copy of a tied embedding."""
     return (r".*\.rotary_emb\.inv_freq", *((r"lm_head\.weight",) if config.tie_word_embeddings else ()))

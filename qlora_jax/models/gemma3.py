@@ -17,8 +17,8 @@ from qlora_jax.models.decoder import (
     DecoderLM,
     decoder_names,
     head_norm_names,
-    ignored_tensors,
     in_layer,
+    redundant_tensors,
     shared_fields,
 )
 from qlora_jax.models.family import GGUF, Family, Name
@@ -193,7 +193,7 @@ FAMILY = Family(
         reads=("attention.sliding_window_pattern",),
         derived=_gguf_fields,
     ),
-    ignored=lambda config: (*ignored_tensors(config), r"language_model\.lm_head\.weight"),
+    ignored=lambda config: (*redundant_tensors(config), r"language_model\.lm_head\.weight"),
     skipped={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the vision tower and its projector"},
     other_parts=lambda config: config.conditional,
     aliases={"model.language_model.": "language_model.model."},

@@ -14,7 +14,7 @@ from qlora_jax.models.decoder import (
     PreNormLayer,
     decoder_names,
     default_rotary,
-    ignored_tensors,
+    redundant_tensors,
     shared_fields,
 )
 from qlora_jax.models.family import GGUF, Family
@@ -84,5 +84,5 @@ FAMILY = Family(
     names=lambda config: decoder_names(interleaved=True),
     lora_groups=LORA_GROUPS,
     gguf=GGUF("llama", "LlamaForCausalLM", "llama", derived=_gguf_fields),
-    ignored=ignored_tensors,
+    ignored=redundant_tensors,
 )

@@ -10,8 +10,8 @@ from qlora_jax.models.decoder import (
     DecoderLM,
     PreNormLayer,
     decoder_names,
-    ignored_tensors,
     read_windowed_config,
+    redundant_tensors,
 )
 from qlora_jax.models.family import GGUF, Family
 from qlora_jax.nn.linear import QLoRAConfig
@@ -36,5 +36,5 @@ FAMILY = Family(
     names=lambda config: decoder_names(),
     lora_groups=LORA_GROUPS,
     gguf=GGUF("qwen2", "Qwen2ForCausalLM", "qwen2"),
-    ignored=ignored_tensors,
+    ignored=redundant_tensors,
 )

@@ -11,8 +11,8 @@ from qlora_jax.models.decoder import (
     PreNormLayer,
     decoder_names,
     head_norm_names,
-    ignored_tensors,
     read_windowed_config,
+    redundant_tensors,
 )
 from qlora_jax.models.family import GGUF, Family
 from qlora_jax.nn.linear import QLoRAConfig
@@ -36,5 +36,5 @@ FAMILY = Family(
     names=lambda config: decoder_names(*head_norm_names()),
     lora_groups=LORA_GROUPS,
     gguf=GGUF("qwen3", "Qwen3ForCausalLM", "qwen3"),
-    ignored=ignored_tensors,
+    ignored=redundant_tensors,
 )

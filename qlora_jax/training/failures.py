@@ -39,7 +39,9 @@ def non_finite(found: str, step: int, example_ids: Sequence[str], directory: Run
 
 
 @contextlib.contextmanager
-def memory_advice(directory: RunDirectory, advise: Callable[[tuple[int, int, int]], Sequence[str]]) -> Iterator[None]:
+def advised_out_of_memory(
+    directory: RunDirectory, advise: Callable[[tuple[int, int, int]], Sequence[str]]
+) -> Iterator[None]:
     """Turn StepOutOfMemory into OutOfMemory, with the lines that `advise` has for the shape [A, B, S] of the batch."""
     try:
         yield

@@ -22,7 +22,7 @@ from qlora_jax.sharding import Devices
 from qlora_jax.training import reporting, setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets
-from qlora_jax.training.failures import NonFiniteLoss, StepOutOfMemory, memory_advice
+from qlora_jax.training.failures import NonFiniteLoss, StepOutOfMemory, advised_out_of_memory
 from qlora_jax.training.model import Model
 from qlora_jax.training.objectives import NEXT_TOKEN, Sums
 from qlora_jax.training.reporting import MetricsLog, StepTimer, Throughput, read_metrics
@@ -270,7 +270,7 @@ def test_memory_that_does_not_suffice_is_explained(tmp_path, make_trainer, saved
     asked = []
     with (
         pytest.raises(ValueError, match="step 5 ran out of device memory") as raised,
-        memory_advice(trainer.directory, lambda shape: asked.append(shape) or ["give less", "or more"]),
+        advised_out_of_memory(trainer.directory, lambda shape: asked.append(shape) or ["give less", "or more"]),
     ):
         trainer.train()
     assert asked == [(2, 2, 64)]
