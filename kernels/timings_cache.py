@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import UserError
+from qlora_jax.files import write_json
 from qlora_jax.kernels.product import Product
 
 VARIABLE = "QLORA_JAX_TUNING"
@@ -99,11 +100,9 @@ def save(title: str, measured: Iterable[Timing]) -> Path:
         "format": _FORMAT,
         "chips": {name: [_entry(timing) for timing in each] for name, each in chips.items()},
     }
-    temporary = file.with_name(f".{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        temporary.replace(file)
+        write_json(file, content, indent=1)
     except OSError as error:
         raise UserError(f"The timings {file} cannot be written: {error.strerror}; set {VARIABLE}.") from error
     return file

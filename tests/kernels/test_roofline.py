@@ -1,9 +1,12 @@
 """The model that chooses between fusing and dequantizing first, and the timings and records that overrule it."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +165,20 @@ def test_a_file_named_by_hand_must_exist(monkeypatch, tmp_path):
         timings_cache.timings("x")
     timings_cache.save("x", [timing("fused", 1.0)])
     assert timings_cache.timings("x") == (timing("fused", 1.0),)
+
+
+def test_a_disk_that_is_full_keeps_the_earlier_timings(timings_file, monkeypatch):
+    timings_cache.save("x", [timing("fused", 1.0)])
+
+    def full(path, *_, **__):
+        path.write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device; set QLORA_JAX_TUNING"):
+        timings_cache.save("x", [timing("fused", 2.0)])
+    assert timings_cache.timings("x") == (timing("fused", 1.0),)
+    assert os.listdir(timings_file.parent) == [timings_file.name]
 
 
 def test_files_written_before_a_rename_are_read(timings_file):
