@@ -114,7 +114,7 @@ class SafetensorsSource:
 
     def _under_the_familys_names(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
         """Rename tensors whose names begin as in other versions of the family's files."""
-        aliases = family_of(self.config).aliases
+        aliases = family_of(self.config).aliases(self.config)
         renamed: dict[str, _Entry] = {}
         for name, entry in entries.items():
             old = next((start for start in aliases if name.startswith(start)), "")

@@ -77,7 +77,7 @@ class Family(NamedTuple):
         skipped: regular expressions of checkpoint tensors of parts that are left out -> what they are, for people.
         other_parts: (configuration) -> the model has parts that are left out, whose linears may be called as those of
             `lora_groups` are.
-        aliases: beginnings of tensor names that some checkpoints have -> that of the table.
+        aliases: (configuration) -> beginnings of tensor names that some checkpoints have -> that of the table.
     """
 
     title: str
@@ -91,4 +91,4 @@ class Family(NamedTuple):
     ignored: Callable[[Any], tuple[str, ...]] = lambda config: ()
     skipped: Mapping[str, str] = {}
     other_parts: Callable[[Any], bool] = lambda config: False
-    aliases: Mapping[str, str] = {}
+    aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}

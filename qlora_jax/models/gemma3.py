@@ -157,6 +157,15 @@ def _names(config: Gemma3Config) -> tuple[Name, ...]:
     )
 
 
+def _redundant(config: Gemma3Config) -> tuple[str, ...]:
+    head = (r"language_model\.lm_head\.weight",) if config.tie_word_embeddings else ()
+    return (*redundant_tensors(config), *head)
+
+
+# Since transformers 4.52 its files are named as its modules are.
+_NEWER_NAMES = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+
+
 def _gguf_fields(config: Mapping[str, Any], metadata: Callable[[str], Any], tensors: Collection[str]) -> dict[str, Any]:
     """Fields that llama.cpp takes for granted, as its src/models/gemma3.cpp does."""
     layers = config["num_hidden_layers"]
@@ -193,8 +202,8 @@ FAMILY = Family(
         reads=("attention.sliding_window_pattern",),
         derived=_gguf_fields,
     ),
-    ignored=lambda config: (*redundant_tensors(config), r"language_model\.lm_head\.weight"),
+    ignored=_redundant,
     skipped={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the vision tower and its projector"},
     other_parts=lambda config: config.conditional,
-    aliases={"model.language_model.": "language_model.model."},
+    aliases=lambda config: _NEWER_NAMES if config.conditional else {},
 )

@@ -141,6 +141,20 @@ def test_names_of_other_versions_of_transformers(directories: dict[str, Path], t
         open_source(write_hf(tmp_path / "both", config, both))
 
 
+@pytest.mark.parametrize("head", ["language_model.lm_head.weight", "lm_head.weight"])
+def test_a_head_of_its_own_is_read_under_both_names(tmp_path: Path, head: str):
+    """transformers wrote Gemma 3's head beside the text part's layers, and writes it at the top."""
+    case = "gemma3_conditional"
+    config = {**families.CASES[case]["config"], "tie_word_embeddings": False}
+    tensors = families.weights(case)
+    own = tensors["language_model.model.embed_tokens.weight"] * np.float32(2)
+    loaded = load(write_hf(tmp_path / "m", config, {**tensors, head: own}))
+    np.testing.assert_array_equal(loaded.tensors["lm_head", "weight"], own)
+    both = {**tensors, "lm_head.weight": own, "language_model.lm_head.weight": own}
+    with pytest.raises(UserError, match=r"holds tensor language_model\.lm_head\.weight under two names"):
+        load(write_hf(tmp_path / "both", config, both))
+
+
 @pytest.mark.parametrize(
     ("pattern", "kinds"),
     [

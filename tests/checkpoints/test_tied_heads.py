@@ -15,6 +15,7 @@ from qlora_jax.quantization import QuantizationConfig
     [
         ("qwen2_tied", "model.embed_tokens.weight", "lm_head.weight"),
         ("gemma3_conditional", "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+        ("gemma3_conditional", "language_model.model.embed_tokens.weight", "lm_head.weight"),
     ],
 )
 def test_a_copy_is_left_out_and_another_head_is_refused(name, embedding, head, tmp_path):
