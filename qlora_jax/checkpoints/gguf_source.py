@@ -103,6 +103,10 @@ class GGUFSource:
             return array.astype(np.float32) - np.float32(1)
         return array
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read the tensor and keep some rows: those of one in memory are dequantised together."""
+        return self.read(name)[start:stop].copy()
+
 
 def _hf_name(gguf_name: str, table: Mapping[str, Name]) -> tuple[str, str]:
     """Hugging Face's name of a tensor and llama.cpp's layout of it; a name that is not in the table stays."""

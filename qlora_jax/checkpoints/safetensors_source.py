@@ -106,10 +106,18 @@ class SafetensorsSource:
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor's byte range."""
+        return self._read(name, self._entries[name].shape, 0)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read the byte range of some rows."""
+        rows, *others = self._entries[name].shape
+        return self._read(name, (min(stop, rows) - start, *others), start * self._entries[name].nbytes // rows)
+
+    def _read(self, name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
         self.check_readable(name)
         entry = self._entries[name]
-        array = np.empty(entry.shape, _DTYPES[entry.dtype])
-        read_exactly(entry.file, entry.offset, array, name)
+        array = np.empty(shape, _DTYPES[entry.dtype])
+        read_exactly(entry.file, entry.offset + offset, array, name)
         return array
 
     def _under_the_familys_names(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:

@@ -51,6 +51,10 @@ class TensorSource(Protocol):
         """The tensor in memory of its own: nothing of the file stays mapped."""
         ...
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of the tensor, in memory of their own."""
+        ...
+
 
 def open_source(path: str | Path) -> TensorSource:
     """Open a Hugging Face safetensors directory or a GGUF file, reading headers only.

@@ -23,6 +23,9 @@ Progress = Callable[[int, int], None]
 Chunk = tuple[TensorPath, int | None, Any]
 """(path, first layer or None if not stacked, value of that layer or of several stacked on axis 0)."""
 
+# Elements of two tensors that are compared at a time.
+_COMPARED = 1 << 22
+
 _LEAVES = ("codes", "absmax", "nested_absmax", "offset")
 
 
@@ -100,11 +103,19 @@ def _check_tied_head(source: TensorSource, specs: list[TensorSpec], embedding: T
     for name in source.names():
         if name in used or not re.fullmatch(r"(.*\.)?lm_head\.weight", name):
             continue
-        if source.shape(name) != embedding.shape or not np.array_equal(source.read(name), source.read(embedding.name)):
+        if source.shape(name) != embedding.shape or not _equal(source, name, embedding.name):
             raise UserError(
                 f"{source.location(name)} holds a {name} that differs from {embedding.name}, although config.json ties "
                 "the two; set tie_word_embeddings to false there."
             )
+
+
+def _equal(source: TensorSource, name: str, other: str) -> bool:
+    """Compare two matrices of one shape by slices of rows: an embedding may be the largest tensor of a model."""
+    rows, width = source.shape(name)
+    step = max(1, _COMPARED // width)
+    slices = ((start, start + step) for start in range(0, rows, step))
+    return all(np.array_equal(source.read_rows(name, *part), source.read_rows(other, *part)) for part in slices)
 
 
 def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: np.dtype, stack: tuple[int, ...]) -> Any:
