@@ -7,7 +7,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import functools
-from collections.abc import Mapping
+import math
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -66,11 +68,81 @@ class Entry:
         return self.kind not in _PLAIN_DTYPES
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "an integer": (
+        _is_integer,
+        (
+            "attention.key_length", "attention.sliding_window", "attention.value_length", "block_count",
+            "context_length", "embedding_length", "feed_forward_length", "rope.dimension_count",
+            "rope.scaling.original_context_length", "split.count", "tokenizer.ggml.bos_token_id",
+            "tokenizer.ggml.eos_token_id", "tokenizer.ggml.padding_token_id", "tokenizer.ggml.unknown_token_id",
+            "vocab_size",
+        ),
+    ),
+    "an integer, or one for each layer": (
+        lambda value: _is_integer(value) or _list_of(lambda each: isinstance(each, int))(value),
+        ("attention.head_count", "attention.head_count_kv", "attention.sliding_window_pattern"),
+    ),
+    "a finite number": (
+        _is_number,
+        (
+            "attention.layer_norm_rms_epsilon", "final_logit_softcapping", "rope.freq_base", "rope.freq_base_swa",
+            "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.factor", "rope.scaling.yarn_beta_fast",
+            "rope.scaling.yarn_beta_slow",
+        ),
+    ),
+    "a string": (
+        _is_text,
+        (
+            "general.architecture", "rope.scaling.type", "tokenizer.chat_template", "tokenizer.ggml.model",
+            "tokenizer.ggml.pre",
+        ),
+    ),
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix"),
+    ),
+    "a list of strings": (_list_of(_is_text), ("tokenizer.ggml.merges", "tokenizer.ggml.tokens")),
+    "a list of integers": (_list_of(_is_integer), ("tokenizer.ggml.token_type",)),
+    "a list of numbers": (_list_of(lambda each: isinstance(each, int | float)), ("tokenizer.ggml.scores",)),
+}  # fmt: skip
+"""Kind of value -> its check, and the keys that have it; keys of an architecture without its name in front."""
+_KIND_OF = {key: (kind, check) for kind, (check, keys) in _KINDS.items() for key in keys}
+
+
+def _check_kinds(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse a value of another type than every reader of its key takes it for."""
+    prefix = f"{metadata.get('general.architecture')}."
+    for key, value in metadata.items():
+        kind, check = _KIND_OF.get(key.removeprefix(prefix), ("", None))
+        if check is not None and not check(value):
+            raise UserError(
+                f"{path} has {key} = {reprlib.repr(value)}, which is not {kind}; use another GGUF version of the model."
+            )
+
+
 def read_metadata(path: str | Path) -> Mapping[str, Any]:
     """Read the key-value metadata of a GGUF file; arrays become lists. Shared between callers: not to be changed.
 
     Raises:
-        UserError: a file that is not GGUF, is truncated, big-endian or of an unknown version.
+        UserError: a file that is not GGUF, is truncated, big-endian or of an unknown version, or a value that is read
+            and has another type than its key; names the file, and the key.
     """
     return read_header(Path(path))[0]
 
@@ -151,6 +223,7 @@ def _parse(path: Path, mtime_ns: int, size: int) -> tuple[Mapping[str, Any], Map
         raise UserError(f"{path} is not a GGUF file that can be read ({error}); {DOWNLOAD_AGAIN}.") from error
     if reader.byte_order == "S":
         raise UserError(f"{path} is a big-endian GGUF file; only little-endian ones are supported.")
+    _check_kinds(path, metadata)
     entries: dict[str, Entry] = {}
     for tensor in reader.tensors:
         shape = tuple(reversed(tensor.shape.tolist()))

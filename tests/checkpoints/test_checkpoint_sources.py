@@ -1,6 +1,7 @@
 """Reading checkpoints: what comes out equals what was written, and damage is named."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -231,6 +232,45 @@ def test_gguf_llama3_scaling_is_recognised_from_its_divisors(tmp_path: Path):
 def test_gguf_metadata_that_would_change_the_model(tmp_path: Path, extra: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         open_source(write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), extra=extra))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.embedding_length", "wide", "'wide', which is not an integer"),
+        ("llama.block_count", [3, 3], r"\[3, 3\], which is not an integer"),
+        ("llama.feed_forward_length", 192.5, r"192\.5, which is not an integer"),
+        ("llama.context_length", True, "True, which is not an integer"),
+        ("llama.attention.head_count", "4", "'4', which is not an integer, or one for each layer"),
+        ("llama.attention.head_count_kv", ["2"], r"\['2'\], which is not an integer, or one for each layer"),
+        ("llama.attention.layer_norm_rms_epsilon", "1e-5", "'1e-5', which is not a finite number"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "nan, which is not a finite number"),
+        ("llama.rope.freq_base", [1e4], r"\[10000\.0\], which is not a finite number"),
+        ("llama.rope.scaling.type", 1, "1, which is not a string"),
+        ("llama.vocab_size", "many", "'many', which is not an integer"),
+        ("tokenizer.ggml.tokens", 96, "96, which is not a list of strings"),
+        ("tokenizer.ggml.tokens", [1, 2], r"\[1, 2\], which is not a list of strings"),
+        ("tokenizer.ggml.scores", ["a"], r"\['a'\], which is not a list of numbers"),
+        ("tokenizer.ggml.token_type", "x", "'x', which is not a list of integers"),
+        ("tokenizer.ggml.eos_token_id", "2", "'2', which is not an integer"),
+        ("tokenizer.ggml.add_bos_token", 1, "1, which is not true or false"),
+        ("split.count", "3", "'3', which is not an integer"),
+    ],
+)
+def test_gguf_metadata_of_a_wrong_type_are_named(tmp_path: Path, monkeypatch: Any, key: str, value: Any, message: str):
+    write_header = gguf.GGUFWriter.write_header_to_file
+
+    def with_wrong_value(self: gguf.GGUFWriter) -> None:
+        kinds = {bool: self.add_bool, str: self.add_string, float: self.add_float32, int: self.add_uint32}
+        self.kv_data[0].pop(key, None)  # a key is written once
+        kinds.get(type(value), self.add_array)(key, value)
+        write_header(self)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_wrong_value)
+    file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA))
+    for read in (open_source, gguf_file.read_metadata):
+        with pytest.raises(UserError, match=rf"m\.gguf has {re.escape(key)} = {message}; use another GGUF version"):
+            read(file)
 
 
 def test_gguf_architecture_is_named(tmp_path: Path):
