@@ -297,7 +297,7 @@ def test_a_kernel_compiled_here(chip, tensor_cores, products, tmp_path):
 
 
 if __name__ == "__main__":
-    # Writes what the tests read: python tests/test_sass.py CHIP mma|wgmma
+    # Writes what the tests read: PYTHONPATH=tests JAX_PLATFORMS=cpu python tests/gpus/test_sass.py CHIP mma|wgmma
     with tempfile.TemporaryDirectory() as scratch:
         summary = compile_and_report(sys.argv[1], sys.argv[2], scratch)
         GOLDEN.mkdir(parents=True, exist_ok=True)
