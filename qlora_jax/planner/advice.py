@@ -1,6 +1,7 @@
 """Advice for a run whose step ran out of device memory: its plan, and settings that would need less."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 
@@ -10,7 +11,9 @@ from qlora_jax.errors import UserError
 from qlora_jax.formatting import format_bytes
 from qlora_jax.models import DecoderConfig
 from qlora_jax.planner.planning import Planner, describe_run
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import FREE_FLAGS, TrainConfig
+
+_ELSEWHERE = "a run that has checkpoints needs another `output_dir` for that"
 
 
 def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
@@ -21,14 +24,21 @@ def memory_advice(config: TrainConfig, shape: tuple[int, ...]) -> list[str]:
         advice.append("`remat=full` recomputes a layer's activations instead of keeping them")
     if config.remat_policy != "offload":
         advice.append("`remat=offload` keeps no more of a layer than its input, and that in host memory")
-    if rows > jax.device_count():
-        advice.append(
-            "a lower `per_device_train_batch_size`, with `gradient_accumulation_steps` raised as much, trains the same"
-        )
     if config.optim_placement == "device" or not (config.optim_placement or config.optim.startswith("paged_")):
         advice.append("`optim_placement=host` keeps the optimizer's state in host memory")
+    # Those above may be changed in a run that is resumed.
+    if rows > jax.device_count():
+        advice.append(
+            "a lower `per_device_train_batch_size`, with `gradient_accumulation_steps` raised as much, trains the "
+            f"same; {_ELSEWHERE}"
+        )
     source = "`sequence_length`" if config.packing else "`source_max_len` and `target_max_len`"
-    return [*advice, f"lower {source} shorten the rows, here of {length} tokens"]
+    return [*advice, f"lower {source} shorten the rows, here of {length} tokens; {_ELSEWHERE}"]
+
+
+def fixed_fields(fields: Iterable[str]) -> list[str]:
+    """List those that a run which is resumed may not change."""
+    return [name for name in fields if name not in FREE_FLAGS]
 
 
 def planned_advice(config: TrainConfig, shape: tuple[int, ...], *, model_config: DecoderConfig) -> list[str]:
@@ -56,7 +66,9 @@ def planned_advice(config: TrainConfig, shape: tuple[int, ...], *, model_config:
         return [f"No plan of this step: {error}", *memory_advice(config, shape)]
     lines = describe_run(planned).splitlines()
     if advice is not None:
-        return [*lines, advice.sentence()]
+        fixed = fixed_fields(advice.fields) if advice.planned.plan.fits else []
+        names = " and ".join(f"`{name}`" for name in fixed)
+        return [*lines, advice.sentence(), *([f"As to {names}: {_ELSEWHERE}."] if fixed else [])]
     limit = device_limit(device) or chip.memory_bytes
     return [
         *lines,

@@ -191,7 +191,8 @@ class Planner:
     def advice(self, config: TrainConfig, length: int) -> Advice:
         """Find settings that make a plan fit: each is compiled in turn, and kept if it helps, until the plan fits.
 
-        First come those that change no result, then those that do, at last shorter sequences.
+        First come those that a run which is resumed may change, then others, at last shorter sequences. The first
+        change no result but by rounding, and by other dropout masks where they leave `remat` "none", see `StepConfig`.
         """
         best, changes = self.plan(config, length), dict[str, Any]()
         for remedy in remedies(config, host_lacks=best.plan.host_excess > 0):

@@ -17,6 +17,7 @@ class StepConfig:
     Attributes:
         remat: activations kept for the backward pass, see `qlora_jax.nn.remat`.
         dropout: draw dropout masks, keyed by (seed, step, micro-batch, device), so that a resumed run draws the same.
+            The tiles of a long batch draw masks of their own, and `remat` "none" has no tiles: there it draws others.
         seed: of the dropout masks.
         max_grad_norm: the mean gradient is clipped to this global norm (Pascanu et al. 2013); 0 for no clipping.
         micro_batches: forward passes of an optimizer step, the leading axis A of its batch [A, B, S].
@@ -256,6 +257,9 @@ class TrainConfig:
             micro_batches=self.gradient_accumulation_steps,
         )
 
+
+FREE_FLAGS = names_where(TrainConfig, resume="free")
+"""Fields that a run which is resumed may change."""
 
 STEP_FLAGS = names_where(TrainConfig, shapes_step=True)
 """Fields of a run that shape the programs of its step; a plan has them under the same names."""

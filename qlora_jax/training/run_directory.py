@@ -25,10 +25,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from qlora_jax import files
-from qlora_jax.cli import names_where
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import OPTIMIZERS
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import FREE_FLAGS, TrainConfig
 from qlora_jax.training.step import TrainState
 
 RUN_FILE = "run.json"
@@ -42,7 +41,7 @@ _DIRECTORIES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "wandb": lambda flags: flags.get("report_to") in ("wandb", "all"),
 }
 # Fields that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
-_FREE = frozenset(names_where(TrainConfig, resume="free"))
+_FREE = frozenset(FREE_FLAGS)
 
 
 def read_json(path: Path) -> Any:

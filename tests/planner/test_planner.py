@@ -313,10 +313,18 @@ def test_out_of_memory_is_told_with_the_plan(monkeypatch):
     monkeypatch.setattr(gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
     lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config=SMALL)
     assert any(line.startswith("Device: ") and "does not fit" in line for line in lines)
-    assert lines[-1].startswith("It would fit with `per_device_train_batch_size=")
+    assert lines[-2].startswith("It would fit with `per_device_train_batch_size=")
+    rows = "`per_device_train_batch_size` and `gradient_accumulation_steps`"
+    elsewhere = "a run that has checkpoints needs another `output_dir` for that"
+    assert lines[-1].startswith(f"As to {rows}") and lines[-1].endswith(f": {elsewhere}.")
     packed = dataclasses.replace(LEAN, packing=True, lora_r=8, optim="adamw_8bit")
     lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config=SMALL)
-    assert re.fullmatch(r"It would fit with `sequence_length=\d+`: .* GB\.", lines[-1])
+    assert re.fullmatch(r"It would fit with `sequence_length=\d+`: .* GB\.", lines[-2])
+    assert lines[-1] == f"As to `sequence_length`: {elsewhere}."
+    # What a run that is resumed may change needs no other directory.
+    kept = dataclasses.replace(LEAN, remat="full")
+    lines = advice.planned_advice(kept, (1, 1, 175_000), model_config=SMALL)
+    assert lines[-1].startswith("It would fit with `remat=offload`: ")
     lines = advice.planned_advice(LEAN, (2, 1, 128), model_config=SMALL)
     assert "it had 24.0 GiB of 24.0 GiB, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that" in lines[-1]
     # Nothing to plan with: the reason, and what helps in general.
@@ -325,3 +333,13 @@ def test_out_of_memory_is_told_with_the_plan(monkeypatch):
         first, *others = advice.planned_advice(LEAN, (2, 8, 128), model_config=SMALL)
         assert first.startswith(f"No plan of this step: {reason}")
         assert others == advice.memory_advice(LEAN, (2, 8, 128))
+    # Settings that a run with checkpoints may change come first.
+    keeping = TrainConfig(optim="adamw_32bit", gradient_checkpointing=False)
+    kinds = [line.endswith(elsewhere) for line in advice.memory_advice(keeping, (2, 8, 128))]
+    assert kinds == [False, False, False, True, True]
+
+
+def test_free_settings_are_advised_first():
+    config = TrainConfig(gradient_checkpointing=False, per_device_train_batch_size=4)
+    fixed = [bool(advice.fixed_fields(remedy)) for remedy in planning.remedies(config)]
+    assert fixed == sorted(fixed) and set(fixed) == {False, True}
