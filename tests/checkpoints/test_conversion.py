@@ -27,7 +27,7 @@ from fixtures.checkpoint_helpers import (
     write_large_hf,
 )
 
-from qlora_jax import models
+from qlora_jax import cli, models
 from qlora_jax.checkpoints import conversion, loading
 from qlora_jax.checkpoints.conversion import Conversion, convert
 from qlora_jax.checkpoints.loading import LoadedBase, load_base
@@ -35,6 +35,7 @@ from qlora_jax.checkpoints.manifest import MANIFEST_NAME
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.checkpoints.streaming import check_source, inventory
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
+from qlora_jax.commands.convert import main
 from qlora_jax.errors import UserError
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize
@@ -540,19 +541,20 @@ def test_memory_ceiling_of_a_model_several_times_its_size(tmp_path: Path):
 # --- the command
 
 
-def test_command_line(tmp_path: Path):
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     source = write_model(tmp_path / "hf")
-
-    def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, str(ROOT / "scripts" / "convert.py"), *map(str, arguments)]
-        return subprocess.run(script, capture_output=True, text=True, timeout=120)
-
-    done = command(source, tmp_path / "out", "--quant_type", "fp4", "--double_quant", "False", "--block_size", 32)
+    script = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(source), str(tmp_path / "out")]
+    flags = ["--quant_type", "fp4", "--double_quant", "False", "--block_size", "32"]
+    done = subprocess.run([*script, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "5.000 bits a quantised parameter" in done.stdout
     assert "base packed" in done.stdout
     model = load_base(tmp_path / "out", quantization=QuantizationConfig("fp4", 32, False), dtype="bfloat16")
     assert isinstance(model.tensors["layers", "mlp", "up_proj", "weight"], QuantizedTensor)
-    done = command(source, tmp_path / "out")
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: .*out already holds a converted model; set --overwrite.*\n", done.stderr), done.stderr
+    # Without the child's imports, which take seconds.
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(source), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*out already holds a converted model; set --overwrite.*\n", said), said

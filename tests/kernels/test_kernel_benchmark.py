@@ -5,6 +5,7 @@ import json
 import math
 import runpy
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from fixtures import compile_in_child
 from qlora_jax.commands.kernel_plot import plot_kernels
 from qlora_jax.errors import UserError
 from qlora_jax.gpus import CHIPS, chip_like, compile_for
-from qlora_jax.kernels import benchmark, selection, timings_cache
+from qlora_jax.kernels import benchmark, roofline, selection, timings_cache
 from qlora_jax.kernels.codegen_report import ARCHITECTURES, VARIANTS, compile_reports, crossover_table
 from qlora_jax.kernels.mosaic import dequantize, dispatch
 from qlora_jax.kernels.product import Product
@@ -177,10 +178,23 @@ def test_one_panel_plots(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_the_table_of_crossovers():
+def test_the_table_of_crossovers(monkeypatch):
+    """What test_roofline.py holds of the numbers; here, that each is in its place."""
+
+    def crossover(chip, n, k, *, transposed):
+        return None if chip is CHIPS["a6000"] and transposed else n + transposed
+
+    # Against the real one's signature: a call that it would refuse is refused here.
+    real = create_autospec(roofline.crossover, side_effect=crossover)
+    monkeypatch.setattr(roofline, "crossover", real)
     header, rule, *rows = crossover_table(linear_layers(["llama-7b"]))
     assert header.split(" | ")[2] == "a6000" and set(rule) <= set("| -")
     assert sorted(row.split(" | ")[1] for row in rows) == ["11008 x 4096", "4096 x 11008", "4096 x 4096"]
+    for row in rows:
+        n = int(row.split(" | ")[1].split()[0])
+        first, *others = row.strip("| ").split(" | ")[2:]
+        assert first == f"{n} / -"
+        assert set(others) == {f"{n} / {n + 1}"}
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.batches import array
 from fixtures.pairwise import pairwise
 
 from qlora_jax.errors import UserError
@@ -12,10 +13,6 @@ from qlora_jax.quantization import quantize
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 # (N, K, block_size): whole blocks in a row; blocks that straddle rows; an odd number of elements.
 SHAPES = [(96, 128, 64), (32, 100, 64), (7, 33, 32)]
-
-
-def array(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def make(kind, n, k, block_size=64):
@@ -73,6 +70,7 @@ def test_one_of_a_stack(implementation, rows):
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     x = array(40, 192, dtype=jnp.bfloat16)
 
+    @jax.jit  # one program for the whole stack, one for what it is compared with
     def product(w):
         y, vjp = jax.vjp(lambda x: matmul(x, w, implementation=implementation), x)
         return y, vjp(y), dequantize(w, jnp.bfloat16, implementation=implementation)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.pairwise import pairwise
 
 from qlora_jax import kernels
 from qlora_jax.errors import UserError
@@ -73,19 +74,16 @@ def test_reading_is_what_generating_a_token_takes_on_cards_with_slow_memory():
     assert roofline.packed_bytes(n, k) / (n * k) == 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
-@pytest.mark.parametrize("name", TABLED)
-def test_one_row_is_fused_and_the_choice_turns_once_at_most(name):
-    chip = CHIPS[name]
-    for n, k in SHAPES_70B:
-        for transposed in (False, True):
-            crossing = roofline.crossover(chip, n, k, transposed=transposed)
-            if not transposed:
-                assert roofline.explain(chip, Product(1, n, k))[0] == "fused"
-            if crossing is not None:
-                for m in (crossing, crossing + 16, 2 * crossing, roofline.LARGEST_M):
-                    assert roofline.explain(chip, Product(min(m, 16384), n, k, transposed))[0] == "unfused"
-                if crossing > 16:
-                    assert roofline.explain(chip, Product(crossing - 16, n, k, transposed))[0] == "fused"
+@pytest.mark.parametrize(("name", "shape", "transposed"), pairwise(TABLED, SHAPES_70B, (False, True)))
+def test_one_row_is_fused_and_the_choice_turns_once_at_most(name, shape, transposed):
+    chip, (n, k) = CHIPS[name], shape
+    assert roofline.explain(chip, Product(1, n, k))[0] == "fused"
+    crossing = roofline.crossover(chip, n, k, transposed=transposed)
+    if crossing is not None:
+        for m in (crossing, crossing + 16, 2 * crossing, roofline.LARGEST_M):
+            assert roofline.explain(chip, Product(min(m, 16384), n, k, transposed))[0] == "unfused"
+        if crossing > 16:
+            assert roofline.explain(chip, Product(crossing - 16, n, k, transposed))[0] == "fused"
 
 
 def test_dequantizing_first_pays_earlier_the_faster_the_tensor_cores():

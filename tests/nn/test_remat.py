@@ -1,5 +1,6 @@
 """Rematerialisation policies, sequence tiles and groups of heads: less memory, the same numbers."""
 
+import functools
 import typing
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import tiny_model
+from fixtures.batches import array
 from flax import nnx
 
 from qlora_jax.choices import Remat
@@ -17,29 +19,54 @@ from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.step import make_gradient_step
 
 
+def cut_small(patch):
+    """Make tiles and groups of heads so small that a tiny model's sequence falls into several."""
+    patch.setattr(long_sequence, "TILE", 32)
+    patch.setattr(long_sequence, "_MULTIPLE", 8)
+    patch.setattr(attention, "_BUSY_BLOCKS", 1)
+
+
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Tiles and groups of heads small enough that a tiny model's sequence falls into several."""
-    monkeypatch.setattr(long_sequence, "TILE", 32)
-    monkeypatch.setattr(long_sequence, "_MULTIPLE", 8)
-    monkeypatch.setattr(attention, "_BUSY_BLOCKS", 1)
+    cut_small(monkeypatch)
 
 
-def loss_and_gradient(policy: str, *, packed: bool = False, dropout: float = 0.0):
-    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig(), dropout=dropout)
-    lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)
+@functools.cache
+def model(dropout: float = 0.0):
+    # Dropout of one adapter before attention, one after it, and one of the MLP: fewer masks compile faster.
+    modules = "q_proj,o_proj,down_proj" if dropout else "all"
+    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig(), dropout=dropout, modules=modules)
+    return graphdef, jax.tree.map(lambda leaf: leaf + 0.01, lora), frozen
+
+
+@functools.cache
+def loss_and_gradient(policy: str, *, packed: bool = False, dropout: float = 0.0, small: bool = False, seed: int = 1):
+    """Of the tiny model, its sequence whole or in small pieces; computed once for all tests."""
+    _, lora, _ = model(dropout)
+    # Masks of the generator that compiles fastest.
+    key = jax.random.key(seed, impl="rbg") if dropout else None
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            cut_small(patch)
+            assert long_sequence.tile_size(2 * 96) == 32
+            assert attention.head_groups(2 * 96, 4, 2) == 2
+        return program(policy, packed, dropout, small)(lora, key)
+
+
+@functools.cache
+def program(policy, packed, dropout, small):
+    """Its name in the cache has `small` in it, which is patched when it is traced."""
+    graphdef, _, frozen = model(dropout)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, tiny_model.CONFIG["vocab_size"], (2, 96)))
     positions = jnp.tile(jnp.arange(96), (2, 1))
     segments = jnp.where(positions < 40, 1, 2) if packed else None
 
-    def loss(lora):
+    def loss(lora, key):
         model = nnx.merge(graphdef, lora, frozen)
-        # Masks of the generator that compiles fastest.
-        key = jax.random.key(1, impl="rbg") if dropout else None
         hidden, _ = model(ids, positions, segment_ids=segments, dropout_key=key, remat=policy)
         return jnp.sum(jnp.sin(model.logits(hidden)))
 
-    return jax.jit(jax.value_and_grad(loss))(lora)
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def assert_same(got, want):
@@ -72,20 +99,17 @@ def test_policies_agree(policy, packed):
 
 
 @pytest.mark.parametrize(("policy", "packed"), CASES)
-def test_tiles_and_groups_of_heads_change_nothing(policy, packed, request):
-    want = loss_and_gradient("none", packed=packed)
-    request.getfixturevalue("small_pieces")
-    assert long_sequence.tile_size(2 * 96) == 32
-    assert attention.head_groups(2 * 96, 4, 2) == 2
-    assert_same(loss_and_gradient(policy, packed=packed), want)
+def test_tiles_and_groups_of_heads_change_nothing(policy, packed):
+    assert_same(loss_and_gradient(policy, packed=packed, small=True), loss_and_gradient("none", packed=packed))
 
 
 @pytest.mark.parametrize("policy", ["offload", pytest.param("save_attention", marks=pytest.mark.e2e)])
-def test_tiles_draw_their_own_dropout(policy, small_pieces):
+def test_tiles_draw_their_own_dropout(policy):
     """Every policy draws the same masks; no two tiles draw the same."""
-    full = loss_and_gradient("full", dropout=0.5)
-    assert_same(loss_and_gradient(policy, dropout=0.5), full)
-    assert abs(full[0] - loss_and_gradient("full")[0]) > 1e-3
+    full = loss_and_gradient("full", dropout=0.5, small=True)
+    assert_same(loss_and_gradient(policy, dropout=0.5, small=True), full)
+    # Masks matter: those of another key give another loss.
+    assert abs(full[0] - loss_and_gradient("full", dropout=0.5, small=True, seed=2)[0]) > 1e-3
 
 
 class TestAttention:
@@ -93,7 +117,7 @@ class TestAttention:
 
     def arrays(self, seq: int = 24):
         shapes = {"q": (2, seq, 8, 16), "k": (2, seq, 4, 16), "v": (2, seq, 4, 16), "d": (2, seq, 8, 16)}
-        return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes.values())]
+        return [array(*shape, seed=i) for i, shape in enumerate(shapes.values())]
 
     @pytest.mark.parametrize("groups", [1, 2, 4])
     @pytest.mark.parametrize("window", [None, 6])
@@ -126,31 +150,34 @@ def test_tile_sizes(tokens, size):
     assert long_sequence.tile_size(tokens) == size
 
 
-@pytest.mark.parametrize("working", [pytest.param(jnp.float32, marks=pytest.mark.e2e), jnp.bfloat16])
-def test_tiles_add_to_the_gradients_of_earlier_micro_batches(working, request):
-    """The hand-written backward pass adds where the step keeps its totals, and asks for no gradient of the matrices."""
-    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig())
-    lora = jax.tree.map(lambda leaf: (leaf + 0.01).astype(working), lora)
+@functools.cache
+def gradients(working, policy: str, *, small: bool):
+    """Loss and summed gradients of three micro-batches."""
+    graphdef, lora, frozen = model()
+    lora = jax.tree.map(lambda leaf: leaf.astype(working), lora)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, tiny_model.CONFIG["vocab_size"], (3, 2, 96)))
     positions = jnp.broadcast_to(jnp.arange(96), ids.shape)
     batch = {"input_ids": ids, "labels": ids, "positions": positions, "segment_ids": jnp.ones_like(ids)}
-
-    def gradients(policy: str):
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            cut_small(patch)
         step = make_gradient_step(graphdef, StepConfig(remat=policy, micro_batches=3))
         sums, metrics = step(lora, frozen, batch, jnp.zeros((), jnp.int32))
-        return metrics.loss, sums
+    return metrics.loss, sums
 
-    want = gradients("none")
-    request.getfixturevalue("small_pieces")
-    for policy in ("full", "save_attention", "offload"):
-        got = gradients(policy)
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got[1]))
-        assert_same(got, want)
+
+@pytest.mark.parametrize("policy", ["full", pytest.param("save_attention", marks=pytest.mark.e2e), "offload"])
+@pytest.mark.parametrize("working", [pytest.param(jnp.float32, marks=pytest.mark.e2e), jnp.bfloat16])
+def test_tiles_add_to_the_gradients_of_earlier_micro_batches(working, policy):
+    """The hand-written backward pass adds where the step keeps its totals, and asks for no gradient of the matrices."""
+    got = gradients(working, policy, small=True)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got[1]))
+    assert_same(got, gradients(working, "none", small=False))
 
 
 @pytest.mark.parametrize("policy", ["full", "save_attention", "offload"])
 def test_tiles_add_no_products_with_weights(policy, request):
-    graphdef, lora, frozen = tiny_model.build(quantization=QuantizationConfig())
+    graphdef, lora, frozen = model()
     batch = dict.fromkeys(
         ("input_ids", "labels", "positions", "segment_ids"), jax.ShapeDtypeStruct((1, 2, 96), jnp.int32)
     )
