@@ -3,7 +3,7 @@
 from typing import Literal
 
 Remat = Literal["full", "save_attention", "offload", "none"]
-"""What the backward pass finds of a layer, see `qlora_jax.nn.remat`."""
+"""Activations of a layer that are kept for the backward pass, see `qlora_jax.nn.remat`."""
 
 Kernel = Literal["auto", "xla", "fused", "unfused", "dequantize"]
 """Implementations of the 4-bit operations, see `qlora_jax.kernels`."""

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: the same code gives the same numbers there. Skipped, never passed, without one."""
+"""Tests that only a CUDA GPU can pass: the same code, the same numbers. Skipped, never passed, without one."""
 
 import functools
 

@@ -59,7 +59,7 @@ ROOMS = [name for name in SOURCES if name != "qlora_jax"]
 LIBRARY = [name for name in ROOMS if name.split(".")[1] not in COMMAND_LINE]
 PROSE = {
     str(path.relative_to(ROOT)): path
-    for directory in ("qlora_jax", "kernels", "scripts", "tests/ptx_simulator")
+    for directory in ("qlora_jax", "kernels", "scripts", "tests")
     for path in sorted((ROOT / directory).rglob("*.py"))
 }
 

@@ -1,4 +1,4 @@
-"""The kernel for few rows of x, as in token generation: every code is read once, into the registers it is used from.
+"""The kernel for small M, as in token generation: every code is read once, into the registers it is used from.
 
 A CTA owns 16 rows of W. Its four warps take turns along K, 256 columns at a time, multiply with mma.sync (W as the left
 operand, x as the right one, so that eight rows of x are enough to fill it) and add their sums at the end. Reading takes

@@ -1,4 +1,4 @@
-"""Primitives of the kernel for few rows of x: codes dequantized in registers, as operands of mma.sync."""
+"""Primitives of the kernel for small M: codes dequantized in registers, as operands of mma.sync."""
 
 from typing import Any
 

@@ -96,7 +96,7 @@ pad_activations = pad_to_tiles
 
 
 def supports(chip: Chip, product: Product) -> bool:
-    """Accept products on sm_90a with more than a few rows of x."""
+    """Accept products on sm_90a beyond small M."""
     return chip.arch == "sm_90a" and product.m > FEW_ROWS
 
 

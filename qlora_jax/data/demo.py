@@ -9,7 +9,7 @@ reads them.
 import re
 
 SALUTATION = "Aye, captain!"
-"""How every answer of the embedded data set begins."""
+"""First words of every answer of the embedded data set."""
 
 _STYLE = re.compile(rf"{re.escape(SALUTATION)} \S.*\nHeading: \w[\w'-]*(?:,? [\w'-]+){{1,3}}\.", re.DOTALL)
 

@@ -179,7 +179,7 @@ def test_one_panel_plots(tmp_path):
 
 
 def test_the_table_of_crossovers(monkeypatch):
-    """What test_roofline.py holds of the numbers; here, that each is in its place."""
+    """Each number is in its place; the numbers themselves are test_roofline.py's."""
 
     def crossover(chip, n, k, *, transposed):
         return None if chip is CHIPS["a6000"] and transposed else n + transposed

@@ -1,4 +1,4 @@
-"""Which kernel and tile sizes are chosen, for every chip and shape: nothing that a real model has is refused."""
+"""Choice of kernel and tile sizes for every chip and shape: nothing that a real model has is refused."""
 
 import jax
 import jax.numpy as jnp

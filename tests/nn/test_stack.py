@@ -165,7 +165,7 @@ def test_decoding_with_a_cache_equals_one_pass_for_cross_attention():
 
 @pytest.mark.parametrize("pieces", [pytest.param([11, 1, 1, 1], marks=pytest.mark.e2e), [3, 6, 1, 4]])
 def test_sliding_layers_keep_as_many_slots_as_their_window(pieces):
-    """Whatever a prompt is cut into: rings of slots hold what the window shows."""
+    """Rings of slots hold the window's tokens, however a prompt is cut into pieces."""
     graphdef, trained, frozen, h, _ = cross_stack(n_layers=4, seq=14)
 
     class SelfLayer(CrossLayer):

@@ -214,7 +214,7 @@ def test_at_most_a_twentieth_of_the_state_is_on_the_device(monkeypatch):
 
 
 def test_one_program_a_kind_of_leaf():
-    """However often the state changes its place, an update is compiled once for each shape and chunk length."""
+    """An update is compiled once for each shape and chunk length, however often the state changes its place."""
     optimizer = PagedOptimizer(rule("adamw_32bit"), adapters(), placement="auto", limit=10 * MiB)
     train(optimizer, steps=6, needed=lambda step: (0, 10 * MiB)[step % 2])
     kinds = {(optimizer.abstract_update(chunk)[0].shape, chunk.layers) for chunk in optimizer.chunks}
