@@ -3,8 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
+from fixtures import tiny_model
 from fixtures.compile_in_child import call
+
+from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.sharding import ShardingRules, specs
 
 
 def runs(directory: str) -> list[list[dict[str, float]]]:
@@ -40,6 +45,16 @@ def runs(directory: str) -> list[list[dict[str, float]]]:
         keep = ("step", "loss", "grad_norm", "eval_loss")
         found.append([{key: line[key] for key in keep if key in line} for line in lines])
     return [*found, [held[0], held[1]]]
+
+
+@pytest.mark.parametrize("quantization", [QuantizationConfig(), QuantizationConfig("none")])
+def test_rows_are_cut_of_quantised_weights_only(quantization):
+    """Nothing gathers the rows of others, adapters and 16-bit weights among them."""
+    _, trained, frozen = tiny_model.build(quantization=quantization)
+    rules = ShardingRules(rows="data")
+    quantised = quantization.quant_type != "none"
+    assert any("data" in spec for spec in jax.tree.leaves(specs(frozen, rules))) == quantised
+    assert not any("data" in spec for spec in jax.tree.leaves(specs(trained, rules)))
 
 
 @pytest.mark.e2e
