@@ -161,7 +161,7 @@ def _backward(
                 index = start + repeat * len(pattern) + j
                 mine, state = _layer_state(index, trainable, encoder, frozen, kinds)
                 inputs, attended = kept[j]
-                attended = None if attended is None else jax.tree.map(lambda x: _at(x, repeat), attended)
+                attended = None if attended is None else layer_slice(attended, repeat)
                 layer = _TiledLayer(program, attentions, batch, mine, state)
                 dh, d_encoder = carry
                 carry = layer.backward(_Tiles(inputs, repeat), attended, dh, d_encoder, gradients)
@@ -218,7 +218,7 @@ class _Gradients:
 
 def _layer_state(index: Array, trainable: Any, encoder: Any, frozen: _Frozen, kinds: Any) -> tuple[Any, _LayerState]:
     """A layer's adapters, and all else that it is made of."""
-    mine, sliced = (jax.tree.map(lambda x: _at(x, index), tree) for tree in (trainable, frozen.sliced))
+    mine, sliced = layer_slice((trainable, frozen.sliced), index)
     masks = dict(zip(kinds, frozen.masks, strict=True))
     return mine, _LayerState(index, sliced, frozen.whole, frozen.rope, masks, encoder)
 
@@ -384,7 +384,7 @@ class _Tiles:
 
     def whole(self) -> Array:
         """All tiles, on the device."""
-        return jax.device_put(_at(self.inputs, self.index), jax.memory.Space.Device)
+        return jax.device_put(layer_slice(self.inputs, self.index), jax.memory.Space.Device)
 
     def tile(self, i: Array | int) -> Array:
         """Tile i, on the device."""
@@ -413,8 +413,9 @@ class _Tiles:
 
 
 @jax.named_scope("slice")
-def _at(x: Array, layer: Array | int) -> Array:
-    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+def layer_slice(tree: Any, layer: Array | int) -> Any:
+    """One layer's part of every leaf."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), tree)
 
 
 def _tiles(x: Array) -> int:

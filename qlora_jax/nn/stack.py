@@ -23,6 +23,7 @@ from qlora_jax import kernels
 from qlora_jax.choices import Remat
 from qlora_jax.nn import long_sequence
 from qlora_jax.nn.attention import Attention, attend, attend_xla, segment_mask
+from qlora_jax.nn.long_sequence import layer_slice
 from qlora_jax.nn.remat import LAYER_INPUT, rematerialised
 from qlora_jax.nn.variables import GradientSlot, Trainable
 from qlora_jax.quantization import QuantizedTensor
@@ -245,7 +246,7 @@ class Stack:
 
         def apply(attentions: tuple[Attention, ...], h: Array, index: Array, slots: Any) -> Array:
             # Taken in here, where it is not kept for the backward pass: whole stacks are there anyway.
-            own, read, key = _taken((rest, matrices, layer_keys), index)
+            own, read, key = layer_slice((rest, matrices, layer_keys), index)
             trained = _join_slots(slots, read)
             layer = nnx.merge(graphdef, trained, own, layer_of(stacks, index, self.rules))
             return _apply(layer, attentions, checkpoint_name(h, LAYER_INPUT), ctx, masks, DropoutKeys(key))
@@ -258,7 +259,7 @@ class Stack:
             def period(h: Array, first: Array, bodies: Any = bodies) -> tuple[Array, None]:
                 for j, body in enumerate(bodies):
                     # Taken out here, where its gradient is added to the stack's in place.
-                    h = body(h, first + j, _taken(slots, first + j))
+                    h = body(h, first + j, layer_slice(slots, first + j))
                 return h, None
 
             h, _ = jax.lax.scan(period, h, start + len(pattern) * jnp.arange(repeats))
@@ -352,7 +353,7 @@ class Stack:
             first, pattern, _ = segment
             for j, attentions in enumerate(pattern):
                 index = first + repeat * len(pattern) + j
-                layer: Any = nnx.merge(graphdef, _taken(rest, index), layer_of(stacks, index, self.rules))
+                layer: Any = nnx.merge(graphdef, layer_slice(rest, index), layer_of(stacks, index, self.rules))
                 for i, facts in enumerate(attentions):
                     qkv = layer.pre_attention(i, h, ctx.rope_of(facts), DropoutKeys())
                     if facts.cross:
@@ -390,12 +391,6 @@ def _apply(
         q, k, v = (*qkv, *layer.encoder_keys_values(i, ctx.encoder, keys)) if facts.cross else qkv
         h = layer.post_attention(i, h, attend(q, k, v, facts, masks[facts]), keys)
     return h
-
-
-@jax.named_scope("slice")
-def _taken(tree: Any, index: Array) -> Any:
-    """One layer's part of every leaf."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
 def _is_slot(value: Any) -> bool:
