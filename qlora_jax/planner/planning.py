@@ -42,11 +42,14 @@ class StepPlan:
         return bound(self.plan.chip, self.compiled.work)
 
     @property
+    def _tokens(self) -> int:
+        return self.config.per_device_train_batch_size * self.length
+
+    @property
     def tile(self) -> int | None:
         """Tokens that everything but attention takes at a time; None if it takes all at once."""
-        tokens = self.config.per_device_train_batch_size * self.length
-        tile = tokens if self.config.remat_policy == "none" else tile_size(tokens)
-        return tile if tile < tokens else None
+        tile = self._tokens if self.config.remat_policy == "none" else tile_size(self._tokens)
+        return tile if tile < self._tokens else None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -57,10 +60,10 @@ class StepPlan:
                 f"config.json gives the model {self.positions:,} positions; the plan counts the memory of more, and "
                 "says nothing of what the model makes of them."
             )
-        tokens = self.config.per_device_train_batch_size * self.length
-        if self.tile is None and self.config.remat_policy != "none" and tokens > 2 * TILE:
+        if self.tile is None and self.config.remat_policy != "none" and self._tokens > 2 * TILE:
             found.append(
-                f"{tokens:,} tokens do not divide into tiles, which would take far less memory; a multiple of 512 does."
+                f"{self._tokens:,} tokens do not divide into tiles, which would take far less memory; a multiple of "
+                "512 does."
             )
         return (*found, *map(self._attention_warning, self.fallbacks))
 
