@@ -75,16 +75,11 @@ class Devices:
 
 
 def specs(state: nnx.State, rules: ShardingRules) -> nnx.State:
-    """`state` with a PartitionSpec in place of every array, by the axes its variables declare.
-
-    Only quantised weights are cut by rows, since a layer gathers no others.
-    """
+    """`state` with a PartitionSpec in place of every array, by the axes its variables declare."""
     flat = []
     for path, variable in nnx.to_flat_state(state):
-        value, declared = variable.get_value(), variable.get_metadata("axes")
-        if not isinstance(value, QuantizedTensor):
-            declared = [None if axis == "rows" else axis for axis in declared]
-        flat.append((path, variable.replace(_specs_of(value, [rules.mesh_axis(axis) for axis in declared]))))
+        axes = [rules.mesh_axis(axis) for axis in variable.get_metadata("axes")]
+        flat.append((path, variable.replace(_specs_of(variable.get_value(), axes))))
     return nnx.from_flat_state(flat)
 
 

@@ -131,7 +131,8 @@ class QLoRALinear(nnx.Module):
         quantization = qlora.quantization
         shape, layers = (out_features, in_features), ("layers",) * len(stack)
         if quantization.quant_type == "none":
-            self.weight = frozen_array((*stack, *shape), qlora.dtype, "linear", (*layers, "rows", None))
+            # Its rows have no logical axis: a layer gathers quantised weights only.
+            self.weight = frozen_array((*stack, *shape), qlora.dtype, "linear", (*layers, None, None))
         else:
             if quantization.quant_type != "int8" and in_features % quantization.block_size:
                 raise UserError(
