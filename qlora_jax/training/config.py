@@ -258,8 +258,8 @@ class TrainConfig:
         )
 
 
-FREE_FLAGS = names_where(TrainConfig, resume="free")
-"""Fields that a run which is resumed may change."""
+FREE_FLAGS = frozenset(names_where(TrainConfig, resume="free"))
+"""Fields that a run which is resumed may change: neither its losses nor how its state is stored depend on them."""
 
 STEP_FLAGS = names_where(TrainConfig, shapes_step=True)
 """Fields of a run that shape the programs of its step; a plan has them under the same names."""

@@ -40,8 +40,6 @@ _DIRECTORIES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "tensorboard": lambda flags: flags.get("report_to") in ("tensorboard", "all"),
     "wandb": lambda flags: flags.get("report_to") in ("wandb", "all"),
 }
-# Fields that change neither the losses of a run nor how its state is stored: a resumed run may set them anew.
-_FREE = frozenset(FREE_FLAGS)
 
 
 def read_json(path: Path) -> Any:
@@ -306,7 +304,7 @@ def _differences(before: Mapping[str, Any], flags: Mapping[str, Any], identity: 
     changed = [
         f"`{name}` was {flags_before.get(name)!r}, now {value!r}"
         for name, value in flags.items()
-        if name not in _FREE
+        if name not in FREE_FLAGS
         and flags_before.get(name) != value
         and not _may_extend(name, flags_before)
         and not (name == "optim" and _same_rule(value, flags_before.get(name)))

@@ -16,7 +16,7 @@ import pytest
 from qlora_jax.errors import UserError
 from qlora_jax.files import write_json
 from qlora_jax.training import run_directory
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import FREE_FLAGS, TrainConfig
 from qlora_jax.training.run_directory import RunDirectory, check_output_dir, read_json
 from qlora_jax.training.step import TrainState
 
@@ -244,7 +244,7 @@ def test_a_constant_schedule_may_be_made_longer(tmp_path):
 
 def test_every_flag_that_may_change_exists():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert names >= run_directory._FREE
+    assert names >= FREE_FLAGS
 
 
 def test_overwrite(tmp_path):
