@@ -13,7 +13,9 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -258,8 +260,28 @@ def command(spelling: Mapping[str, str]) -> Iterator[None]:
         logger.propagate = before[1]
 
 
+RESUMABLE = 75
+"""Exit status of what was interrupted and goes on when the same command is given again: sysexits.h's EX_TEMPFAIL."""
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM too while the block runs, unless the process ignores or handles it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
-    """Run a main function: a UserError or a full disk is one line and exit status 1, Ctrl-C is status 130."""
+    """Run a main function and exit with the status it returns.
+
+    A UserError or a full disk is one line and exit status 1, KeyboardInterrupt is status 130.
+    """
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

@@ -1,19 +1,21 @@
 """`qlora-jax finetune`: flags to a run, and what the run came to."""
 
 import dataclasses
+import json
 import shlex
 import sys
 import textwrap
 import types
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.cli import command, flag, parse_flags, spellings, with_dashes
+from qlora_jax.cli import RESUMABLE, command, flag, parse_flags, sigterm_as_ctrl_c, spellings, with_dashes
 from qlora_jax.environment import multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, check_idle, idle_fields, idle_notes
+from qlora_jax.training.signals import StoppedAtOnce
 
 DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
 parameters. Without --model_name_or_path and --dataset it runs a small example: SmolLM2-135M-Instruct on an embedded
@@ -208,13 +210,64 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax finetune") -> int:
         if flags.plan:
             plan_run(config, flags.gpu)
             return 0
-        # Imported once the flags are known to be good: loading JAX takes seconds.
-        from qlora_jax.finetuning import finetune
+        steps = finished_steps(config)
+        if steps is not None:
+            print(
+                f"already done: {config.output_dir} holds this run, finished after {steps:,} steps; "
+                "--overwrite_output_dir trains again"
+            )
+            return 0
+        return train(config)
 
-        result = finetune(config)
+
+def train(config: TrainConfig) -> int:
+    """Run or resume, and report; return the exit status, `RESUMABLE` if a signal interrupted the run.
+
+    Raises:
+        KeyboardInterrupt: a second signal did, or there is nothing to resume.
+    """
+    try:
+        with sigterm_as_ctrl_c():
+            # Imported once the flags are known to be good: loading JAX takes seconds.
+            from qlora_jax.finetuning import finetune
+
+            result = finetune(config)
+    except StoppedAtOnce:
+        raise
+    except KeyboardInterrupt:
+        if not config.do_train:
+            raise
+        print("interrupted outside the training steps; run the same command again to go on", file=sys.stderr)
+        return RESUMABLE
     if result.interrupted:
         steps = result.summary["steps"]
         print(f"interrupted after step {steps}; run the same command again to resume", file=sys.stderr)
-        return 0
+        return RESUMABLE
     report(result.summary, result.answers, config.output_dir)
     return 0
+
+
+def finished_steps(config: TrainConfig) -> int | None:
+    """Return the steps of the finished run of exactly this configuration in `output_dir`; None if there is none.
+
+    It reads what the run wrote and loads neither JAX nor the model nor the data, so that data which changed under the
+    same name is not noticed. Whatever cannot be read is no finished run here: the run itself says what is wrong.
+    """
+    directory = Path(config.output_dir)
+    if config.overwrite_output_dir or not config.do_train or not (directory / "adapter").is_dir():
+        return None
+    try:
+        flags = json.loads((directory / "run.json").read_text(encoding="utf-8"))["flags"]
+        steps = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["steps"]
+        # A flag that is younger than the run had its default.
+        same = all(flags.get(name, default) == value for name, value, default in _values(config))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return steps if same and isinstance(steps, int) else None
+
+
+def _values(config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and default of every field that a run depends on."""
+    for field in dataclasses.fields(config):
+        if field.name not in ("output_dir", "overwrite_output_dir"):
+            yield field.name, getattr(config, field.name), field.default

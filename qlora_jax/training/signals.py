@@ -9,8 +9,14 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second signal ended the block of a `StopOnSignal`: the step it was in is lost."""
+
+
 class StopOnSignal:
     """While entered, the first SIGINT or SIGTERM asks for a stop after the current step; a second one acts at once.
+
+    Where that raises KeyboardInterrupt, as Python's handler of SIGINT does, the block raises StoppedAtOnce.
 
     A signal that the process ignores (as one started by `nohup`, or in the background of a script, ignores SIGINT)
     stays ignored. Outside the main thread, where Python sets no handlers, nothing is asked for. Handlers are restored.
@@ -33,9 +39,11 @@ class StopOnSignal:
                     signal.signal(number, self._request)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Restore the handlers."""
         self._restore()
+        if self.requested and isinstance(error, KeyboardInterrupt):
+            raise StoppedAtOnce from error
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -8,16 +8,28 @@ import os
 import pkgutil
 import resource
 import runpy
+import signal
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qlora_jax import commands
-from qlora_jax.cli import argument, command, flag, names_where, parse_flags, run, spellings, with_dashes
+from qlora_jax.cli import (
+    argument,
+    command,
+    flag,
+    names_where,
+    parse_flags,
+    run,
+    sigterm_as_ctrl_c,
+    spellings,
+    with_dashes,
+)
 from qlora_jax.commands import convert as convert_command
 from qlora_jax.commands import finetune as finetune_command
 from qlora_jax.commands.finetune import EXAMPLE_FLAGS, UNSUPPORTED_FLAGS
@@ -255,6 +267,73 @@ def test_a_full_disk_is_one_line(capsys):
         run(main)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: metrics.jsonl cannot be written: No space left on device; free space.\n"
+
+
+# --- what a status says
+
+
+@pytest.fixture
+def handlers():
+    """Python's own handlers, whatever the parent of this process ignores; restored afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_the_training_steps_is_resumable(handlers, number, monkeypatch, capsys):
+    def finetune(config):
+        signal.raise_signal(number)
+
+    monkeypatch.setitem(sys.modules, "qlora_jax.finetuning", SimpleNamespace(finetune=finetune))
+    assert finetune_command.train(TrainConfig()) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):  # which is status 130: there is nothing to resume
+        finetune_command.train(TrainConfig(do_train=False))
+
+
+def test_what_the_parent_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with sigterm_as_ctrl_c():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The configuration of a run that is finished, and a function that writes its files."""
+    config = TrainConfig(output_dir=str(tmp_path), learning_rate=3e-4)
+
+    def write(flags=None, summary='{"steps": 7}'):
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        record = {"flags": dataclasses.asdict(config) if flags is None else flags}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        (tmp_path / "summary.json").write_text(summary)
+
+    return config, write
+
+
+def test_a_finished_run_is_known_by_its_files(finished, tmp_path):
+    config, write = finished
+    assert finetune_command.finished_steps(config) is None
+    write()
+    assert finetune_command.finished_steps(config) == 7
+    write({"learning_rate": 3e-4})  # of a version without the other flags
+    assert finetune_command.finished_steps(config) == 7
+    for change in ({"learning_rate": 1e-4}, {"prompts": "more"}, {"overwrite_output_dir": True}, {"do_train": False}):
+        assert finetune_command.finished_steps(dataclasses.replace(config, **change)) is None
+    for damaged in ("", "[]", '{"steps": null}', "{}", "[" * 100_000):
+        write(summary=damaged)
+        assert finetune_command.finished_steps(config) is None
+    write([])
+    assert finetune_command.finished_steps(config) is None
+    write()
+    (tmp_path / "adapter").rmdir()
+    assert finetune_command.finished_steps(config) is None
 
 
 # --- what the library logs and raises

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -274,13 +275,22 @@ def test_nothing_but_finished_files_is_left(finished):
     ]
 
 
-def test_the_same_command_again_says_that_the_run_is_finished(finished, place, capsys):
+def test_the_same_command_again_is_already_done(finished, place, monkeypatch, capsys):
     before = {path: file_digest(path) for path in finished[0].rglob("*") if path.is_file()}
-    assert run_in_process(main_flags(place)) == 1
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "qlora_jax.finetuning", None)  # it is not even loaded
+        assert run_in_process(main_flags(place)) == 0
+        out, err = capsys.readouterr()
+    done = f"already done: {finished[0]} holds this run, finished after 12 steps; --overwrite_output_dir trains again\n"
+    assert (out, err) == (done, "")
+    assert {path: file_digest(path) for path in finished[0].rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_with_another_flag_is_refused(finished, place, capsys):
+    assert run_in_process(main_flags(place, logging_steps=2)) == 1
     message = only_error(capsys.readouterr().err)
     assert "holds a finished run of 12 steps" in message
     assert "--overwrite_output_dir" in message
-    assert {path: file_digest(path) for path in finished[0].rglob("*") if path.is_file()} == before
 
 
 def test_a_converted_model_trains_to_the_same_bits(finished, place, capsys):

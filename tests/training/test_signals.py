@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from qlora_jax.training.signals import StopOnSignal
+from qlora_jax.training.signals import StopOnSignal, StoppedAtOnce
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -30,6 +30,15 @@ def test_the_second_signal_acts_at_once(handlers):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interrupt_is_told_apart_by_what_came_before_it(handlers):
+    with pytest.raises(StoppedAtOnce), StopOnSignal():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as first, StopOnSignal():
+        raise KeyboardInterrupt
+    assert first.type is KeyboardInterrupt
 
 
 @pytest.mark.parametrize("number", SIGNALS)
