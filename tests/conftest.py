@@ -27,6 +27,17 @@ install_import_hook("qlora_jax", "beartype.beartype")
 _MOST_CACHED_BYTES = 2**30
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the number of mutants that each test of tests/fuzz reads."""
+    parser.addoption("--cases", type=int, default=2000, help="mutants of each format in tests marked fuzz")
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> int:
+    """Mutants to read."""
+    return request.config.getoption("--cases")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let JAX, which is not loaded yet, keep what it compiles, unless the caller's environment already says where.
 

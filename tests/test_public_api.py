@@ -23,7 +23,7 @@ FLOORS = (
     ("choices", "defaults", "device_memory", "errors", "formatting"),
     ("environment", "files", "gpus", "quantization"),
     ("cli", "kernels"),
-    ("sharding",),
+    ("json_text", "sharding"),
     ("nn",),
     ("models",),
     ("checkpoints",),

@@ -1,12 +1,12 @@
 """Files of a Hugging Face model: those that travel with its weights, those refused, reads that must be whole."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.errors import UserError
+from qlora_jax.json_text import MAX_BYTES, parse_json
 
 COMPANION_FILES = (
     "config.json",
@@ -44,12 +44,18 @@ def find_pickles(directory: Path) -> list[Path]:
 
 
 def read_json_object(file: Path, hint: str) -> dict[str, Any]:
-    """Parse a JSON object; `UserError` names the file (and says `hint`) when it is missing or malformed."""
+    """Parse a JSON object; `UserError` names the file (and says `hint`) when it is missing, too large or malformed."""
     try:
-        content = json.loads(file.read_bytes())
+        if file.stat().st_size > MAX_BYTES:
+            raise UserError(f"{file} is larger than the {MAX_BYTES} bytes that are read of such a file; {hint}.")
+        content = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {hint}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); {DOWNLOAD_AGAIN}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} does not hold a JSON object; {DOWNLOAD_AGAIN}.")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qlora_jax import models
+from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, write_errors
 from qlora_jax.models.family import LAYER
@@ -278,15 +279,9 @@ def _check_written(config_path: Path, weights_path: Path, lora: Mapping[tuple[st
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Read adapter_config.json."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no PEFT adapter: it has no {CONFIG_NAME}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} must hold a JSON object.")
-    return fields
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no PEFT adapter: it has no {CONFIG_NAME}.")
+    return read_json_object(path, "save the adapter again with PEFT")
 
 
 def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> tuple[int, float, float]:

@@ -4,7 +4,6 @@ Each tensor is read with plain file reads into memory of its own: pages of a mem
 memory of this process, and a conversion's memory would then grow with the model.
 """
 
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from qlora_jax.checkpoints.model_files import (
     read_json_object,
 )
 from qlora_jax.errors import UserError
+from qlora_jax.json_text import MAX_BYTES, parse_json
 from qlora_jax.models import family_of, model_config
 
 _DTYPES = {
@@ -50,7 +50,6 @@ _OTHER_BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -183,12 +182,12 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     with open(file, "rb") as stream:
         prefix = stream.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= header_size <= min(_MAX_HEADER_BYTES, file_size - 8):
+        if not 2 <= header_size <= min(MAX_BYTES, file_size - 8):
             raise UserError(f"{file} is not a complete safetensors file (its header does not fit); {DOWNLOAD_AGAIN}.")
         raw = stream.read(header_size)
     try:
-        header = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise UserError(f"{file} has a safetensors header that is not JSON ({error}); {DOWNLOAD_AGAIN}.") from None
     if not isinstance(header, dict):
         raise UserError(f"{file} has a safetensors header that is not a JSON object; {DOWNLOAD_AGAIN}.")

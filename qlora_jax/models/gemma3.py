@@ -71,8 +71,6 @@ def read_config(config: Mapping[str, Any]) -> Gemma3Config:
             if name not in text or text[name] != config[name]:
                 raise UserError(f"config.json: field {name!r} outside text_config is not supported for {_CONDITIONAL}.")
     fields = decoder_fields(text, "Gemma3TextConfig", read=_READ, neutral=_NEUTRAL)
-    if not fields["query_pre_attn_scalar"] > 0:
-        raise UserError(f"config.json: query_pre_attn_scalar {fields['query_pre_attn_scalar']!r} must be positive.")
     return Gemma3Config(
         **{**shared_fields({"eos_token_id": text.get("eos_token_id"), **config}, fields), "source": config},
         attentions=attentions_of(fields, scale=fields["query_pre_attn_scalar"] ** -0.5, ropes=_ROPE_OF),

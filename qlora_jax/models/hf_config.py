@@ -3,10 +3,13 @@
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from qlora_jax.environment import import_transformers
 from qlora_jax.errors import UserError
+from qlora_jax.json_text import check_type
 
 # Fields of config.json that do not change what any model here computes.
 INERT = frozenset({
@@ -39,10 +42,43 @@ DECODER = frozenset({
     "num_hidden_layers", "num_key_value_heads", "original_max_position_embeddings", "rms_norm_eps",
     "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
 })  # fmt: skip
-_POSITIVE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings",
-)  # fmt: skip
+
+# Far beyond any model, so that a damaged number is refused before something is made in its size.
+_Layers = Annotated[int, Field(ge=1, le=4096)]
+_Width = Annotated[int, Field(ge=1, le=2**24)]
+_Length = Annotated[int, Field(ge=1, lt=2**31)]
+_Constant = Annotated[float, Field(ge=1e-6, le=1e9)]
+
+
+class _Fields(TypedDict, total=False):
+    """Types of the fields of config.json that a decoder may read."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    vocab_size: _Width
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_hidden_layers: _Layers
+    num_attention_heads: _Width
+    num_key_value_heads: _Width
+    head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)]  # its halves are rotated
+    max_position_embeddings: _Length
+    original_max_position_embeddings: _Length | None
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
+    tie_word_embeddings: bool
+    attention_bias: bool | None
+    mlp_bias: bool | None
+    layer_types: list[Literal["full_attention", "sliding_attention"]]
+    max_window_layers: int | None
+    sliding_window: _Length | None
+    sliding_window_pattern: _Layers
+    _sliding_window_pattern: _Layers
+    use_sliding_window: bool | None
+    query_pre_attn_scalar: _Constant
+    rope_local_base_freq: Annotated[float, Field(gt=0, le=1e30)]
+
+
+_FIELDS = TypeAdapter(_Fields)
 # They may be null, which says that they follow from others.
 _NULLABLE = frozenset(("num_key_value_heads", "head_dim", "layer_types"))
 
@@ -75,17 +111,11 @@ def decoder_fields(
             raise UserError(f"config.json: {field} = {config[field]!r} is not supported{hint}.")
     given = {name: value for name, value in config.items() if name in DECODER | read and name not in _ROPE}
     given = {name: value for name, value in given.items() if value is not None or name not in _NULLABLE}
-    _check_positive(given)
-    if not isinstance(given.get("rms_norm_eps", 1e-6), int | float):
-        raise UserError(f"config.json: rms_norm_eps must be a number between 0 and 1, not {given['rms_norm_eps']!r}.")
-    if given.get("head_dim", 2) % 2:
-        raise UserError(f"config.json: head_dim {given['head_dim']} must be even: its halves are rotated.")
-    pattern = given.get("sliding_window_pattern", 1)
-    if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 1:
-        raise UserError(f"config.json: sliding_window_pattern must be a positive integer, not {pattern!r}.")
+    original = {"original_max_position_embeddings": config.get("original_max_position_embeddings")}
+    check_type({**given, **original}, _FIELDS, "config.json: ")
     check_layer_types(given)
     fields = {**_defaults(hf_class, json.dumps(given, sort_keys=True)), **given}
-    _check_positive({name: fields[name] for name in _POSITIVE if name in fields})
+    check_type({name: value for name, value in fields.items() if value is not None}, _FIELDS, "config.json: ")
     heads = fields["num_attention_heads"]
     if heads % fields["num_key_value_heads"]:
         raise UserError(
@@ -101,16 +131,6 @@ def decoder_fields(
     ):
         raise UserError(
             f"config.json: hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads {heads}."
-        )
-    eps = fields["rms_norm_eps"]
-    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
-        raise UserError(f"config.json: rms_norm_eps must be a number between 0 and 1, not {eps!r}.")
-    original = config.get("original_max_position_embeddings")
-    if original is not None and (not isinstance(original, int) or isinstance(original, bool) or original < 1):
-        raise UserError(f"config.json: original_max_position_embeddings must be a positive integer, not {original!r}.")
-    if not isinstance(fields["tie_word_embeddings"], bool):
-        raise UserError(
-            f"config.json: tie_word_embeddings must be true or false, not {fields['tie_word_embeddings']!r}."
         )
     return fields
 
@@ -135,23 +155,14 @@ def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _check_positive(fields: Mapping[str, Any]) -> None:
-    for field in _POSITIVE:
-        value = fields.get(field)
-        if field in fields and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"config.json: {field} must be a positive integer, not {value!r}.")
-
-
 def check_layer_types(fields: Mapping[str, Any]) -> None:
     """Refuse a `layer_types` that does not name a known kind of attention for every layer."""
     types, layers = fields.get("layer_types"), fields.get("num_hidden_layers")
     if types is None:
         return
-    if not isinstance(types, list) or (layers is not None and len(types) != layers):
+    check_type({"layer_types": types}, _FIELDS, "config.json: ")
+    if layers is not None and len(types) != layers:
         raise UserError(f"config.json: layer_types must name each of the {layers} layers.")
-    unknown = sorted(set(map(str, types)) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise UserError(f"config.json: layer_types {unknown[0]!r} is not supported.")
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,8 +23,8 @@ def attentions_of(
     types, window = fields["layer_types"], fields.get("sliding_window")
     if "sliding_attention" in types and fields.get("use_sliding_window") is False:
         raise UserError("config.json: layer_types has sliding_attention, but use_sliding_window is false.")
-    if "sliding_attention" in types and (not isinstance(window, int) or window < 1):
-        raise UserError(f"config.json: sliding_window must be a positive integer, not {window!r}.")
+    if "sliding_attention" in types and window is None:
+        raise UserError("config.json: sliding_window is missing, but layer_types has sliding_attention.")
     by_type = {
         kind: Attention(
             window=window if kind == "sliding_attention" else None,

@@ -51,8 +51,6 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
     )
     check_layer_types({**config, "num_hidden_layers": fields["num_hidden_layers"]})
     window = fields.get("sliding_window")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise UserError(f"config.json: sliding_window must be a positive integer or null, not {window!r}.")
     if set(config.get("layer_types") or []) - ({"sliding_attention"} if window else {"full_attention"}):
         raise UserError("config.json: layer_types that mix kinds of attention are not supported.")
     return LlamaConfig(

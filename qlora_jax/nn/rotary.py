@@ -29,6 +29,8 @@ _FIELDS = {
     },
 }
 _NUMBERS = frozenset({"rope_theta"}).union(*_FIELDS.values()) - {"truncate"}
+# Beyond every number that a model has, and within float32.
+_MOST = 1e30
 _REQUIRED = {
     "default": set(),
     "linear": {"factor"},
@@ -100,15 +102,30 @@ class RotaryConfig:
                 or max_positions
             )
         used = {name: value for name, value in values.items() if name in _FIELDS[kind] and value is not None}
-        return cls(head_dim, float(theta), max_positions, kind, tuple(sorted(used.items())))
+        found = cls(head_dim, float(theta), max_positions, kind, tuple(sorted(used.items())))
+        _check_frequencies(found, source)
+        return found
 
 
 def _check_numbers(values: Mapping[str, Any], source: str) -> None:
     """Refuse a number of a scaling that is not finite and positive."""
     for name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if name in _NUMBERS and not (number and value > 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in _NUMBERS and not (number and 0 < value < _MOST):
             raise UserError(f"config.json: {source}.{name} must be a positive number, not {value!r}.")
+
+
+def _check_frequencies(config: RotaryConfig, source: str) -> None:
+    """Refuse numbers that are plausible one by one, but together give frequencies that are not."""
+    try:
+        with np.errstate(all="ignore"):
+            freq, attention = _frequencies(config)
+        usable = bool(np.isfinite(freq).all()) and math.isfinite(attention)
+    except (ArithmeticError, ValueError):
+        usable = False
+    if not usable:
+        numbers = ", ".join(f"{name} {value!r}" for name, value in (("rope_theta", config.theta), *config.parameters))
+        raise UserError(f"config.json: {source} does not give finite frequencies ({numbers}).")
 
 
 def _base_frequencies(theta: Any, dim: int) -> Any:
@@ -151,10 +168,23 @@ def _yarn(config: RotaryConfig, freq: np.ndarray, p: dict[str, Any]) -> tuple[np
     attention = p.get("attention_factor")
     if attention is None:
         if p.get("mscale") and p.get("mscale_all_dim"):
-            attention = mscale(p["mscale"]) / mscale(p["mscale_all_dim"])
+            attention = mscale(float(p["mscale"])) / mscale(float(p["mscale_all_dim"]))
         else:
             attention = mscale()
     return scaled, float(attention)
+
+
+def _frequencies(config: RotaryConfig) -> tuple[np.ndarray, float]:
+    """Frequencies [head_dim / 2] and the scale of cosines and sines; of dynamic NTK those of a short sequence."""
+    p = dict(config.parameters)
+    freq = _base_frequencies(np.float32(config.theta), config.head_dim)
+    if config.kind == "linear":
+        return freq / p["factor"], 1.0
+    if config.kind == "llama3":
+        return _llama3(freq, p), 1.0
+    if config.kind == "yarn":
+        return _yarn(config, freq, p)
+    return freq, 1.0
 
 
 def rotary_tables(
@@ -164,20 +194,14 @@ def rotary_tables(
 
     The dynamic-NTK base follows the longest position present, as transformers computes it.
     """
-    p = dict(config.parameters)
-    attention = 1.0
     if config.kind == "dynamic":
+        p = dict(config.parameters)
         length = jnp.maximum(jnp.max(positions) + 1, config.max_position_embeddings).astype(jnp.float32)
         growth = p["factor"] * length / config.max_position_embeddings - (p["factor"] - 1)
-        freq = _base_frequencies(config.theta * growth ** (config.head_dim / (config.head_dim - 2)), config.head_dim)
+        theta = config.theta * growth ** (config.head_dim / (config.head_dim - 2))
+        freq, attention = _base_frequencies(theta, config.head_dim), 1.0
     else:
-        freq = _base_frequencies(np.float32(config.theta), config.head_dim)
-        if config.kind == "linear":
-            freq = freq / p["factor"]
-        elif config.kind == "llama3":
-            freq = _llama3(freq, p)
-        elif config.kind == "yarn":
-            freq, attention = _yarn(config, freq, p)
+        freq, attention = _frequencies(config)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freq, jnp.float32)
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
 

@@ -119,7 +119,7 @@ def test_unknown_lora_module():
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 1}}, "rope_scaling.warp is not supported"),
         ({"num_experts": 8}, "field 'num_experts' is not supported"),
-        ({"hidden_size": None}, "hidden_size must be a positive integer"),
+        ({"hidden_size": None}, "hidden_size should be a valid integer, not None"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"sliding_window": 16}, "sliding_window is supported for MistralForCausalLM only"),

@@ -1,0 +1,48 @@
+"""JSON that anyone may have written: parsed with limits, and checked against a type.
+
+Python's own parser takes a lone surrogate for text, and has errors of four types, without a position, for the rest of
+what is refused here.
+"""
+
+import reprlib
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from qlora_jax.errors import UserError
+
+MAX_BYTES = 24 * 2**20
+"""Largest file that describes something; parsed, JSON takes up to 30 times its length in memory."""
+
+
+def parse_json(raw: bytes) -> Any:
+    """Parse UTF-8 JSON, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is no JSON, is nested over 200 deep, has an integer of over 4300 digits or text that is not
+            Unicode; says which, with line and column.
+    """
+    return from_json(raw.removeprefix(b"\xef\xbb\xbf"))
+
+
+def check_type(value: Any, adapter: TypeAdapter, where: str) -> Any:
+    """Return `value` as the adapter's type; nothing is converted but a list to a tuple and an integer to a float.
+
+    Args:
+        value: what `parse_json` returned.
+        adapter: of a type whose fields are as in the file.
+        where: beginning of the message, "config.json: " or "FILE: ".
+
+    Raises:
+        UserError: names the first field that is wrong, says what it should be and shows what it is.
+    """
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        field = ".".join(map(str, first["loc"])) or "it"
+        if first["type"] == "missing":
+            raise UserError(f"{where}{field} is missing.") from None
+        wanted = first["msg"].replace("Input should", "should").replace("Value error, ", "")
+        raise UserError(f"{where}{field} {wanted}, not {reprlib.repr(first['input'])}.") from None
