@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu, let_jax_pin_the_hosts_memory
@@ -83,15 +83,103 @@ def _option(hint: Any) -> dict[str, Any]:
     return {"type": hint, "metavar": hint.__name__.upper()}
 
 
+@dataclasses.dataclass(frozen=True)
+class ForeignFlag:
+    """A flag of another program that is no flag here, which pasted command lines have.
+
+    Attributes:
+        here: clause that says what is always done here; fields in backticks.
+        harmless: values that ask for no other result, in lower case, a bare flag as "true"; None: any value does.
+        advice: what to do instead of another value; fields in backticks.
+    """
+
+    here: str
+    harmless: tuple[str, ...] | None = None
+    advice: str = ""
+
+    def accepts(self, value: str) -> bool:
+        """Tell if a value changes no result."""
+        forms = {value.lower()}
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            forms.add(str(_boolean(value)).lower())
+        with contextlib.suppress(ValueError):
+            forms.add(f"{float(value):g}")
+        return self.harmless is None or not forms.isdisjoint(self.harmless)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pasted:
+    """A command line without the flags of another program.
+
+    Attributes:
+        argv: the rest.
+        notes: a sentence for each flag that is ignored; fields in backticks.
+        refusals: one for each flag that would change the result.
+    """
+
+    argv: tuple[str, ...]
+    notes: tuple[str, ...]
+    refusals: tuple[str, ...]
+
+
+def without_foreign_flags(argv: Sequence[str], table: Mapping[str, ForeignFlag]) -> Pasted:
+    """Take the flags of other programs, with their values, off a command line.
+
+    Args:
+        argv: the command line without the program's name, of a command without positional arguments.
+        table: the flags by name, with underscores.
+    """
+    rest, notes, refusals = [], [], []
+    for group in _flags_with_values(argv):
+        name, equals, value = group[0].removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        negated = name not in table and name.startswith("no_")
+        name = name.removeprefix("no_") if negated else name
+        foreign = table.get(name) if group[0].startswith("--") else None
+        if foreign is None:
+            rest += group
+            continue
+        values = "False" if negated else " ".join([value] if equals else group[1:]) or "True"
+        if foreign.harmless is None:  # without the value, which may be a token
+            notes.append(f"--{name} changes nothing here: {foreign.here}.")
+        elif foreign.accepts(values):
+            notes.append(f"--{name} {values} changes nothing here: {foreign.here}.")
+        else:
+            refusals.append(f"--{name} {values} is not available: {foreign.here}; {foreign.advice}.")
+    return Pasted(tuple(rest), tuple(notes), tuple(refusals))
+
+
+def _flags_with_values(argv: Sequence[str]) -> Iterator[list[str]]:
+    """Split a command line before every flag."""
+    group: list[str] = []
+    for argument in argv:
+        if argument.startswith("--") and group:
+            yield group
+            group = []
+        group.append(argument)
+    if group:
+        yield group
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises UserError instead of exiting, so that a bad flag is told in one sentence."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message.removeprefix("argument ") + f". See {self.prog} --help.")
+        raise UserError(message.removeprefix("argument ") + ".")
+
+
+class _PrintVersion(argparse.Action):
+    """Print the version and exit; it is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> typing.NoReturn:
+        from importlib.metadata import version
+
+        print(f"qlora-jax {version('qlora-jax')}")
+        sys.exit(0)
 
 
 def parse_flags[T](
-    schema: type[T], argv: Sequence[str], *, prog: str, description: str, unavailable: Mapping[str, str] | None = None
+    schema: type[T], argv: Sequence[str], *, prog: str, description: str, refusals: Sequence[str] = ()
 ) -> tuple[T, frozenset[str]]:
     """Parse `argv` into `schema`.
 
@@ -101,13 +189,14 @@ def parse_flags[T](
         argv: the command line without the program's name.
         prog: the program's name in `--help`.
         description: first lines of `--help`.
-        unavailable: flags of other programs that are not flags here -> what to do instead.
+        refusals: sentences about flags that were taken off `argv`, which are told with all others.
 
     Returns:
         The filled schema and the names of the flags that were given.
 
     Raises:
-        UserError: an unknown flag (with the nearest match), or a value of the wrong type or choice.
+        UserError: everything that is wrong, a line each if it is more than one thing: unknown flags (with the nearest
+            match if one is near), values of a wrong type or choice, and what the schema refuses.
     """
     parser = _Parser(
         prog=prog,
@@ -115,9 +204,13 @@ def parse_flags[T](
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
+    parser.add_argument(
+        "--version", action=_PrintVersion, nargs=0, default=argparse.SUPPRESS, help="print the version and exit"
+    )
     hints = typing.get_type_hints(schema)
     groups: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    wrong: list[str] = []
     for name, field in fields.items():
         if field.default is dataclasses.MISSING:
             parser.add_argument(name, metavar=name.upper(), help=field.metadata["help"])
@@ -127,7 +220,9 @@ def parse_flags[T](
             groups[group] = parser.add_argument_group(group)
         shown = "" if field.default is None else f" (default: {field.default})"
         text = (field.metadata["help"] + shown).replace("%", "%%")
-        groups[group].add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **_option(hints[name]))
+        option = _option(hints[name])
+        option["type"] = _collecting(option["type"], option.pop("choices", None), name, wrong)
+        groups[group].add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **option)
         if hints[name] is bool:
             groups[group].add_argument(
                 f"--no-{name}",
@@ -146,21 +241,63 @@ def parse_flags[T](
         stem = (name[3:] if negated else name).replace("-", "_")
         return f"--{'no-' if negated else ''}{stem}{equals}{value}"
 
-    found, rest = parser.parse_known_args([normalised(argument) for argument in argv])
-    for argument in rest:
-        if not argument.startswith("--"):
-            raise UserError(f"{argument!r} is not a flag; flags begin with --. See {prog} --help.")
-        name = argument[2:].partition("=")[0]
-        if unavailable and name in unavailable:
-            advice = with_dashes(unavailable[name], spellings(schema))
-            raise UserError(f"--{name} is not available: {advice}")
-        near = difflib.get_close_matches(name.removeprefix("no-"), fields, n=1, cutoff=0.6)
-        hint = f" Did you mean --{near[0]}?" if near else ""
-        raise UserError(f"unknown flag --{name}.{hint} See {prog} --help.")
     try:
-        return schema(**vars(found)), frozenset(vars(found))
+        found, rest = parser.parse_known_args([normalised(argument) for argument in argv])
     except UserError as error:
-        raise UserError(with_dashes(str(error), spellings(schema))) from error
+        raise _all_at_once([*refusals, *wrong, str(error)], prog) from error
+    wrong = [*refusals, *wrong, *(_unexpected(group, fields) for group in _flags_with_values(rest))]
+    values = vars(found)
+    if _UNREADABLE in values.values():  # without it the others may contradict each other
+        raise _all_at_once(wrong, prog)
+    try:
+        filled = schema(**values)
+    except UserError as error:
+        raise _all_at_once([*wrong, with_dashes(str(error), spellings(schema))], prog) from error
+    if wrong:
+        raise _all_at_once(wrong, prog)
+    return filled, frozenset(values)
+
+
+_UNREADABLE = object()
+
+
+def _collecting(convert: Callable[[str], Any], choices: Sequence[Any] | None, name: str, wrong: list[str]) -> Any:
+    """Make a conversion for argparse that notes a bad value in `wrong`, where argparse would end at the first."""
+
+    def read(text: str) -> Any:
+        try:
+            value = convert(text)
+        except argparse.ArgumentTypeError as error:
+            wrong.append(f"--{name}: {error}.")
+        except ValueError:
+            wrong.append(f"--{name}: invalid {convert.__name__} value: {text!r}.")
+        else:
+            if choices is None or value in choices:
+                return value
+            wrong.append(f"--{name}: invalid choice: {text!r} (choose from {', '.join(map(repr, choices))}).")
+        return _UNREADABLE
+
+    return read
+
+
+def _unexpected(group: Sequence[str], fields: Collection[str]) -> str:
+    """Return a sentence about something that is no flag here, a flag first if it is one."""
+    if not group[0].startswith("--"):
+        return f"{group[0]!r} is not a flag; flags begin with --."
+    name = group[0].removeprefix("--").partition("=")[0]
+    return f"unknown flag --{name}.{_nearest(name.removeprefix('no-'), fields, '--')}"
+
+
+def _nearest(name: str, names: Collection[str], prefix: str = "") -> str:
+    """Return " Did you mean ...?" if a name is a slip of the pen away, else nothing."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _all_at_once(wrong: Sequence[str], prog: str) -> UserError:
+    if len(wrong) == 1:
+        return UserError(f"{wrong[0]} See {prog} --help.")
+    return UserError("\n  ".join([f"{len(wrong)} things are wrong with the flags; see {prog} --help.", *wrong]))
 
 
 def subcommand(argv: Sequence[str], commands: Mapping[str, str], *, prog: str, description: str) -> str | None:
@@ -184,8 +321,7 @@ def subcommand(argv: Sequence[str], commands: Mapping[str, str], *, prog: str, d
         return None
     if argv[0] in commands:
         return argv[0]
-    near = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = _nearest(argv[0], commands)
     raise UserError(f"unknown command {argv[0]!r}; choose from {', '.join(commands)}.{hint} See {prog} --help.")
 
 

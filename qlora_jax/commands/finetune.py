@@ -10,7 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.cli import RESUMABLE, command, flag, parse_flags, sigterm_as_ctrl_c, spellings, with_dashes
+from qlora_jax.cli import (
+    RESUMABLE,
+    command,
+    flag,
+    parse_flags,
+    sigterm_as_ctrl_c,
+    spellings,
+    with_dashes,
+    without_foreign_flags,
+)
+from qlora_jax.commands.foreign_flags import FOREIGN_FLAGS
 from qlora_jax.environment import multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
@@ -45,30 +55,6 @@ EXAMPLE_FLAGS: Mapping[str, Any] = {
     "max_new_tokens": 64,
 }
 
-# Flags of the reference program (or of its trainer) that are not flags here, and what to do instead.
-UNSUPPORTED_FLAGS: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("do_mmlu_eval", "mmlu_dataset", "mmlu_split", "max_mmlu_samples"), "MMLU comes in a later release."
-    ),
-    **dict.fromkeys(("do_predict", "predict_with_generate"), "prediction comes in a later release; see `prompts`."),
-    **dict.fromkeys(
-        ("min_new_tokens", "num_beams", "num_beam_groups", "penalty_alpha", "use_cache", "typical_p",
-         "diversity_penalty", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
-        "generation has `do_sample`, `temperature`, `top_k`, `top_p` and `max_new_tokens` in this release.",
-    ),
-    "max_memory_MB": "a run takes what it needs: see `plan`, `optim_placement` and `remat`.",
-    "fp16": "float16 overflows in training; use `bf16`.",
-    "full_finetune": "only adapters are trained here.",
-    "trust_remote_code": "no code from a model repository is ever run.",
-    "use_auth_token": "log in with `hf auth login`; the token is then found by itself.",
-    "remove_unused_columns": "unused columns are reported and left alone.",
-    "dataloader_num_workers": "rows are tokenised once, before training.",
-    "evaluation_strategy": "give `eval_steps=N`, or `do_eval=False`.",
-    "eval_strategy": "give `eval_steps=N`, or `do_eval=False`.",
-    "logging_strategy": "give `logging_steps=N`.",
-    "resume_from_checkpoint": "a run resumes by itself from the last checkpoint in `output_dir`.",
-}  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True)
 class Flags(TrainConfig):
@@ -83,11 +69,14 @@ class Flags(TrainConfig):
 
 def configure(argv: Sequence[str], prog: str) -> tuple[TrainConfig, Flags]:
     """Parse flags into a config; a run that names neither model nor data is the example, with its own defaults."""
-    flags, given = parse_flags(Flags, argv, prog=prog, description=DESCRIPTION, unavailable=UNSUPPORTED_FLAGS)
+    spelling = spellings(Flags)
+    pasted = without_foreign_flags(argv, FOREIGN_FLAGS)
+    refusals = [with_dashes(text, spelling) for text in pasted.refusals]
+    flags, given = parse_flags(Flags, pasted.argv, prog=prog, description=DESCRIPTION, refusals=refusals)
     if flags.gpu is not None and not flags.plan:
         raise UserError("--gpu names the GPU to plan for; give --plan too.")
     config = TrainConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainConfig)})
-    for note in notes_on(config, given):
+    for note in [*(with_dashes(text, spelling) for text in pasted.notes), *notes_on(config, given)]:
         print(note)
     if given & {"model_name_or_path", "dataset"}:
         return config, flags
