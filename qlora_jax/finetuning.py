@@ -72,8 +72,8 @@ def finetune(config: TrainConfig) -> Result:
         logger.info("%s", report)
 
     # Model: the frozen base on the devices, and the shapes of what is trained.
-    mesh = setup.make_mesh()
-    model = load_model(config, path, mesh)
+    devices = setup.make_devices(config)
+    model = load_model(config, path, devices)
     logger.info("base model: %s", model.base.description)
 
     # Run directory: of a new run, or of one to resume, which keeps the kernels it began with.
@@ -89,13 +89,13 @@ def finetune(config: TrainConfig) -> Result:
 
         # Optimizer and step, then their state: restored or initialised. Devices hold the same: one is counted.
         limit = device_limit(jax.local_devices()[0])
-        programs = setup.make_programs(config, model.parts, datasets.total_steps, limit=limit, mesh=mesh)
+        programs = setup.make_programs(config, model.parts, datasets.total_steps, limit=limit, devices=devices)
         optimizer = programs.train.optimizer
         if directory.checkpoints():
-            start = restored_state(directory, optimizer, datasets.train, mesh)
+            start = restored_state(directory, optimizer, datasets.train, devices)
             logger.info("resuming %s after step %d of %d", config.output_dir, start.step, datasets.total_steps)
         else:
-            start = initial_state(config, model, optimizer, mesh)
+            start = initial_state(config, model, optimizer, devices)
         directory.summary_file.unlink(missing_ok=True)  # of a shorter run that this one continues
 
         # Loop, between the answers before and after it. TensorBoard and W&B hold lines back until they are closed.

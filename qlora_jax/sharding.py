@@ -60,18 +60,22 @@ class Devices:
     mesh: jax.sharding.Mesh
     rules: ShardingRules = REPLICATED
 
-    @classmethod
-    def of(cls, mesh: jax.sharding.Mesh | None, rules: ShardingRules = REPLICATED) -> "Devices | None":
-        """Return them, or None without a mesh."""
-        return None if mesh is None else cls(mesh, rules)
-
     def batch_sharding(self, dims: int = 2) -> NamedSharding:
         """Of a batch's arrays, see `ShardingRules.batch_spec`."""
         return NamedSharding(self.mesh, self.rules.batch_spec(dims))
 
+    @property
+    def whole(self) -> NamedSharding:
+        """Of an array that is whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def shardings(self, state: nnx.State) -> nnx.State:
-        """See `shardings`."""
-        return shardings(state, self.mesh, self.rules)
+        """`state` with a NamedSharding in place of every array."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs(state, self.rules))
+
+    def place(self, state: nnx.State) -> nnx.State:
+        """The arrays of `state` on the devices."""
+        return jax.device_put(state, self.shardings(state))
 
 
 def specs(state: nnx.State, rules: ShardingRules) -> nnx.State:
@@ -81,16 +85,6 @@ def specs(state: nnx.State, rules: ShardingRules) -> nnx.State:
         axes = [rules.mesh_axis(axis) for axis in variable.get_metadata("axes")]
         flat.append((path, variable.replace(_specs_of(variable.get_value(), axes))))
     return nnx.from_flat_state(flat)
-
-
-def shardings(state: nnx.State, mesh: jax.sharding.Mesh, rules: ShardingRules) -> nnx.State:
-    """`state` with a NamedSharding in place of every array."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(state, rules))
-
-
-def place(state: nnx.State, mesh: jax.sharding.Mesh, rules: ShardingRules) -> nnx.State:
-    """The arrays of `state` on the devices of a mesh."""
-    return jax.device_put(state, shardings(state, mesh, rules))
 
 
 def _specs_of(value: Any, axes: list[str | None]) -> Any:

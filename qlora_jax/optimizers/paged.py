@@ -262,23 +262,25 @@ class PagedOptimizer:
         whole = [self._abstract_state(leaf, _depth(leaf)).optimizer for leaf in self._leaves]
         return jax.tree.unflatten(self._structure, self._leaves), whole
 
-    def scatter(self, masters: Any, whole: Sequence[Any], sharding: jax.sharding.Sharding) -> tuple[Any, Any]:
+    def scatter(self, masters: Any, whole: Sequence[Any], shardings: Any) -> tuple[Any, Any]:
         """Make working copy and state from copies of the results of `masters` and `gather`.
 
         Args:
             masters: float32 NumPy arrays.
             whole: for each leaf, the transformation's state in NumPy arrays.
-            sharding: of trained values and state over the devices; its memory kind does not matter.
+            shardings: of each leaf and its state over the devices; their memory kind does not matter.
         """
-        leaves = jax.tree.leaves(masters)
-        place, state = self._first_place(sharding), []
+        leaves, shardings = jax.tree.leaves(masters), jax.tree.leaves(shardings)
+        state = []
         for chunk in self.chunks:
             layers = slice(chunk.start, chunk.start + chunk.layers)
             master = None if self.dtype == jnp.float32 else _stacked(leaves[chunk.leaf])
             cut = jax.tree.map(operator.itemgetter(layers), ChunkState(master, whole[chunk.leaf]))
-            state.append(jax.device_put(cut, place, may_alias=False))
-        device = sharding.with_memory_kind("device")
-        working = [jax.device_put(np.asarray(leaf).astype(self.dtype), device, may_alias=False) for leaf in leaves]
+            state.append(jax.device_put(cut, self._first_place(shardings[chunk.leaf]), may_alias=False))
+        working = [
+            jax.device_put(np.asarray(leaf).astype(self.dtype), sharding.with_memory_kind("device"), may_alias=False)
+            for leaf, sharding in zip(leaves, shardings, strict=True)
+        ]
         return jax.tree.unflatten(self._structure, working), state
 
     def abstract_update(self, chunk: Chunk) -> tuple[Any, ...]:

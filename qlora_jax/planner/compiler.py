@@ -23,13 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import gpus, models
 from qlora_jax.data import Batch, abstract_batch
 from qlora_jax.errors import UserError
 from qlora_jax.nn.attention import cudnn_obstacle, head_groups
-from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.planner import (
     Allowance,
     BaseBytes,
@@ -121,6 +119,7 @@ class _Declared:
         working: adapters in the optimizer's working dtype; abstract.
         batch: arrays of a batch; abstract.
         step: the step with its optimizer.
+        devices: a mesh of the GPU alone; None for this machine's CPU.
     """
 
     shape: tuple[int, int, int]
@@ -128,6 +127,7 @@ class _Declared:
     working: nnx.State
     batch: Batch
     step: TrainStep
+    devices: Devices | None
 
     counter = jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -204,7 +204,7 @@ def compile_step(config: TrainConfig, model_config: models.DecoderConfig, chip: 
     # A paged chunk counts as an argument of the update; its transfer buffers are extra.
     passing = optimizer.paging_bytes if staying < len(optimizer.chunks) else 0
     during = {**memory.resident, "gradients": memory.gradients, "optimizer_passing": passing}
-    updates = [Phase(program, during) for program in _updates(optimizer, chip)]
+    updates = [Phase(program, during) for program in _updates(declared, chip)]
     return CompiledStep(
         phases=(
             Phase(gradients, memory.resident, {"gradients": memory.gradients}),
@@ -224,24 +224,25 @@ def _declare(
     platform = None if chip is None else _PLATFORM
     dtype = setup.compute_dtype(config, platform)
     model = setup.declare_model(config, model_config, setup.find_adapters(config, model_config).config, dtype)
+    devices = None if chip is None else Devices(gpus.mesh(chip), model.rules)
     step = setup.make_step(
         config,
         model,
         config.max_steps,
         limit=None if chip is None else chip.memory_bytes - Allowance.of(chip).total,
-        mesh=None if chip is None else gpus.mesh(chip),
+        devices=devices,
         platform=platform,
     )
     shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size, length)
     batch = abstract_batch(objective_of(config).fields, *shape)
-    return _Declared(shape, model, step.optimizer.abstract_lora(), batch, step)
+    return _Declared(shape, model, step.optimizer.abstract_lora(), batch, step, devices)
 
 
 def _gradients(declared: _Declared, chip: gpus.Chip, dumped: str) -> Program:
     """Compile the gradient program; XLA writes its buffer assignment into the directory `dumped`."""
-    mesh = gpus.mesh(chip)
     working, frozen, batch, counter = declared.arguments
-    devices = Devices(mesh, declared.model.rules)
+    devices = declared.devices
+    assert devices is not None
     arguments = (
         _placed(working, devices.shardings(working)),
         _placed(frozen, devices.shardings(frozen)),
@@ -271,11 +272,13 @@ def _attentions(
     return tuple(found)
 
 
-def _updates(optimizer: PagedOptimizer, chip: gpus.Chip) -> Iterator[Program]:
+def _updates(declared: _Declared, chip: gpus.Chip) -> Iterator[Program]:
     """Compile the programs of an update, one for each shape that a chunk can have."""
-    seen = set()
+    assert declared.devices is not None
+    optimizer, seen = declared.step.optimizer, set()
+    shardings = jax.tree.leaves(declared.devices.shardings(declared.working))
     for chunk in optimizer.chunks:
-        arguments = _placed(optimizer.abstract_update(chunk), NamedSharding(gpus.mesh(chip), PartitionSpec()))
+        arguments = _placed(optimizer.abstract_update(chunk), shardings[chunk.leaf])
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
         if shapes not in seen:
             seen.add(shapes)

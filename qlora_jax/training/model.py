@@ -15,7 +15,7 @@ from qlora_jax.checkpoints.loading import LoadedBase, load_base
 from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 from qlora_jax.nn.linear import LoRAConfig
 from qlora_jax.nn.long_sequence import tile_size
-from qlora_jax.sharding import shardings
+from qlora_jax.sharding import Devices
 from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets
@@ -29,7 +29,7 @@ class Model:
     """A model to train.
 
     Attributes:
-        parts: structure, shapes of what is trained, and the base weights on the mesh.
+        parts: structure, shapes of what is trained, and the base weights on the devices.
         base: what was loaded.
         adapters: rank, scale, dropout and adapted linears.
         start: adapters to start from; None for fresh ones.
@@ -47,8 +47,8 @@ class Model:
         save_adapter(directory, models.flatten(masters), described, self.base.config)
 
 
-def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Model:
-    """Load and quantise the base model onto the mesh, and declare or read its adapters."""
+def load_model(config: TrainConfig, path: Path, devices: Devices) -> Model:
+    """Load and quantise the base model onto the devices, and declare or read its adapters."""
     dtype, model_config = setup.compute_dtype(config), resolve_config(path)
     adapters = setup.find_adapters(config, model_config)
     parts, start = setup.declare_model(config, model_config, adapters.config, dtype), None
@@ -57,7 +57,7 @@ def load_model(config: TrainConfig, path: Path, mesh: jax.sharding.Mesh) -> Mode
             path,
             quantization=setup.quantization_config(config),
             dtype=dtype,
-            shardings=models.flatten(shardings(parts.frozen, mesh, parts.rules)),
+            shardings=models.flatten(devices.shardings(parts.frozen)),
         )
     if adapters.tensors is not None:
         logger.info(

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax import data, models
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import PagedOptimizer
-from qlora_jax.sharding import place
+from qlora_jax.sharding import Devices
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
 from qlora_jax.training.run_directory import RunDirectory
@@ -38,7 +37,7 @@ class RunState:
     """Everything that a checkpoint brings back, but for the data iterator, which is moved in place.
 
     Attributes:
-        state: adapters and optimizer state, on the mesh.
+        state: adapters and optimizer state, on the devices.
         step: steps done.
         counters: totals up to there.
     """
@@ -53,28 +52,26 @@ def position(batches: data.Batches, counters: Counters) -> dict[str, Any]:
     return {"data": batches.state(), **dataclasses.asdict(counters)}
 
 
-def initial_state(config: TrainConfig, model: Model, optimizer: PagedOptimizer, mesh: jax.sharding.Mesh) -> RunState:
+def initial_state(config: TrainConfig, model: Model, optimizer: PagedOptimizer, devices: Devices) -> RunState:
     """Make the state before the first step: fresh adapters, or those of `adapter`."""
-    replicated = NamedSharding(mesh, PartitionSpec())
     lora = model.start
     if lora is None:
         lora = models.initialize(model.parts.lora, jax.random.key(config.seed))
-    state = TrainState.create(place(lora, mesh, model.parts.rules), optimizer)
+    state = TrainState.create(devices.place(lora), optimizer)
     # Placed before the first step: a step compiled for other shardings would be compiled twice.
-    return RunState(dataclasses.replace(state, step=jax.device_put(state.step, replicated)))
+    return RunState(dataclasses.replace(state, step=jax.device_put(state.step, devices.whole)))
 
 
 def restored_state(
-    directory: RunDirectory, optimizer: PagedOptimizer, batches: data.Batches, mesh: jax.sharding.Mesh
+    directory: RunDirectory, optimizer: PagedOptimizer, batches: data.Batches, devices: Devices
 ) -> RunState:
     """Read the last checkpoint, and move `batches` to where it was."""
     step = directory.checkpoints()[-1]
-    replicated = NamedSharding(mesh, PartitionSpec())
     abstract = TrainState(*optimizer.abstract(), jax.ShapeDtypeStruct((), jnp.int32))
     saved, where = directory.restore(step, abstract)
-    lora, opt_state = optimizer.scatter(saved.lora, saved.opt_state, replicated)
+    lora, opt_state = optimizer.scatter(saved.lora, saved.opt_state, devices.shardings(abstract.lora))
     batches.restore(where["data"])
-    return RunState(TrainState(lora, opt_state, jax.device_put(saved.step, replicated)), step, _counters(where))
+    return RunState(TrainState(lora, opt_state, jax.device_put(saved.step, devices.whole)), step, _counters(where))
 
 
 def _counters(where: Mapping[str, Any]) -> Counters:

@@ -20,9 +20,10 @@ from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainStep, make_eval_step, make_train_step
 
 
-def make_mesh() -> jax.sharding.Mesh:
-    """Put all devices on one axis, `data`: rows are split over it, weights and adapters replicated."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_devices(config: TrainConfig) -> Devices:
+    """Put all devices on one axis, `data`, over which a run's tensors are cut by its rules."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return Devices(mesh, sharding_rules(config))
 
 
 def sharding_rules(config: TrainConfig) -> ShardingRules:
@@ -111,7 +112,7 @@ def make_step(
     total_steps: int,
     *,
     limit: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    devices: Devices | None = None,
     platform: str | None = None,
 ) -> TrainStep:
     """Make the training step of a configuration, its optimizer included.
@@ -121,7 +122,7 @@ def make_step(
         model: its values may be shapes; `frozen` is not read.
         total_steps: of the run, for the learning rate's schedule.
         limit: bytes of device memory, for an optimizer that pages; None for no limit.
-        mesh: of the devices that share the batch.
+        devices: that share the batch.
         platform: as for `compute_dtype`.
     """
     dtype = compute_dtype(config, platform)
@@ -132,7 +133,7 @@ def make_step(
         config.step_config(),
         objective=objective_of(config),
         reference=model.reference,
-        devices=Devices.of(mesh, model.rules),
+        devices=devices,
     )
 
 
@@ -154,12 +155,12 @@ class Programs:
 
 
 def make_programs(
-    config: TrainConfig, model: ModelParts, total_steps: int, *, limit: int | None, mesh: jax.sharding.Mesh
+    config: TrainConfig, model: ModelParts, total_steps: int, *, limit: int | None, devices: Devices
 ) -> Programs:
     """Make the programs of a run; arguments are those of `make_step`."""
-    objective, devices = objective_of(config), Devices(mesh, model.rules)
+    objective = objective_of(config)
     return Programs(
-        train=make_step(config, model, total_steps, limit=limit, mesh=mesh),
+        train=make_step(config, model, total_steps, limit=limit, devices=devices),
         evaluate=make_eval_step(model.graphdef, objective=objective, reference=model.reference, devices=devices),
         objective=objective,
         devices=devices,

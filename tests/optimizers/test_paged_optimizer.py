@@ -238,7 +238,7 @@ def test_a_leaf_without_layers_counts_as_one_layer(name, dtype):
             working, state, _ = optimizer.update(working, gradients, state, jnp.float32(1), jnp.asarray(True))
             if step == 1:
                 saved = jax.tree.map(np.array, (optimizer.masters(working, state), optimizer.gather(state)))
-                working, state = optimizer.scatter(*saved, sharding)
+                working, state = optimizer.scatter(*saved, jax.tree.map(lambda _: sharding, values))
         assert jax.tree.map(jnp.shape, working) == jax.tree.map(np.shape, values)
         assert [leaf.shape for leaf in jax.tree.leaves(optimizer.abstract())] == list(
             map(np.shape, jax.tree.leaves(saved))
@@ -277,8 +277,9 @@ def test_gathered_and_scattered_into_other_chunks(name, dtype):
     ]
     want = bits(steps(host, lora, state, 3, 6)[0])
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: sharding, adapters())
     for other in (optimizer(), optimizer(placement="auto", limit=MiB), optimizer(placement="host", chunk_bytes=1)):
-        assert bits(steps(other, *other.scatter(*saved, sharding), 3, 6)[0]) == want
+        assert bits(steps(other, *other.scatter(*saved, shardings), 3, 6)[0]) == want
 
 
 def test_every_flag_value_is_an_optimizer():

@@ -23,7 +23,7 @@ from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.model import load_model
 from qlora_jax.training.run_state import initial_state
 from qlora_jax.training.schedule import make_optimizer
-from qlora_jax.training.setup import compute_dtype, make_mesh
+from qlora_jax.training.setup import compute_dtype, make_devices
 from qlora_jax.training.step import make_train_step
 
 
@@ -84,10 +84,10 @@ def replay(model: Path, rows_path: Path, run: dict, kernel: str = "auto") -> tup
             adam_beta2=0.999,
             kernel=kernel,
         )
-        mesh = make_mesh()
-        loaded = load_model(config, model, mesh)
+        devices = make_devices(config)
+        loaded = load_model(config, model, devices)
         optimizer = make_optimizer(config, len(batches), loaded.parts.lora, dtype=compute_dtype(config))
-        state = initial_state(config, loaded, optimizer, mesh).state
+        state = initial_state(config, loaded, optimizer, devices).state
     step = make_train_step(loaded.parts.graphdef, optimizer, StepConfig(max_grad_norm=config.max_grad_norm))
     losses, grad_norms = [], []
     for batch in batches[: len(run["losses"])]:

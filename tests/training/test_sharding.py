@@ -1,6 +1,7 @@
 """A whole run under another sharding rule: nothing but the rule changes, and neither does a bit of the result."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,7 +14,10 @@ from qlora_jax.sharding import ShardingRules, specs
 
 
 def runs(directory: str) -> list[list[dict[str, float]]]:
-    """Metrics of a run with whole weights, and of one with weights cut over two devices; in a child."""
+    """Metrics of a run with whole weights, of one with weights cut over two devices, and of that one resumed.
+
+    In a child.
+    """
     from fixtures.finetune_helpers import make_model, make_rows, write_jsonl
 
     from qlora_jax import TrainConfig, finetune
@@ -33,8 +37,15 @@ def runs(directory: str) -> list[list[dict[str, float]]]:
         return base
 
     model.load_base = watched
-    for name, rules in (("whole", whole), ("cut", lambda config: ShardingRules(rows="data", vocabulary="data"))):
+
+    def cut(config):
+        return ShardingRules(rows="data", vocabulary="data")
+
+    for name, rules in (("whole", whole), ("cut", cut), ("cut", cut)):
         setup.sharding_rules = rules
+        if (root / name).exists():
+            shutil.rmtree(root / name / "checkpoint-3")
+            (root / name / "summary.json").unlink()
         config = TrainConfig(
             model_name_or_path=str(source), dataset=str(rows), output_dir=str(root / name), lora_r=4, lora_alpha=8.0,
             source_max_len=64, target_max_len=32, eval_dataset_size=4, max_steps=3, save_steps=2, logging_steps=1,
@@ -44,7 +55,7 @@ def runs(directory: str) -> list[list[dict[str, float]]]:
         lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
         keep = ("step", "loss", "grad_norm", "eval_loss")
         found.append([{key: line[key] for key in keep if key in line} for line in lines])
-    return [*found, [held[0], held[1]]]
+    return [*found, list(held.values())]
 
 
 @pytest.mark.parametrize("quantization", [QuantizationConfig(), QuantizationConfig("none")])
@@ -60,7 +71,7 @@ def test_rows_are_cut_of_quantised_weights_only(quantization):
 @pytest.mark.e2e
 def test_another_rule_trains_the_same(tmp_path):
     two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "HF_HUB_OFFLINE": "1"}
-    whole, cut, held = call("test_sharding:runs", str(tmp_path), environment=two, timeout=600)
-    assert held == [1.0, 0.5]
+    whole, cut, resumed, held = call("test_sharding:runs", str(tmp_path), environment=two, timeout=600)
+    assert held == [1.0, 0.5, 0.5]
     assert len(whole) >= 4
-    assert cut == whole
+    assert cut == resumed == whole

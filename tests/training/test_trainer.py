@@ -18,7 +18,6 @@ from flax import nnx
 from qlora_jax.data import Batches, Example, evaluation_batches
 from qlora_jax.device_memory import ProgramMemory
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
-from qlora_jax.sharding import Devices
 from qlora_jax.training import reporting, setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets
@@ -161,7 +160,7 @@ def new_trainer(tmp_path, clock, *, synchronous=True, losses=None, start=0, **ch
         clock.now += EVALUATION
         return Sums(jnp.float32(72.0), jnp.int32(36), {"further": jnp.int32(9)})
 
-    devices = Devices(setup.make_mesh())
+    devices = setup.make_devices(config)
     programs = setup.Programs(FakeStep(clock, synchronous, losses), evaluate, NEXT_TOKEN, devices)
     model = unchecked(Model, parts=unchecked(setup.ModelParts, frozen=None))
     directory = RunDirectory.open(config, {})
