@@ -9,7 +9,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from fixtures.checkpoint_helpers import LLAMA, random_tensors, write_gguf, write_hf, write_raw_safetensors
+from fixtures.checkpoint_helpers import random_tensors, write_gguf, write_hf, write_raw_safetensors
+from fixtures.tiny_configs import BIASED_LLAMA
 
 from qlora_jax import models
 from qlora_jax.checkpoints import gguf_file, hub
@@ -29,13 +30,13 @@ def equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 @pytest.mark.parametrize(("dtype", "shards"), [("bfloat16", 1), ("float16", 3), ("float32", 2), ("float64", 1)])
 def test_safetensors_round_trip(tmp_path: Path, dtype: str, shards: int):
-    tensors = random_tensors(LLAMA, dtype)
-    source = open_source(write_hf(tmp_path / "m", LLAMA, tensors, shards))
+    tensors = random_tensors(BIASED_LLAMA, dtype)
+    source = open_source(write_hf(tmp_path / "m", BIASED_LLAMA, tensors, shards))
     assert set(source.names()) == set(tensors)
     for name, tensor in tensors.items():
         assert (source.shape(name), source.dtype(name)) == (tensor.shape, dtype)
         assert equal(source.read(name), tensor)
-    assert source.config.source == LLAMA
+    assert source.config.source == BIASED_LLAMA
     assert {spec.name for spec in models.base_tensors(source.config)} == set(tensors)
 
 
@@ -56,7 +57,7 @@ def test_safetensors_round_trip(tmp_path: Path, dtype: str, shards: int):
     ],
 )
 def test_damaged_safetensors(tmp_path: Path, header: Any, data: bytes, message: str):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "config.json").write_text(json.dumps(BIASED_LLAMA))
     write_raw_safetensors(tmp_path / "model.safetensors", header, data)
     with pytest.raises(UserError, match=message) as error:
         open_source(tmp_path)
@@ -65,7 +66,7 @@ def test_damaged_safetensors(tmp_path: Path, header: Any, data: bytes, message: 
 
 @pytest.mark.parametrize("kept", [0, 4, 20, 0.2, 0.9, 0.999])
 def test_truncated_safetensors(tmp_path: Path, kept: float):
-    file = write_hf(tmp_path, LLAMA, random_tensors(LLAMA)) / "model.safetensors"
+    file = write_hf(tmp_path, BIASED_LLAMA, random_tensors(BIASED_LLAMA)) / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
     with pytest.raises(UserError, match=r"model\.safetensors.*download it again"):
@@ -73,7 +74,7 @@ def test_truncated_safetensors(tmp_path: Path, kept: float):
 
 
 def test_file_that_shrinks_after_opening(tmp_path: Path):
-    source = open_source(write_hf(tmp_path, LLAMA, random_tensors(LLAMA)))
+    source = open_source(write_hf(tmp_path, BIASED_LLAMA, random_tensors(BIASED_LLAMA)))
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     last = max(source.names(), key=lambda name: source._entries[name].offset)
@@ -82,7 +83,7 @@ def test_file_that_shrinks_after_opening(tmp_path: Path):
 
 
 def test_eight_bit_floats_are_refused_by_name(tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "config.json").write_text(json.dumps(BIASED_LLAMA))
     write_raw_safetensors(
         tmp_path / "model.safetensors", {"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, b"ab"
     )
@@ -93,8 +94,8 @@ def test_eight_bit_floats_are_refused_by_name(tmp_path: Path):
 
 
 def test_index_and_shards_must_agree(tmp_path: Path):
-    tensors = random_tensors(LLAMA)
-    directory = write_hf(tmp_path, LLAMA, tensors, shards=2)
+    tensors = random_tensors(BIASED_LLAMA)
+    directory = write_hf(tmp_path, BIASED_LLAMA, tensors, shards=2)
     index_file = directory / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     weight_map = index["weight_map"]
@@ -125,12 +126,12 @@ def test_not_a_safetensors_directory(tmp_path: Path):
     refused("does not hold a JSON object")
     (tmp_path / "config.json").write_text("{}")
     refused("architectures must name one architecture")
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "config.json").write_text(json.dumps(BIASED_LLAMA))
     refused("holds neither model.safetensors nor")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     refused(r"pytorch_model\.bin is a pickle file, which can run arbitrary code")
     refused(r"pytorch_model\.bin is a pickle file", tmp_path / "pytorch_model.bin")
-    write_hf(tmp_path, LLAMA, random_tensors(LLAMA))
+    write_hf(tmp_path, BIASED_LLAMA, random_tensors(BIASED_LLAMA))
     refused("give the directory", tmp_path / "model.safetensors")
     refused("neither a model directory nor", tmp_path / "config.json")
     refused("nowhere does not exist", tmp_path / "nowhere")
@@ -143,18 +144,18 @@ def test_not_a_safetensors_directory(tmp_path: Path):
 
 
 def test_gguf_round_trip(tmp_path: Path):
-    tensors = random_tensors(LLAMA, "float32")
-    source = open_source(write_gguf(tmp_path / "m.gguf", LLAMA, tensors))
+    tensors = random_tensors(BIASED_LLAMA, "float32")
+    source = open_source(write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, tensors))
     assert set(source.names()) == set(tensors)
     for name, tensor in tensors.items():
         assert equal(source.read(name), tensor), name
-    wanted = {key: value for key, value in LLAMA.items() if not key.endswith("_token_id")}
+    wanted = {key: value for key, value in BIASED_LLAMA.items() if not key.endswith("_token_id")}
     assert {key: source.config.source[key] for key in wanted} == wanted
     assert {spec.name for spec in models.base_tensors(source.config)} == set(tensors)
 
 
 def test_gguf_ties_embeddings_without_an_output_tensor(tmp_path: Path):
-    config = {**LLAMA, "tie_word_embeddings": True, "attention_bias": False}
+    config = {**BIASED_LLAMA, "tie_word_embeddings": True, "attention_bias": False}
     source = open_source(write_gguf(tmp_path / "m.gguf", config, random_tensors(config)))
     assert source.config.source["tie_word_embeddings"] is True
     assert source.config.source["attention_bias"] is False
@@ -164,9 +165,9 @@ def test_gguf_ties_embeddings_without_an_output_tensor(tmp_path: Path):
 def test_gguf_quantised_types(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     # Several chunks a tensor, the last one shorter.
     monkeypatch.setattr(gguf_file, "_CHUNK_ELEMENTS", 64 * 7)
-    tensors = random_tensors(LLAMA, "float32")
+    tensors = random_tensors(BIASED_LLAMA, "float32")
     quant = gguf.GGMLQuantizationType[kind]
-    source = open_source(write_gguf(tmp_path / "m.gguf", LLAMA, tensors, kind=quant))
+    source = open_source(write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, tensors, kind=quant))
     for name, tensor in tensors.items():
         want = tensor
         if tensor.ndim == 2:
@@ -178,16 +179,16 @@ def test_gguf_quantised_types(tmp_path: Path, kind: str, monkeypatch: pytest.Mon
 
 
 def test_gguf_rope_scaling(tmp_path: Path):
-    tensors = random_tensors(LLAMA)
+    tensors = random_tensors(BIASED_LLAMA)
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    source = open_source(write_gguf(tmp_path / "linear.gguf", LLAMA, tensors, extra=linear))
+    source = open_source(write_gguf(tmp_path / "linear.gguf", BIASED_LLAMA, tensors, extra=linear))
     assert source.config.source["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     yarn = {
         "llama.rope.scaling.type": "yarn",
         "llama.rope.scaling.factor": 8.0,
         "llama.rope.scaling.original_context_length": 64,
     }
-    source = open_source(write_gguf(tmp_path / "yarn.gguf", LLAMA, tensors, extra=yarn))
+    source = open_source(write_gguf(tmp_path / "yarn.gguf", BIASED_LLAMA, tensors, extra=yarn))
     assert source.config.source["rope_scaling"] == {
         "rope_type": "yarn",
         "factor": 8.0,
@@ -197,7 +198,7 @@ def test_gguf_rope_scaling(tmp_path: Path):
 
 
 def test_gguf_llama3_scaling_is_recognised_from_its_divisors(tmp_path: Path):
-    config = {**LLAMA, "head_dim": 128, "hidden_size": 64, "rope_theta": 500000.0}
+    config = {**BIASED_LLAMA, "head_dim": 128, "hidden_size": 64, "rope_theta": 500000.0}
     inverse = 1.0 / config["rope_theta"] ** (np.arange(0, 128, 2) / 128)
     wavelength = 2 * np.pi / inverse
     smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
@@ -231,7 +232,7 @@ def test_gguf_llama3_scaling_is_recognised_from_its_divisors(tmp_path: Path):
 )
 def test_gguf_metadata_that_would_change_the_model(tmp_path: Path, extra: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
-        open_source(write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), extra=extra))
+        open_source(write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, random_tensors(BIASED_LLAMA), extra=extra))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_gguf_metadata_of_a_wrong_type_are_named(tmp_path: Path, monkeypatch: An
         write_header(self)
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_wrong_value)
-    file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA))
+    file = write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, random_tensors(BIASED_LLAMA))
     for read in (open_source, gguf_file.read_metadata):
         with pytest.raises(UserError, match=rf"m\.gguf has {re.escape(key)} = {message}; use another GGUF version"):
             read(file)
@@ -275,12 +276,12 @@ def test_gguf_metadata_of_a_wrong_type_are_named(tmp_path: Path, monkeypatch: An
 
 def test_gguf_architecture_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"m\.gguf has general\.architecture 'falcon'"):
-        open_source(write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), architecture="falcon"))
+        open_source(write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, random_tensors(BIASED_LLAMA), architecture="falcon"))
 
 
 @pytest.mark.parametrize("kept", [0, 3, 6, 30, 100, 400, 0.1, 0.5, 0.99])
 def test_truncated_gguf(tmp_path: Path, kept: float):
-    file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA))
+    file = write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, random_tensors(BIASED_LLAMA))
     data = file.read_bytes()
     file.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
     with pytest.raises(UserError, match=r"m\.gguf.*download it again"):
@@ -320,7 +321,7 @@ def u64(*numbers: int) -> bytes:
 )
 def test_damaged_gguf(tmp_path: Path, old: bytes, new: bytes, message: str):
     extra = {"general.name": "test", "test.numbers": [7, 8, 9]}
-    file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), extra=extra)
+    file = write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, random_tensors(BIASED_LLAMA), extra=extra)
     data = file.read_bytes()
     assert old in data
     file.write_bytes(data.replace(old, new, 1))
@@ -329,13 +330,13 @@ def test_damaged_gguf(tmp_path: Path, old: bytes, new: bytes, message: str):
 
 
 def test_gguf_header_is_parsed_once_until_the_file_changes(tmp_path: Path):
-    file = write_gguf(tmp_path / "m.gguf", LLAMA, random_tensors(LLAMA), extra={"general.name": "first"})
+    file = write_gguf(tmp_path / "m.gguf", BIASED_LLAMA, random_tensors(BIASED_LLAMA), extra={"general.name": "first"})
     before = gguf_file._parse.cache_info()
     assert open_source(file).config == open_source(file).config
     assert gguf_file.read_metadata(file)["general.name"] == "first"
     after = gguf_file._parse.cache_info()
     assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
-    write_gguf(file, LLAMA, random_tensors(LLAMA), extra={"general.name": "the second"})
+    write_gguf(file, BIASED_LLAMA, random_tensors(BIASED_LLAMA), extra={"general.name": "the second"})
     assert gguf_file.read_metadata(file)["general.name"] == "the second"
 
 
@@ -454,7 +455,7 @@ def test_only_what_is_needed_is_downloaded(
 def test_a_hub_snapshot_counts_only_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub
 
-    write_hf(tmp_path, LLAMA, random_tensors(LLAMA), shards=2)
+    write_hf(tmp_path, BIASED_LLAMA, random_tensors(BIASED_LLAMA), shards=2)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
     assert hub._hub_cache("some/model") is None
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.checkpoint_helpers import (
-    LLAMA,
-    TINY_CONVERTED,
     hf_shapes,
     random_tensors,
     write_gguf,
     write_hf,
     write_large_hf,
 )
+from fixtures.tiny_configs import BIASED_LLAMA, TINY_CONVERTED
 
 from qlora_jax import cli, models
 from qlora_jax.checkpoints import conversion, loading
@@ -52,7 +51,7 @@ CONFIGS = [
 NF4 = CONFIGS[0]
 
 
-def write_model(directory: Path, config: dict[str, Any] = LLAMA, **changed: np.ndarray) -> Path:
+def write_model(directory: Path, config: dict[str, Any] = BIASED_LLAMA, **changed: np.ndarray) -> Path:
     return write_hf(directory, config, random_tensors(config) | changed, shards=2)
 
 
@@ -89,8 +88,8 @@ def direct(source: Path) -> Callable[[QuantizationConfig], LoadedBase]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
 def test_loaded_equals_quantised_tensor_by_tensor(direct: Any, config: QuantizationConfig):
-    tensors, model = random_tensors(LLAMA), direct(config)
-    for spec in models.base_tensors(models.model_config(LLAMA)):
+    tensors, model = random_tensors(BIASED_LLAMA), direct(config)
+    for spec in models.base_tensors(models.model_config(BIASED_LLAMA)):
         value = model.tensors[spec.path]
         if spec.layer is not None:
             value = jax.tree.map(lambda leaf, layer=spec.layer: leaf[layer], value)
@@ -112,8 +111,8 @@ def test_converted_equals_loaded(
     result = convert(source, tmp_path / "out", config, "bfloat16")
     converted = load_base(tmp_path / "out", quantization=config, dtype="bfloat16")
     assert_same(converted.tensors, direct(config).tensors)
-    assert converted.config == direct(config).config == models.model_config(LLAMA)
-    assert converted.config.source == LLAMA
+    assert converted.config == direct(config).config == models.model_config(BIASED_LLAMA)
+    assert converted.config.source == BIASED_LLAMA
     assert converted.quantization == config
     assert result.bytes_by_class == inventory(direct(config).tensors) == inventory(converted.tensors)
     parts = [entry for entry in (tmp_path / "out").iterdir() if entry.name.startswith("part-")]
@@ -124,14 +123,16 @@ def test_converted_equals_loaded(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tensors_fill_the_model(source: Path, dtype: str):
     loaded = load_base(source, quantization=NF4, dtype=dtype)
-    abstract = models.abstract_model(models.model_config(LLAMA), QLoRAConfig(dtype=jnp.dtype(dtype), quantization=NF4))
+    abstract = models.abstract_model(
+        models.model_config(BIASED_LLAMA), QLoRAConfig(dtype=jnp.dtype(dtype), quantization=NF4)
+    )
     _, _, frozen = models.split_model(abstract)
     filled = models.fill_base(frozen, loaded.tensors)
     assert_same(models.flatten(filled), loaded.tensors)
 
 
 def test_inventory_counts_buffers(direct: Any, converted: Conversion):
-    shapes = hf_shapes(LLAMA)
+    shapes = hf_shapes(BIASED_LLAMA)
     linear = [np.prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
     norms = sum(shape[0] for name, shape in shapes.items() if "norm" in name)
     rest = sum(np.prod(s) for n, s in shapes.items() if n.endswith(".bias") or "embed" in n or "lm_head" in n)
@@ -148,8 +149,8 @@ def test_inventory_counts_buffers(direct: Any, converted: Conversion):
 
 
 def test_quantised_from_the_checkpoints_own_precision(tmp_path: Path):
-    tensors = random_tensors(LLAMA, "float32")
-    model = load_base(write_hf(tmp_path, LLAMA, tensors), quantization=NF4, dtype="bfloat16")
+    tensors = random_tensors(BIASED_LLAMA, "float32")
+    model = load_base(write_hf(tmp_path, BIASED_LLAMA, tensors), quantization=NF4, dtype="bfloat16")
     value = model.tensors["layers", "mlp", "up_proj", "weight"]
     assert value.dtype == "bfloat16"
     want = quantize(tensors["model.layers.0.mlp.up_proj.weight"])
@@ -164,7 +165,7 @@ def test_another_dtype_than_stored_is_cast_and_said(converted: Conversion):
 
 
 def test_gguf_converts_with_its_tokenizer(tmp_path: Path):
-    config = {**LLAMA, "vocab_size": len(TOKENIZER["tokens"])}
+    config = {**BIASED_LLAMA, "vocab_size": len(TOKENIZER["tokens"])}
     source = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, "float32"), TOKENIZER)
     convert(source, tmp_path / "out", NF4, "bfloat16")
     direct = load_base(source, quantization=NF4, dtype="bfloat16")
@@ -233,13 +234,13 @@ def test_device_buffers_are_filled_in_place(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_missing_extra_and_misshaped_tensors_are_named(tmp_path: Path):
-    tensors = random_tensors(LLAMA)
+    tensors = random_tensors(BIASED_LLAMA)
 
     def refused(changed: dict[str, np.ndarray], message: str) -> None:
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
-        source = open_source(write_hf(tmp_path / "hf", LLAMA, changed))
+        source = open_source(write_hf(tmp_path / "hf", BIASED_LLAMA, changed))
         with pytest.raises(UserError, match=message):
-            check_source(source, models.base_tensors(models.model_config(LLAMA)), NF4)
+            check_source(source, models.base_tensors(models.model_config(BIASED_LLAMA)), NF4)
         with pytest.raises(UserError, match=message):
             convert(tmp_path / "hf", tmp_path / "out", NF4, "bfloat16")
         assert not (tmp_path / "out").exists()
@@ -253,7 +254,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path: Path):
 
 
 def test_tensors_that_carry_nothing_are_passed_over(tmp_path: Path):
-    config = {**LLAMA, "tie_word_embeddings": True}
+    config = {**BIASED_LLAMA, "tie_word_embeddings": True}
     tensors = random_tensors(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
@@ -273,7 +274,7 @@ def test_block_size_that_does_not_divide_a_row(source: Path, tmp_path: Path):
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     name = "model.layers.2.self_attn.o_proj.weight"
-    bad = random_tensors(LLAMA)[name]
+    bad = random_tensors(BIASED_LLAMA)[name]
     bad[3, 5] = np.nan
     source = write_model(tmp_path / "hf", **{name: bad})
     with pytest.raises(UserError, match=rf"model-.*safetensors: .*{name}.* NaN or infinity"):
@@ -283,7 +284,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
 
 def test_overflow_of_float16_is_named(tmp_path: Path):
     name = "model.embed_tokens.weight"
-    source = write_model(tmp_path, **{name: np.full(hf_shapes(LLAMA)[name], 1e5).astype("bfloat16")})
+    source = write_model(tmp_path, **{name: np.full(hf_shapes(BIASED_LLAMA)[name], 1e5).astype("bfloat16")})
     with pytest.raises(UserError, match=rf"tensor {name} .* do not fit float16; use bfloat16"):
         load_base(source, quantization=NF4, dtype="float16")
 
@@ -322,8 +323,8 @@ def test_damaged_conversion(tmp_path: Path, converted: Conversion):
     refused(r"version 99, not", format_version=99)
     refused(r"qlora_jax\.json is malformed", quantization={"bits": 4})
     refused(r"disagree about", parts=[])
-    refused(r"disagree about", files={"config.json": json.dumps({**LLAMA, "num_hidden_layers": 2})})
-    smaller = json.dumps({**LLAMA, "vocab_size": 95})
+    refused(r"disagree about", files={"config.json": json.dumps({**BIASED_LLAMA, "num_hidden_layers": 2})})
+    smaller = json.dumps({**BIASED_LLAMA, "vocab_size": 95})
     refused(r"tensor embed_tokens\.weight in .*part-00000 is bfloat16\[96, 64\] instead of bfloat16\[95, 64\]",
             files={"config.json": smaller})  # fmt: skip
     refused(r"bad/part-00000/.* is missing or does not have its \d+ bytes", files={"part-00000": None})
@@ -452,7 +453,7 @@ def test_killed_at_any_point_leaves_nothing_that_looks_complete(source: Path, di
         staged = sorted(os.listdir(os.path.join(os.path.dirname(out), ".out.tmp")))
         print(json.dumps([-os.waitstatus_to_exitcode(status), os.path.exists(out), staged]), flush=True)
     """
-    done = run_python(kill, source, out, len(hf_shapes(LLAMA)))
+    done = run_python(kill, source, out, len(hf_shapes(BIASED_LLAMA)))
     assert done.returncode == 0, done.stderr
     deaths = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(signal, exists) for signal, exists, _ in deaths] == [(9, False)] * 4
@@ -494,7 +495,7 @@ print((converting - baseline) / mib, (peak() - baseline) / mib, sum(streaming.in
 
 def large_config(hidden: int, ffn: int, layers: int) -> dict[str, Any]:
     shape = {"hidden_size": hidden, "intermediate_size": ffn, "vocab_size": ffn, "num_hidden_layers": layers}
-    return {**LLAMA, **shape, "attention_bias": False, "tie_word_embeddings": True}
+    return {**BIASED_LLAMA, **shape, "attention_bias": False, "tie_word_embeddings": True}
 
 
 class Memory(NamedTuple):

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from fixtures.tiny_configs import SMALL
 
 from qlora_jax import models
 from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.errors import UserError
-
-SMALL = {**models.PRESETS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 1024}
 
 
 def test_a_model_is_a_file_a_directory_or_a_preset(tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import families, tiny_model
-from fixtures.checkpoint_helpers import LLAMA
+from fixtures.tiny_configs import BIASED_LLAMA
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax import files, models
@@ -21,7 +21,7 @@ from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft_tiny"  # written by tests/reference/make_peft_golden.py
 GOLDEN_MODEL = models.model_config(json.loads(str(np.load(GOLDEN / "golden.npz")["config"])))
-MODEL = models.model_config(LLAMA)
+MODEL = models.model_config(BIASED_LLAMA)
 ALL = models.lora_modules(MODEL, "all")
 LAYERS, RANK, IN, OUT = 3, 4, 6, 10
 LINEARS = {("layers", "self_attn", "q_proj"): (LAYERS, OUT, IN), ("layers", "mlp", "down_proj"): (LAYERS, IN, OUT)}

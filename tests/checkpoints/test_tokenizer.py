@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures.checkpoint_helpers import LLAMA, random_tensors, write_gguf
+from fixtures.checkpoint_helpers import random_tensors, write_gguf
+from fixtures.tiny_configs import BIASED_LLAMA
 
 from qlora_jax.checkpoints.hub import default_gguf_path
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
@@ -23,7 +24,7 @@ NO_PREFIX = {"tokenizer.ggml.add_space_prefix": False}
 
 
 def gguf_with(path: Path, tokenizer: dict[str, Any] | None, extra: dict[str, Any] | None = None) -> Path:
-    return write_gguf(path, LLAMA, random_tensors(LLAMA), tokenizer, extra=extra)
+    return write_gguf(path, BIASED_LLAMA, random_tensors(BIASED_LLAMA), tokenizer, extra=extra)
 
 
 def ids(tokenizer: Any) -> list[list[int]]:

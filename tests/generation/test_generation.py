@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import tiny_model
+from fixtures.tiny_configs import LLAMA
 
 from qlora_jax.generation import Sampling, generate, next_token
 from qlora_jax.quantization import QuantizationConfig
 
 VARIANTS = {
-    "plain": tiny_model.CONFIG,
-    "window": {**tiny_model.CONFIG, "architectures": ["MistralForCausalLM"], "sliding_window": 6},
-    "quantised": tiny_model.CONFIG,
+    "plain": LLAMA,
+    "window": {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6},
+    "quantised": LLAMA,
 }
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import tiny_model
+from fixtures.tiny_configs import LLAMA
 
 from qlora_jax import models
 from qlora_jax.errors import UserError
@@ -128,18 +129,18 @@ def test_unknown_lora_module():
 )
 def test_unsupported_configs_name_the_field(change, message):
     with pytest.raises(UserError) as error:
-        models.model_config({**tiny_model.CONFIG, **change})
+        models.model_config({**LLAMA, **change})
     assert message in str(error.value)
 
 
 def test_block_size_must_divide_the_rows():
     qlora = QLoRAConfig(QuantizationConfig(block_size=256))
     with pytest.raises(UserError, match="`block_size=256` does not divide"):
-        models.abstract_model(models.model_config(tiny_model.CONFIG), qlora)
+        models.abstract_model(models.model_config(LLAMA), qlora)
 
 
 def test_tensor_table_covers_the_model_once():
-    specs = models.base_tensors(models.model_config(tiny_model.CONFIG))
+    specs = models.base_tensors(models.model_config(LLAMA))
     assert len({spec.name for spec in specs}) == len(specs) == 3 * 9 + 2
     assert {spec.name for spec in specs if spec.layer == 1 and spec.quantized} == {
         f"model.layers.1.{name}.weight"
@@ -152,7 +153,7 @@ def test_tensor_table_covers_the_model_once():
 
 def test_compile_time_does_not_grow_with_depth():
     def lowered_size(layers: int) -> tuple[int, float]:
-        config = models.model_config({**tiny_model.CONFIG, "num_hidden_layers": layers})
+        config = models.model_config({**LLAMA, "num_hidden_layers": layers})
         graphdef, lora, frozen = models.split_model(models.abstract_model(config, QLoRAConfig()))
         from flax import nnx
 

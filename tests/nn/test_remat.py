@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fixtures import tiny_model
 from fixtures.batches import array
+from fixtures.tiny_configs import LLAMA
 from flax import nnx
 
 from qlora_jax.choices import Remat
@@ -57,7 +58,7 @@ def loss_and_gradient(policy: str, *, packed: bool = False, dropout: float = 0.0
 def program(policy, packed, dropout, small):
     """Its name in the cache has `small` in it, which is patched when it is traced."""
     graphdef, _, frozen = model(dropout)
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, tiny_model.CONFIG["vocab_size"], (2, 96)))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, LLAMA["vocab_size"], (2, 96)))
     positions = jnp.tile(jnp.arange(96), (2, 1))
     segments = jnp.where(positions < 40, 1, 2) if packed else None
 
@@ -155,7 +156,7 @@ def gradients(working, policy: str, *, small: bool):
     """Loss and summed gradients of three micro-batches."""
     graphdef, lora, frozen = model()
     lora = jax.tree.map(lambda leaf: leaf.astype(working), lora)
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, tiny_model.CONFIG["vocab_size"], (3, 2, 96)))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, LLAMA["vocab_size"], (3, 2, 96)))
     positions = jnp.broadcast_to(jnp.arange(96), ids.shape)
     batch = {"input_ids": ids, "labels": ids, "positions": positions, "segment_ids": jnp.ones_like(ids)}
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.compile_in_child import call
+from fixtures.tiny_configs import LLAMA
 from flax import nnx
 
 from qlora_jax.models.common import flatten, initialize, split_model, unflatten_like
@@ -205,7 +206,7 @@ def sharded_against_replicated():
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     rules = sharding.ShardingRules(rows="data", vocabulary="data")
-    config = models.model_config(tiny_model.CONFIG)
+    config = models.model_config(LLAMA)
     _, trained, frozen = tiny_model.build(quantization=QuantizationConfig())
     trained = adapters_with_b(trained)
     ids = jnp.asarray(random_ids(4, 16))

@@ -3,12 +3,13 @@
 import importlib.util
 
 import pytest
-from fixtures import families, tiny_model
+from fixtures import families
 from fixtures.compile_in_child import call
+from fixtures.tiny_configs import LLAMA
 
 from qlora_jax import models
 
-CONFIGS = {"LLaMA, Mistral": tiny_model.CONFIG} | {
+CONFIGS = {"LLaMA, Mistral": LLAMA} | {
     families.title(name): families.CASES[name]["config"] for name in families.ONE_A_FAMILY
 }
 """A tiny model of each family."""

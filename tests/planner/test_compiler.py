@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fixtures import compile_in_child
+from fixtures.tiny_configs import SMALL
 
 from qlora_jax import models
 from qlora_jax.errors import UserError
@@ -24,7 +25,6 @@ from qlora_jax.planner.scopes import OTHER
 from qlora_jax.training.config import TrainConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
-SMALL = {**models.PRESETS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 1024}
 GIB = 2**30
 
 

@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from fixtures import tiny_model
+from fixtures.tiny_configs import LLAMA
 
 from qlora_jax import models
 from qlora_jax.data import abstract_batch
@@ -112,7 +112,7 @@ def test_products_of_a_training_step_follow_its_shapes(recomputed):
     config = TrainConfig(
         lora_r=4, kernel="xla", gradient_checkpointing=recomputed, bf16=False, gradient_accumulation_steps=1
     )
-    model_config = models.model_config(tiny_model.CONFIG)
+    model_config = models.model_config(LLAMA)
     lora_config = LoRAConfig(4, 16.0, 0.0, models.lora_modules(model_config, "all"))
     model = setup.declare_model(config, model_config, lora_config, jnp.float32)
     step = setup.make_step(config, model, 10)
@@ -205,7 +205,7 @@ def test_what_is_printed_names_every_class_and_the_allowance():
 @pytest.mark.parametrize("quant_type", ["nf4", "int8", "none"])
 def test_bytes_of_a_base_are_all_of_it(quant_type):
     precision = QLoRAConfig(QuantizationConfig(quant_type), jnp.bfloat16, None)
-    _, _, frozen = models.split_model(models.abstract_model(models.model_config(tiny_model.CONFIG), precision))
+    _, _, frozen = models.split_model(models.abstract_model(models.model_config(LLAMA), precision))
     base = BaseBytes.of(frozen)
     classes = base.by_class
     assert sum(classes.values()) == tree_bytes(frozen)

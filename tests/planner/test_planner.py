@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fixtures import families
 from fixtures.finetune_helpers import make_model, make_rows, write_jsonl
+from fixtures.tiny_configs import SMALL
 
 from qlora_jax import finetuning, gpus, models
 from qlora_jax.commands import plan as plan_command
@@ -20,7 +21,7 @@ from qlora_jax.planner.planning import Planner, length_fields
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
-SMALL = models.model_config({**models.PRESETS["smollm2-135m"], "num_hidden_layers": 2, "vocab_size": 1024})
+MODEL = models.model_config(SMALL)
 GIB = 2**30
 
 
@@ -59,7 +60,7 @@ class FakeCompiler:
 
 def planner(gpu: str = "rtx4090", host_limit: int | None = None, **options: Any) -> tuple[Planner, FakeCompiler]:
     compiler = FakeCompiler(**options)
-    return Planner(CHIPS[gpu], SMALL, compiler, host_limit), compiler
+    return Planner(CHIPS[gpu], MODEL, compiler, host_limit), compiler
 
 
 LEAN = TrainConfig(optim_placement="host", kernel="fused", remat="offload", lora_r=16)
@@ -177,7 +178,7 @@ def test_xla_attention_is_warned_of():
 
 
 def test_more_positions_than_the_model_has_are_noted():
-    plans = Planner(CHIPS["h100"], SMALL, FakeCompiler())
+    plans = Planner(CHIPS["h100"], MODEL, FakeCompiler())
     assert not plans.plan(LEAN, 8192).warnings
     (warning,) = plans.plan(LEAN, 8704).warnings
     assert warning.startswith("config.json gives the model 8,192 positions;")
@@ -191,7 +192,7 @@ def test_tiles_are_told():
     plans, _ = planner()
     assert plans.plan(LEAN, 4096).tile is None
     long = plans.plan(LEAN, 16384)
-    request = comparison.Request("m", SMALL, LEAN, 16384)
+    request = comparison.Request("m", MODEL, LEAN, 16384)
     assert comparison.as_json(comparison.GPUPlan(request, long))["tile"] == long.tile == 2048
     assert "All but attention takes 2,048 tokens at a time." in planning.describe_run(long)
     kept = dataclasses.replace(LEAN, gradient_checkpointing=False, remat="none")
@@ -207,7 +208,7 @@ def test_json_holds_a_search_and_advice():
     planned = plans.plan(LEAN, 512_000)
     longest = plans.longest(LEAN, 512)
     at_longest = plans.plan(LEAN, longest.length)
-    request = comparison.Request("m", SMALL, LEAN, 512_000, find_longest=True)
+    request = comparison.Request("m", MODEL, LEAN, 512_000, find_longest=True)
     found = comparison.GPUPlan(request, planned, longest, at_longest, plans.advice(LEAN, 512_000))
     value = json.loads(json.dumps(comparison.as_json(found)))
     assert value["fits"] is False
@@ -311,26 +312,26 @@ def test_out_of_memory_is_told_with_the_plan(monkeypatch):
     fake_compilers(monkeypatch)
     on = {"a": "rtx3090"}
     monkeypatch.setattr(gpus, "chip_of", lambda device: CHIPS.get(on["a"]))
-    lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config=SMALL)
+    lines = advice.planned_advice(LEAN, (2, 8, 100_000), model_config=MODEL)
     assert any(line.startswith("Device: ") and "does not fit" in line for line in lines)
     assert lines[-2].startswith("It would fit with `per_device_train_batch_size=")
     rows = "`per_device_train_batch_size` and `gradient_accumulation_steps`"
     elsewhere = "a run that has checkpoints needs another `output_dir` for that"
     assert lines[-1].startswith(f"As to {rows}") and lines[-1].endswith(f": {elsewhere}.")
     packed = dataclasses.replace(LEAN, packing=True, lora_r=8, optim="adamw_8bit")
-    lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config=SMALL)
+    lines = advice.planned_advice(packed, (1, 1, 1_000_000), model_config=MODEL)
     assert re.fullmatch(r"It would fit with `sequence_length=\d+`: .* GB\.", lines[-2])
     assert lines[-1] == f"As to `sequence_length`: {elsewhere}."
     # What a run that is resumed may change needs no other directory.
     kept = dataclasses.replace(LEAN, remat="full")
-    lines = advice.planned_advice(kept, (1, 1, 175_000), model_config=SMALL)
+    lines = advice.planned_advice(kept, (1, 1, 175_000), model_config=MODEL)
     assert lines[-1].startswith("It would fit with `remat=offload`: ")
-    lines = advice.planned_advice(LEAN, (2, 1, 128), model_config=SMALL)
+    lines = advice.planned_advice(LEAN, (2, 1, 128), model_config=MODEL)
     assert "it had 24.0 GiB of 24.0 GiB, and XLA_PYTHON_CLIENT_MEM_FRACTION sets that" in lines[-1]
     # Nothing to plan with: the reason, and what helps in general.
     for name, reason in (("b200", "the compiler ended its process"), (None, "cpu is none of the GPUs known")):
         on["a"] = name
-        first, *others = advice.planned_advice(LEAN, (2, 8, 128), model_config=SMALL)
+        first, *others = advice.planned_advice(LEAN, (2, 8, 128), model_config=MODEL)
         assert first.startswith(f"No plan of this step: {reason}")
         assert others == advice.memory_advice(LEAN, (2, 8, 128))
     # Settings that a run with checkpoints may change come first.

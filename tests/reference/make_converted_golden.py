@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fixtures.checkpoint_helpers import TINY_CONVERTED, random_tensors, write_hf  # noqa: E402
+from fixtures.checkpoint_helpers import random_tensors, write_hf  # noqa: E402
+from fixtures.tiny_configs import TINY_CONVERTED  # noqa: E402
 
 from qlora_jax.checkpoints.conversion import convert  # noqa: E402
 from qlora_jax.files import file_sizes  # noqa: E402

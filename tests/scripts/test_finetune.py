@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from fixtures.checkpoint_helpers import hf_shapes
 from fixtures.finetune_helpers import (
-    CONFIG,
     SMALL_RUN,
     as_flags,
     assert_same_run,
@@ -29,6 +28,7 @@ from fixtures.finetune_helpers import (
     without_timings,
     write_jsonl,
 )
+from fixtures.tiny_configs import BYTE_LLAMA
 from safetensors.numpy import load_file, save_file
 from tensorboardX.proto.event_pb2 import Event
 
@@ -42,7 +42,7 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import load_datasets
 from qlora_jax.training.step import TrainState
 
-MODEL = model_config(CONFIG)
+MODEL = model_config(BYTE_LLAMA)
 PROMPTS = ("say abcde", "say zyx please")
 # 4 rows a step: 12 steps are exactly one pass over 48 rows.
 MAIN = SMALL_RUN | {"report_to": "tensorboard"}
@@ -146,7 +146,7 @@ def test_losses_fall(finished):
     lines = read_metrics(finished[0])
     losses = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert losses[0] == pytest.approx(math.log(CONFIG["vocab_size"]), rel=0.3)
+    assert losses[0] == pytest.approx(math.log(BYTE_LLAMA["vocab_size"]), rel=0.3)
     assert np.mean(losses[-3:]) < losses[0] - 1
     assert held_out == sorted(held_out, reverse=True)
     assert held_out[-1] < held_out[0] - 1
@@ -166,7 +166,7 @@ def test_the_adapter_is_peft_and_trained(finished):
 
 def test_summary_counts_what_there_is(finished):
     summary = json.loads((finished[0] / "summary.json").read_text())
-    shapes = hf_shapes(CONFIG)
+    shapes = hf_shapes(BYTE_LLAMA)
     linears = {n: s for n, s in shapes.items() if ".self_attn." in n or ".mlp." in n}
     parameters = {name: math.prod(shape) for name, shape in shapes.items()}
     packed = sum(parameters[name] for name in linears) // 2
@@ -364,7 +364,7 @@ def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
     _, config = load_adapter(place / "out-int8" / "adapter", MODEL)
     assert config.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
     summary = json.loads((place / "out-int8" / "summary.json").read_text())
-    linears = [shape for name, shape in hf_shapes(CONFIG).items() if ".self_attn." in name or ".mlp." in name]
+    linears = [shape for name, shape in hf_shapes(BYTE_LLAMA).items() if ".self_attn." in name or ".mlp." in name]
     assert summary["bytes"]["base_packed"] == sum(math.prod(shape) for shape in linears)
     assert summary["bytes"]["scales"] == 4 * sum(shape[0] for shape in linears)
     assert summary["last_eval_loss"] is None
