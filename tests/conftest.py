@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import filelock
@@ -107,6 +108,27 @@ def launch(case: Any, launches: Any) -> Any:
     found = launches[case]
     assert not isinstance(found, str), found
     return found
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Let XLA optimise little, for modules that compile many programs of tiny models and run each a few times.
+
+    Unless the environment sets JAX_DISABLE_MOST_OPTIMIZATIONS, with which CI also runs them as users' programs are.
+    Programs that were compiled one way are not used in the other.
+    """
+    import jax
+
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

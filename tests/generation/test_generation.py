@@ -10,6 +10,8 @@ from fixtures.tiny_configs import LLAMA
 from qlora_jax.generation import Sampling, generate, next_token
 from qlora_jax.quantization import QuantizationConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VARIANTS = {
     "plain": LLAMA,
     "window": {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6},

@@ -18,6 +18,8 @@ from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.losses import next_token_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def build(name, *, adapted=False):
     """(graphdef, adapters, frozen) of a case in float32, with the golden adapters or none."""

@@ -19,6 +19,8 @@ from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.step import make_gradient_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def cut_small(patch):
     """Make tiles and groups of heads so small that a tiny model's sequence falls into several."""

@@ -19,6 +19,8 @@ from qlora_jax.nn.norms import RMSNorm
 from qlora_jax.nn.stack import Context, DropoutKeys, Segment, Stack, segments_of
 from qlora_jax.quantization import QuantizationConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LOCAL, GLOBAL = Attention(window=4), Attention()
 SELF, CROSS = Attention(rope=None), Attention(causal=False, rope=None, cross=True)
 WIDTH = 32

@@ -24,7 +24,7 @@ def rule(name):
     return transformation(name, schedule, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.01)
 
 
-def adapters(layers=12, width=64, seed=0):
+def adapters(layers=6, width=64, seed=0):
     rng = np.random.default_rng(seed)
     shapes = {"q": (layers, 8, width), "up": {"a": (layers, 8, width), "b": (layers, 4 * width, 8)}}
     return jax.tree.map(

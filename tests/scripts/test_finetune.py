@@ -42,6 +42,8 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import load_datasets
 from qlora_jax.training.step import TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = model_config(BYTE_LLAMA)
 PROMPTS = ("say abcde", "say zyx please")
 # 4 rows a step: 12 steps are exactly one pass over 48 rows.

@@ -19,6 +19,8 @@ from qlora_jax.training.losses import next_token_loss
 from qlora_jax.training.objectives import NextToken, Sums, objective_of
 from qlora_jax.training.step import TrainState, make_eval_step, make_gradient_step, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @dataclasses.dataclass(frozen=True)
 class DistanceToReference:

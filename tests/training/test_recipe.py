@@ -21,6 +21,8 @@ from qlora_jax.training import datasets, setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import NEXT_TOKEN, Sums
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -21,6 +21,8 @@ from qlora_jax.training.losses import next_token_loss
 from qlora_jax.training.schedule import learning_rate_schedule, make_optimizer
 from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def plain_loss(hidden, head, labels):
     logits = jnp.einsum("bsd,vd->bsv", hidden.astype(jnp.float32), head.astype(jnp.float32))[:, :-1]
