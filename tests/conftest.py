@@ -124,11 +124,11 @@ def quick_compilation() -> Iterator[None]:
         return
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for children
         yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

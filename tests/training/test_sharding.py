@@ -44,7 +44,7 @@ def runs(directory: str) -> list[list[dict[str, float]]]:
     for name, rules in (("whole", whole), ("cut", cut), ("cut", cut)):
         setup.sharding_rules = rules
         if (root / name).exists():
-            shutil.rmtree(root / name / "checkpoint-3")
+            shutil.rmtree(root / name / "checkpoint-000003")
             (root / name / "summary.json").unlink()
         config = TrainConfig(
             model_name_or_path=str(source), dataset=str(rows), output_dir=str(root / name), lora_r=4, lora_alpha=8.0,
