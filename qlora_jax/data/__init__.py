@@ -11,7 +11,7 @@ from qlora_jax.data.batching import (
 )
 from qlora_jax.data.demo import default_prompts, follows_style
 from qlora_jax.data.formats import FORMATS
-from qlora_jax.data.loading import HUB_NAMES, Rows, load_rows, split_rows
+from qlora_jax.data.loading import HUB_NAMES, Rows, evaluated_split, load_rows, split_names, split_rows
 from qlora_jax.data.tokenization import IGNORED, DataReport, Example, encode_prompt, tokenize_rows
 
 __all__ = [
@@ -29,9 +29,11 @@ __all__ = [
     "bucket_lengths",
     "default_prompts",
     "encode_prompt",
+    "evaluated_split",
     "evaluation_batches",
     "follows_style",
     "load_rows",
+    "split_names",
     "split_rows",
     "tokenize_rows",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.data.hub import load_from_hub
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
 
@@ -29,6 +30,8 @@ REFERENCE_EVAL_SIZE = 1024
 """Rows held out when `eval_dataset_size` is not given, as in the reference program."""
 
 _HELD_OUT_SPLITS = ("heldout", "eval", "validation", "test")
+# What a data set is evaluated on: the first of these that it has.
+_EVALUATED_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 _SPLIT_FILE = re.compile(r"^(train|validation|valid|val|dev|test|eval|heldout)(?![A-Za-z0-9])", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
@@ -68,36 +71,76 @@ class Rows:
         return Rows([self.rows[i] for i in picked], [self.positions[i] for i in picked], self.source, self.notes)
 
 
-def load_rows(dataset: str, *, split: str = "train") -> Rows:
-    """Read every row of `dataset`.
+def load_rows(dataset: str, *, split: str = "train", field: str = "dataset") -> Rows:
+    """Read every row of a split of `dataset`.
 
     Args:
         dataset: "default" (the embedded set); a .json, .jsonl, .csv, .tsv or .parquet file; a directory of such files;
             a short name of `HUB_NAMES`; or the id of a data set on the Hugging Face hub. A .json file holds a list of
             objects, or an object with that list under "data". An existing path wins over a hub id of the same name.
-        split: of the hub; of a directory, the files named after it (`train.jsonl`, `test-00000.parquet`), or all files
-            for "train" when none is named after a split. A single file is the "train" split. "default" has "train" and
-            the held-out rows ("heldout", "eval", "validation" and "test" all mean those).
+        split: of the hub, where "train[:10%]" is one too; of a directory, the files named after it (`train.jsonl`,
+            `test-00000.parquet`), or all files for "train" when none is named after a split. A single file is the
+            "train" split. "default" has "train" and the held-out rows ("heldout", "eval", "validation" and "test" all
+            mean those).
+        field: of the configuration that has the name, for errors.
 
     Raises:
         UserError: something cannot be read; names the file and, where there is one, the line.
     """
-    if dataset == DEFAULT_DATASET:
+    where = _located(dataset, field)
+    if where is None:
         return _load_default(split)
+    if isinstance(where, str):
+        return _load_hub(where, split, _told(dataset, where, field))
+    if where.is_dir():
+        return _load_directory(where, split)
+    if split != "train":
+        raise UserError(f"{where} is a single file and has no split '{split}'; its rows are the split 'train'")
+    return _load_file(where)
+
+
+def split_names(dataset: str, *, field: str = "dataset") -> tuple[str, ...]:
+    """List the splits of `dataset`; none of a single file, and of a directory without a file named after one.
+
+    Raises:
+        UserError: as `load_rows`.
+    """
+    where = _located(dataset, field)
+    if where is None:
+        return ("train", "heldout")
+    if isinstance(where, str):
+        return tuple(map(str, load_from_hub(where, None, _told(dataset, where, field))))
+    return tuple(dict.fromkeys(_split_files(where).values())) if where.is_dir() else ()
+
+
+def evaluated_split(names: Sequence[str], trained: str = "train") -> str | None:
+    """Choose the split to evaluate on: test, else validation or what else it is called; None if there is none.
+
+    Args:
+        names: of the splits there are.
+        trained: the split, or splits as in "train+test[:10%]", that is trained on and not to be evaluated on.
+    """
+    left = set(names) - set(re.findall(r"\w+", trained))
+    return next((name for name in _EVALUATED_SPLITS if name in left), None)
+
+
+def _located(dataset: str, field: str) -> Path | str | None:
+    """Return the path of local data, the id of a data set on the hub, or None for the embedded set."""
+    if dataset == DEFAULT_DATASET:
+        return None
     if dataset in NOT_YET_SUPPORTED:
         raise UserError(
-            f"`dataset={dataset}` is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id"
+            f"`{field}={dataset}` is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id"
         )
     path = Path(dataset).expanduser()
-    if path.is_dir():
-        return _load_directory(path, split)
-    if path.is_file():
-        if split != "train":
-            raise UserError(f"{path} is a single file and has no split '{split}'; its rows are the split 'train'")
-        return _load_file(path)
+    if path.is_dir() or path.is_file():
+        return path
     if path.suffix.lower() in _READERS or path.is_absolute() or dataset.startswith((".", "~")):
-        raise UserError(f"`dataset={dataset}`: there is no such file or directory")
-    return _load_hub(dataset, split)
+        raise UserError(f"`{field}={dataset}`: there is no such file or directory")
+    hub_id = HUB_NAMES.get(dataset, dataset)
+    if not _HUB_ID.match(hub_id):
+        raise UserError(f"`{field}={dataset}` is neither a file, a directory nor the id of a data set on the hub")
+    return hub_id
 
 
 def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple[Rows, Rows, str]:
@@ -156,12 +199,22 @@ def _load_file(path: Path) -> Rows:
     return Rows(rows, positions, str(path))
 
 
+def _visible_files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+def _split_files(directory: Path) -> dict[Path, str]:
+    """Return the data files that are named after a split, and the split."""
+    files = [p for p in _visible_files(directory) if p.suffix.lower() in _READERS]
+    return {p: match.group(1).lower() for p in files if (match := _SPLIT_FILE.match(p.name))}
+
+
 def _load_directory(directory: Path, split: str) -> Rows:
-    visible = sorted(p for p in directory.iterdir() if p.is_file() and not p.name.startswith("."))
+    visible = _visible_files(directory)
     data_files = [p for p in visible if p.suffix.lower() in _READERS]
     if not data_files:
         raise UserError(f"{directory} holds no data file ({', '.join(_READERS)})")
-    named = {p: match.group(1).lower() for p in data_files if (match := _SPLIT_FILE.match(p.name))}
+    named = _split_files(directory)
     if named:
         chosen = [p for p in data_files if named.get(p) == split]
         if not chosen:
@@ -174,34 +227,26 @@ def _load_directory(directory: Path, split: str) -> Rows:
         raise UserError(f"{directory} has no split '{split}': no file is named after one, so all are the split 'train'")
     parts = [_load_file(p) for p in chosen]
     notes = [f"{directory}: read {', '.join(p.name for p in chosen)}"]
-    left = [p.name for p in visible if p not in chosen]
+    others = [p.name for p in named if p not in chosen]
+    if others:
+        notes.append(f"{directory}: of other splits: {', '.join(others)}")
+    left = [p.name for p in visible if p not in chosen and p not in named]
     if left:
         notes.append(f"{directory}: not read: {', '.join(left)}")
     return Rows(
         [row for part in parts for row in part.rows],
         [position for part in parts for position in part.positions],
-        str(directory),
+        f"{directory} ({split})" if named else str(directory),
         tuple(notes),
     )
 
 
-def _load_hub(dataset: str, split: str) -> Rows:
-    hub_id = HUB_NAMES.get(dataset, dataset)
-    if not _HUB_ID.match(hub_id):
-        raise UserError(f"`dataset={dataset}` is neither a file, a directory nor the id of a data set on the hub")
-    # Imported here: it takes seconds, and local data does not need it.
-    import datasets
+def _told(dataset: str, hub_id: str, field: str) -> str:
+    return f"`{field}={dataset}`" if dataset == hub_id else f"`{field}={dataset}` ({hub_id})"
 
-    try:
-        loaded = datasets.load_dataset(hub_id, split=split)
-        rows = [dict(row) for row in loaded]
-    # The library lets errors of a dozen kinds through (HTTP, OS, Arrow, its own); all mean that there is no data set.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"`dataset={dataset}`: no such file here, and the hub's data set '{hub_id}' (split '{split}') cannot be "
-            f"loaded ({type(error).__name__}: {reason}); check the name and the network, or pass a local file"
-        ) from error
+
+def _load_hub(hub_id: str, split: str, told: str) -> Rows:
+    rows = [dict(row) for row in load_from_hub(hub_id, split, told)]
     if not rows:
         raise UserError(f"the hub's data set '{hub_id}' holds no rows in split '{split}'")
     return Rows(rows, [f"{hub_id} {split} row {i}" for i in range(1, len(rows) + 1)], f"{hub_id} ({split})")

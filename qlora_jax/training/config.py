@@ -91,11 +91,24 @@ class TrainConfig:
     dataset_format: str | None = flag(
         None, "alpaca, alpaca-clean, input-output, oasst1 or messages; by default told from the columns.", group="data"
     )
+    split: str | None = flag(
+        None,
+        "Split of the data set to train on (of a directory: its files of that name); by default train.",
+        group="data",
+    )
     max_train_samples: int | None = flag(None, "Use only this many training rows.", group="data")
     max_eval_samples: int | None = flag(None, "Use only this many held-out rows.", group="data")
     eval_dataset: str | None = flag(None, "A separate data set to evaluate on instead of rows held out.", group="data")
+    eval_split: str | None = flag(
+        None,
+        "Split to evaluate on, of eval_dataset or else of dataset; by default test, else validation.",
+        group="data",
+    )
     eval_dataset_size: int | None = flag(
-        None, "Rows held out for evaluation; by default 1024, or a tenth of a data set below 2048 rows.", group="data"
+        None,
+        "Rows of the training data held out for evaluation; by default none if dataset has a split to evaluate on, "
+        "else 1024, or a tenth of a data set below 2048 rows.",
+        group="data",
     )
     source_max_len: int = flag(1024, "Source tokens kept of a row.", group="data")
     target_max_len: int = flag(256, "Target tokens kept of a row.", group="data")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from qlora_jax import data
-from qlora_jax.defaults import DEFAULT_DATASET
+from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import objective_of
 
@@ -60,15 +60,37 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
 def _load_rows(config: TrainConfig) -> tuple[data.Rows, data.Rows | None, list[str]]:
     """Return (training rows, held-out rows, notes)."""
-    rows, held_out, notes = data.load_rows(config.dataset), None, []
+    trained = config.split or "train"
+    rows, held_out, notes = data.load_rows(config.dataset, split=trained), None, []
     if config.do_eval and config.eval_dataset is not None:
-        held_out = data.load_rows(config.eval_dataset)
-    elif config.do_eval and config.dataset == DEFAULT_DATASET:
-        held_out = data.load_rows(DEFAULT_DATASET, split="heldout")
+        held_out = _load_eval_dataset(config)
     elif config.do_eval:
-        rows, held_out, note = data.split_rows(rows, config.eval_dataset_size, seed=config.seed)
+        split = config.eval_split
+        # Where rows are set apart already, none are held out of the training data, unless their number is given.
+        if split is None and config.eval_dataset_size is None:
+            split = data.evaluated_split(data.split_names(config.dataset), trained)
+        if split is None:
+            rows, held_out, note = data.split_rows(rows, config.eval_dataset_size, seed=config.seed)
+        else:
+            held_out = data.load_rows(config.dataset, split=split)
+            note = f"{config.dataset}: evaluating on its split '{split}', {len(held_out)} rows"
         notes.append(note)
     return _first(rows, config.max_train_samples), held_out and _first(held_out, config.max_eval_samples), notes
+
+
+def _load_eval_dataset(config: TrainConfig) -> data.Rows:
+    """Read the rows of `eval_dataset`: of a training split only if `eval_split` names it."""
+    dataset, split = str(config.eval_dataset), config.eval_split
+    names = data.split_names(dataset, field="eval_dataset") if split is None else ()
+    if names:
+        trained = config.split if config.split is not None and dataset == config.dataset else "train"
+        split = data.evaluated_split(names, trained)
+        if split is None:
+            raise UserError(
+                f"`eval_dataset={dataset}` has no split test or validation to evaluate on; give one of its splits as "
+                f"`eval_split`: {', '.join(names)}."
+            )
+    return data.load_rows(dataset, split=split or "train", field="eval_dataset")
 
 
 def _first(rows: data.Rows, count: int | None) -> data.Rows:

@@ -41,12 +41,13 @@ IDLE = (
     ),
     Idle(("sequence_length",), lambda c: not c.packing, "without `packing`", _ADD),
     Idle(("group_by_length",), lambda c: c.packing, "with `packing`"),
-    Idle(("eval_dataset", "eval_dataset_size"), lambda c: not c.do_eval, "with `do_eval=False`", _ONE),
+    Idle(("eval_dataset", "eval_split", "eval_dataset_size"), lambda c: not c.do_eval, "with `do_eval=False`", _ONE),
     Idle(
         ("max_eval_samples", "eval_steps", "per_device_eval_batch_size"), lambda c: not c.do_eval,
         "with `do_eval=False`", refused="never",
     ),
     Idle(("eval_dataset_size",), lambda c: c.eval_dataset is not None, "with `eval_dataset`", _ONE),
+    Idle(("eval_dataset_size",), lambda c: c.eval_split is not None, "with `eval_split`", _ONE),
     Idle(
         ("eval_dataset_size",), lambda c: c.dataset == DEFAULT_DATASET,
         f"with `dataset={DEFAULT_DATASET}`, which has held-out rows of its own",

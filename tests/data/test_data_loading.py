@@ -3,13 +3,12 @@
 import json
 import re
 import sys
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_jax.data import Rows, default_prompts, follows_style, load_rows, split_rows
+from qlora_jax.data import Rows, default_prompts, evaluated_split, follows_style, load_rows, split_names, split_rows
 from qlora_jax.errors import UserError
 
 ROWS = [{"input": "a, b", "output": 'say "ä"'}, {"input": "two\nlines", "output": "c"}]
@@ -121,7 +120,8 @@ def test_directory_with_split_names_keeps_the_splits_apart(tmp_path):
     write(tmp_path / "test.jsonl", jsonl([{"x": "y"}]))
     rows = load_rows(str(tmp_path))
     assert list(rows) == ROWS
-    assert any("not read: test.jsonl" in note for note in rows.notes)
+    assert any("of other splits: test.jsonl" in note for note in rows.notes)
+    assert split_names(str(tmp_path)) == ("test", "train")
     assert list(load_rows(str(tmp_path), split="test")) == [{"x": "y"}]
     with pytest.raises(UserError, match="no file of split 'validation'"):
         load_rows(str(tmp_path), split="validation")
@@ -138,24 +138,32 @@ def test_sets_of_a_later_release_say_so(name):
         load_rows(name)
 
 
-def test_hub_names_are_mapped_and_failures_are_one_sentence(monkeypatch):
-    asked = []
+def test_names_of_splits(tmp_path):
+    assert split_names("default") == ("train", "heldout")
+    assert split_names(write(tmp_path / "test.jsonl", jsonl(ROWS))) == ()
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "plain" / "rows.jsonl", jsonl(ROWS))
+    assert split_names(str(tmp_path / "plain")) == ()
+    with pytest.raises(UserError, match=r"^`eval_dataset=\./nothing`: there is no such file"):
+        split_names("./nothing", field="eval_dataset")
 
-    def load_dataset(name, *, split):
-        asked.append((name, split))
-        if "guanaco" in name:
-            raise ConnectionError("no\nroute")
-        return [{"instruction": "a", "output": "b"}]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert load_rows("alpaca").positions == ["tatsu-lab/alpaca train row 1"]
-    assert len(load_rows("alpaca-clean", split="test")) == 1
-    load_rows("someone/some.set")
-    with pytest.raises(UserError, match=r"timdettmers/openassistant-guanaco.*ConnectionError: no route"):
-        load_rows("oasst1")
-    assert asked[:3] == [("tatsu-lab/alpaca", "train"), ("yahma/alpaca-cleaned", "test"), ("someone/some.set", "train")]
-    with pytest.raises(UserError, match="neither a file"):
-        load_rows("what is this?")
+@pytest.mark.parametrize(
+    ("names", "trained", "split"),
+    [
+        (("train", "validation", "test"), "train", "test"),
+        (("train", "dev", "validation"), "train", "validation"),
+        (("train", "val"), "train", "val"),
+        (("train", "heldout"), "train", "heldout"),
+        (("train", "more"), "train", None),
+        (("train", "test", "dev"), "test", "dev"),
+        (("train", "test", "dev"), "train[:10%]+test[10%:]", "dev"),
+        (("train", "test"), "train+test", None),
+        ((), "train", None),
+    ],
+)
+def test_the_split_that_is_evaluated(names, trained, split):
+    assert evaluated_split(names, trained) == split
 
 
 def test_split_is_deterministic_complete_and_in_order():
