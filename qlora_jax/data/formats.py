@@ -10,6 +10,13 @@ from qlora_jax.errors import UserError
 Message = Mapping[str, Any]
 """One turn of a conversation: at least {"role": str, "content": str}."""
 
+SHAREGPT_ROLES = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant", "tool": "tool",
+    "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+"""What ShareGPT's data sets say a turn is from, and the role that it is read as."""
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of a message; the assistant's turns are trained."""
 
@@ -43,12 +50,14 @@ class RowFormat:
         columns: alternative sets of required columns; the first that is present is used.
         read: (row, position) -> SourceTarget, or the list of messages; raises UserError naming position and column.
         optional: columns that are read if present.
+        chat: `read` returns messages, which go through the tokenizer's chat template.
     """
 
     name: str
     columns: tuple[tuple[str, ...], ...]
     read: Callable[[Mapping[str, Any], str], SourceTarget | list[Message]]
     optional: tuple[str, ...] = ()
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,13 +88,14 @@ class ChosenFormat:
 def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
     """Choose the format of `rows`: by name, or, for None, by the columns that occur in them.
 
-    Inference: "messages" -> messages; "instruction" and "output" -> alpaca; "input" and "output" -> input-output;
-    "text" -> oasst1. Raises UserError for an unknown format, for columns that fit none, or when every row lacks a
-    column that the format needs.
+    Inference, in this order: "messages" -> messages; "conversations" -> sharegpt; "instruction" and "output" -> alpaca;
+    "input" and "output" -> input-output; "prompt" and "completion" -> prompt-completion; "question" and "answer" ->
+    question-answer; "text" -> oasst1. Raises UserError for an unknown format, for columns that fit none, or when every
+    row lacks a column that the format needs.
     """
     present = dict.fromkeys(column for row in rows for column in row)
     if dataset_format is None:
-        for name in ("messages", "alpaca", "input-output", "oasst1"):
+        for name in _INFERRED:
             if set(FORMATS[name].columns[0]) <= present.keys():
                 chosen = FORMATS[name]
                 break
@@ -118,7 +128,7 @@ def prompt_text(prompt: str, dataset_format: str) -> str:
         return ALPACA_PROMPT.format(instruction=prompt)
     if dataset_format == "oasst1":
         return f"### Human: {prompt}### Assistant:"
-    if dataset_format == "input-output":
+    if dataset_format in _PAIRS:
         return prompt
     raise ValueError(f"format '{dataset_format}' has no prompt text of its own")
 
@@ -143,8 +153,15 @@ def _read_alpaca(row: Mapping[str, Any], position: str) -> SourceTarget:
     return SourceTarget(ALPACA_PROMPT.format(instruction=instruction), target)
 
 
-def _read_input_output(row: Mapping[str, Any], position: str) -> SourceTarget:
-    return SourceTarget(_text(row, "input", position), _text(row, "output", position))
+_PAIRS = {
+    "input-output": ("input", "output"), "prompt-completion": ("prompt", "completion"),
+    "question-answer": ("question", "answer"),
+}  # fmt: skip
+"""Formats of two columns that are the source and the target as they are."""
+
+
+def _read_pair(columns: tuple[str, str]) -> Callable[[Mapping[str, Any], str], SourceTarget]:
+    return lambda row, position: SourceTarget(*(_text(row, column, position) for column in columns))
 
 
 def _read_oasst1(row: Mapping[str, Any], position: str) -> SourceTarget:
@@ -157,16 +174,53 @@ def _read_oasst1(row: Mapping[str, Any], position: str) -> SourceTarget:
 
 
 def _read_messages(row: Mapping[str, Any], position: str) -> list[Message]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{position}: column 'messages' must be a list of messages with at least one in it")
-    for number, message in enumerate(messages, start=1):
+    read: list[Message] = []
+    for number, message in enumerate(_turns(row, "messages", position), start=1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f"{position}: message {number} must be an object with 'role' and 'content'")
         if message["role"] not in ROLES:
             raise UserError(f"{position}: message {number} has role {message['role']!r}; use one of {_names(ROLES)}")
-        _text(message, "content", f"{position}, message {number}")
-    return messages
+        where = f"{position}, message {number}"
+        if isinstance(message["content"], list):
+            message = {**message, "content": _joined_parts(message["content"], where)}
+        _text(message, "content", where)
+        read.append(message)
+    return read
+
+
+def _read_sharegpt(row: Mapping[str, Any], position: str) -> list[Message]:
+    read: list[Message] = []
+    if row.get("system"):
+        read.append({"role": "system", "content": _text(row, "system", position)})
+    for number, turn in enumerate(_turns(row, "conversations", position), start=1):
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            raise UserError(f"{position}: turn {number} must be an object with 'from' and 'value'")
+        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            raise UserError(f"{position}: turn {number} is from {turn['from']!r}; use one of {_names(SHAREGPT_ROLES)}")
+        read.append({"role": role, "content": _text(turn, "value", f"{position}, turn {number}")})
+    return read
+
+
+def _turns(row: Mapping[str, Any], column: str, position: str) -> list[Any]:
+    turns = row[column]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{position}: column '{column}' must be a list of messages with at least one in it")
+    return turns
+
+
+def _joined_parts(parts: list[Any], position: str) -> str:
+    """Return the text of a content that is a list of parts, all of which must be text."""
+    texts = []
+    for number, part in enumerate(parts, start=1):
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
+            what = f"of type {kind!r}" if isinstance(part, dict) and kind != "text" else "no text"
+            raise UserError(
+                f'{position}: part {number} of its content is {what}; only {{"type": "text", "text": ...}} can be read'
+            )
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 FORMATS: dict[str, RowFormat] = {
@@ -174,9 +228,12 @@ FORMATS: dict[str, RowFormat] = {
     for f in (
         RowFormat("alpaca", (("instruction", "output"),), _read_alpaca, ("input",)),
         RowFormat("alpaca-clean", (("instruction", "output"),), _read_alpaca, ("input",)),
-        RowFormat("input-output", (("input", "output"),), _read_input_output),
+        *(RowFormat(name, (columns,), _read_pair(columns)) for name, columns in _PAIRS.items()),
         RowFormat("oasst1", (("text",), ("input", "output")), _read_oasst1),
-        RowFormat("messages", (("messages",),), _read_messages),
+        RowFormat("messages", (("messages",),), _read_messages, chat=True),
+        RowFormat("sharegpt", (("conversations",),), _read_sharegpt, ("system",), chat=True),
     )
 }
 """Every format by name: the values of the field `dataset_format`."""
+
+_INFERRED = ("messages", "sharegpt", "alpaca", *_PAIRS, "oasst1")

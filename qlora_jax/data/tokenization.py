@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from qlora_jax.data.formats import ChosenFormat, Message, SourceTarget, choose_format, prompt_text
+from qlora_jax.data.formats import FORMATS, ChosenFormat, Message, SourceTarget, choose_format, prompt_text
 from qlora_jax.data.loading import Rows
 from qlora_jax.errors import UserError
 
@@ -176,7 +176,7 @@ def tokenize_rows(
     if chosen.unused_columns:
         report.notes.append(f"columns that the format does not use: {', '.join(chosen.unused_columns)}")
 
-    if chosen.format.name == "messages":
+    if chosen.format.chat:
         pairs = _tokenize_messages(rows, chosen, tokenizer, source_max_len + target_max_len, report)
     else:
         pairs = _tokenize_pairs(rows, chosen, tokenizer, source_max_len, target_max_len, report)
@@ -208,7 +208,7 @@ def tokenize_rows(
 def encode_prompt(prompt: str, *, tokenizer: Tokenizer, dataset_format: str) -> np.ndarray:
     """Encode a prompt as in training on `dataset_format`, up to the beginning of the answer; returns int32 [n]."""
     _check_tokenizer(tokenizer)
-    if dataset_format == "messages":
+    if FORMATS[dataset_format].chat:
         text = _render(tokenizer, [{"role": "user", "content": prompt}], True, "prompt")
         start = []
     else:

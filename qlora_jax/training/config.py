@@ -89,7 +89,10 @@ class TrainConfig:
         group="data",
     )
     dataset_format: str | None = flag(
-        None, "alpaca, alpaca-clean, input-output, oasst1 or messages; by default told from the columns.", group="data"
+        None,
+        "alpaca, alpaca-clean, input-output, prompt-completion, question-answer, oasst1, messages or sharegpt; by "
+        "default told from the columns.",
+        group="data",
     )
     split: str | None = flag(
         None,

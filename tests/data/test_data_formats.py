@@ -72,8 +72,15 @@ def trained_text(example, tokenizer):
     return [tokenizer.decode(s) for s in stretches]
 
 
+def user_parts(last):
+    """A message of two parts, the first of them text."""
+    return {"role": "user", "content": [{"type": "text", "text": "a"}, last]}
+
+
 SOURCE_TARGET = [
     ("input-output", {"input": "Hi", "output": "Hö!"}, "Hi", "Hö!"),
+    ("prompt-completion", {"prompt": "Hi", "completion": " Ho"}, "Hi", " Ho"),
+    ("question-answer", {"question": "Who?", "answer": "I."}, "Who?", "I."),
     ("alpaca", {"instruction": "Name a fish.", "output": "Cod"}, ALPACA_PLAIN, "Cod"),
     ("alpaca", {"instruction": "Name a fish.", "input": "", "output": "Cod"}, ALPACA_PLAIN, "Cod"),
     ("alpaca", {"instruction": "Name a fish.", "input": None, "output": "Cod"}, ALPACA_PLAIN, "Cod"),
@@ -108,6 +115,9 @@ def test_source_and_target_token_by_token(tokenizer, name, row, source, target, 
         ),
         ({"instruction": "a", "input": "b", "output": "c", "text": "d"}, "alpaca"),
         ({"input": "b", "output": "c", "id": 3}, "input-output"),
+        ({"prompt": "b", "completion": "c", "text": "d"}, "prompt-completion"),
+        ({"question": "b", "answer": "c", "id": 3}, "question-answer"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "id": 3}, "sharegpt"),
         ({"text": "d"}, "oasst1"),
     ],
 )
@@ -115,7 +125,7 @@ def test_format_is_inferred_from_the_columns_and_reported(tokenizer, row, name):
     _, report = one(row, tokenizer)
     assert report.dataset_format == name and report.format_inferred
     assert f"format {name} (inferred from the columns)" in str(report)
-    unused = {"messages": "text", "alpaca": "text", "input-output": "id"}.get(name)
+    unused = {"messages": "text", "alpaca": "text", "prompt-completion": "text", "oasst1": None}.get(name, "id")
     assert (unused is None) or f"columns that the format does not use: {unused}" in str(report)
 
 
@@ -142,6 +152,21 @@ def test_unused_columns_are_reported_once_for_the_whole_set(tokenizer):
         ([{"messages": [{"role": "human", "content": "a"}]}], None, r"message 1 has role 'human'; use one of"),
         ([{"messages": [{"role": "user", "content": None}]}], None, r"message 1: column 'content' must be text"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], None, r"starts with the assistant"),
+        ([{"prompt": "a", "completion": ["b"]}], None, r"line 1: column 'completion' must be text, not list"),
+        ([{"question": "a", "answer": 3}], None, r"line 1: column 'answer' must be text, not int"),
+        ([{"messages": [user_parts({"type": "image"})]}], None, r"message 1: part 2 of its content is of type 'image'"),
+        ([{"messages": [user_parts({"text": None})]}], None, r"line 1, message 1: part 2 of its content is no text"),
+        ([{"messages": [user_parts("b")]}], None, r"line 1, message 1: part 2 of its content is no text; only"),
+        ([{"conversations": []}], None, r"line 1: column 'conversations' must be a list"),
+        ([{"conversations": ["a"]}], None, r"line 1: turn 1 must be an object with 'from' and 'value'"),
+        (
+            [{"conversations": [{"from": "me", "value": "a"}]}],
+            None,
+            r"line 1: turn 1 is from 'me'; use one of",
+        ),
+        ([{"conversations": [{"from": ["gpt"], "value": "a"}]}], None, r"line 1: turn 1 is from \['gpt'\]; use one"),
+        ([{"conversations": [{"from": "gpt", "value": 3}]}], None, r"line 1, turn 1: column 'value' must be text"),
+        ([{"conversations": [{"from": "gpt", "value": "a"}]}], None, r"line 1: .*starts with the assistant"),
     ],
 )
 def test_bad_rows_name_position_and_column(tokenizer, rows, name, message):
@@ -227,6 +252,21 @@ def test_messages_train_the_assistant_with_its_end_of_turn_and_nothing_else(trim
     assert np.array_equal(example.labels[example.labels != IGNORED], example.input_ids[example.labels != IGNORED])
     assert np.count_nonzero(example.labels == IM_END) == 2
     assert report.rows_used == 1
+
+
+def test_sharegpt_and_parts_of_text_are_the_same_as_messages(tokenizer):
+    plain, _ = one(chat("Hi", "Ho", "And?", "No.", system="Be brief"), tokenizer)
+    turns = [("system", "Be brief"), ("human", "Hi"), ("gpt", "Ho"), ("user", "And?"), ("assistant", "No.")]
+    row = {"conversations": [{"from": origin, "value": text} for origin, text in turns]}
+    assert np.array_equal(one(row, tokenizer)[0].labels, plain.labels)
+    apart, report = one({"system": "Be brief", "conversations": row["conversations"][1:]}, tokenizer)
+    assert np.array_equal(apart.labels, plain.labels)
+    assert "does not use" not in str(report)
+    row = chat("Hi", "Ho", "And?", "No.", system="Be brief")
+    row["messages"][1]["content"] = [{"type": "text", "text": "H"}, {"text": "i"}]
+    row["messages"][2]["content"] = [{"type": "text", "text": "Ho"}]
+    assert np.array_equal(one(row, tokenizer)[0].labels, plain.labels)
+    assert isinstance(row["messages"][1]["content"], list)  # the row is left as it was
 
 
 def test_messages_train_on_source_trains_all_but_the_first_token(tokenizer):
@@ -316,6 +356,11 @@ def test_prompts_are_encoded_as_in_training(tokenizer):
         "alpaca": {"instruction": "Name a fish.", "output": "Cod"},
         "alpaca-clean": {"instruction": "Name a fish.", "output": "Cod"},
         "input-output": {"input": "Name a fish.", "output": "Cod"},
+        "prompt-completion": {"prompt": "Name a fish.", "completion": "Cod"},
+        "question-answer": {"question": "Name a fish.", "answer": "Cod"},
+        "sharegpt": {
+            "conversations": [{"from": "human", "value": "Name a fish."}, {"from": "gpt", "value": "Cod"}],
+        },
         "oasst1": {"text": "### Human: Name a fish.### Assistant: Cod"},
     }
     assert rows.keys() == FORMATS.keys()
