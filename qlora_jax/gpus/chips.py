@@ -1,15 +1,17 @@
 """Figures of NVIDIA's data sheets for the GPUs that plans and roofline predictions are made for. Nothing is measured.
 
-Sheets: NVIDIA A100 data sheet (2020, 2021 for 80 GB); RTX A6000 data sheet (2020); "NVIDIA Ampere GA102 GPU
-Architecture" (3090); "NVIDIA Ada GPU Architecture" (4090); L4 and L40S data sheets (2023); "NVIDIA H100 Tensor Core GPU
-Architecture" and the H100 and H200 data sheets (SXM modules); HGX B200 data sheet (2024); "NVIDIA RTX Blackwell GPU
-Architecture" (5090); PCI Express base specifications 4.0 and 5.0. Tensor figures are dense: half of what a sheet
-prints "with sparsity".
+Sheets: NVIDIA A100 data sheet (2020, 2021 for 80 GB); RTX A6000 data sheet (2020); A10 data sheet (2021) and that of
+the A10G (for AWS, 2021); "NVIDIA Ampere GA102 GPU Architecture" (3090); "NVIDIA Ada GPU Architecture" (4090, 4080); L4
+and L40S data sheets (2023); "NVIDIA H100 Tensor Core GPU Architecture" and the H100 and H200 data sheets (SXM modules);
+HGX B200 data sheet (2024); "NVIDIA RTX Blackwell GPU Architecture" (5090, 5080); product pages of the GeForce RTX 3060
+(12 GB) and 4070, whose tensor figures follow from SMs and clock as in those papers; PCI Express base specifications 4.0
+and 5.0. Tensor figures are dense: half of what a sheet prints "with sparsity".
 """
 
 import dataclasses
 import functools
 import importlib.resources
+import re
 from types import MappingProxyType
 from typing import Any
 
@@ -33,7 +35,8 @@ class Chip:
         arch: ptxas' target for kernels written for this GPU alone.
         memory_bytes: Device memory. The sheets' GB are 2^30 bytes; the driver and XLA keep some of it.
         memory_bandwidth: Bytes a second.
-        bf16_flops: Dense bfloat16 tensor FLOP/s accumulated in float32, which GeForce cards do at half rate.
+        bf16_flops: Dense bfloat16 tensor FLOP/s accumulated in float32, which GeForce cards and the A10G do at half
+            rate.
         f32_flops: float32 FLOP/s outside the tensor cores, two for a fused multiply-add.
         int32_ops_per_clock: 32-bit integer instructions (add, logic, shift, byte permute) of one SM in one clock:
             the CUDA C++ Programming Guide's throughput table up to 9.0; 128 on 12.0, where the Blackwell paper has
@@ -114,7 +117,7 @@ _a100 = functools.partial(
 _h100 = functools.partial(
     _chip, "sm_90a", bf16=989.4, f32=66.9, int32=64, sms=132, mhz=1980, l2_mib=50.0, shared_kib=227, pcie=5
 )
-# L4 and L40S are shipped with error correction on, which keeps a sixteenth of GDDR6; the sheets say 24 and 48 GB.
+# L4, L40S and A10 are shipped with error correction on, which keeps a sixteenth of GDDR6; the sheets say 24 and 48 GB.
 _GDDR_ECC = 15 / 16
 
 CHIPS: MappingProxyType[str, Chip] = MappingProxyType(
@@ -127,12 +130,36 @@ CHIPS: MappingProxyType[str, Chip] = MappingProxyType(
                 int32=64, sms=84, mhz=1800, l2_mib=6.0, shared_kib=99, pcie=4,
             ),
             _chip(
+                "sm_86", "a10", "NVIDIA A10", gib=24.0 * _GDDR_ECC, gb_per_second=600.0, bf16=125.0, f32=31.2,
+                int32=64, sms=72, mhz=1695, l2_mib=6.0, shared_kib=99, pcie=4,
+            ),
+            _chip(
+                "sm_86", "a10g", "NVIDIA A10G", gib=24.0 * _GDDR_ECC, gb_per_second=600.0, bf16=70.0, f32=35.0,
+                int32=64, sms=80, mhz=1710, l2_mib=6.0, shared_kib=99, pcie=4,
+            ),
+            _chip(
+                "sm_86", "rtx3060", "NVIDIA GeForce RTX 3060", gib=12.0, gb_per_second=360.0, bf16=25.5, f32=12.7,
+                int32=64, sms=28, mhz=1777, l2_mib=3.0, shared_kib=99, pcie=4,
+            ),
+            _chip(
                 "sm_86", "rtx3090", "NVIDIA GeForce RTX 3090", gib=24.0, gb_per_second=936.0, bf16=71.0, f32=35.6,
                 int32=64, sms=82, mhz=1695, l2_mib=6.0, shared_kib=99, pcie=4,
             ),
             _chip(
+                "sm_89", "rtx4070", "NVIDIA GeForce RTX 4070", gib=12.0, gb_per_second=504.0, bf16=58.3, f32=29.1,
+                int32=64, sms=46, mhz=2475, l2_mib=36.0, shared_kib=99, pcie=4,
+            ),
+            _chip(
+                "sm_89", "rtx4080", "NVIDIA GeForce RTX 4080", gib=16.0, gb_per_second=716.8, bf16=97.5, f32=48.7,
+                int32=64, sms=76, mhz=2505, l2_mib=64.0, shared_kib=99, pcie=4,
+            ),
+            _chip(
                 "sm_89", "rtx4090", "NVIDIA GeForce RTX 4090", gib=24.0, gb_per_second=1008.0, bf16=165.2, f32=82.6,
                 int32=64, sms=128, mhz=2520, l2_mib=72.0, shared_kib=99, pcie=4,
+            ),
+            _chip(
+                "sm_120a", "rtx5080", "NVIDIA GeForce RTX 5080", gib=16.0, gb_per_second=960.0, bf16=112.6, f32=56.3,
+                int32=128, sms=84, mhz=2617, l2_mib=64.0, shared_kib=99, pcie=5,
             ),
             _chip(
                 "sm_120a", "rtx5090", "NVIDIA GeForce RTX 5090", gib=32.0, gb_per_second=1792.0, bf16=209.5, f32=104.8,
@@ -163,15 +190,54 @@ REPRESENTATIVES = MappingProxyType(
 """A chip of each compute capability, whose figures stand in for a GPU that is not in `CHIPS`."""
 
 
+_TOO_OLD = {
+    "t4": ("T4", "7.5"), "2080ti": ("GeForce RTX 2080 Ti", "7.5"), "2080": ("GeForce RTX 2080", "7.5"),
+    "2070": ("GeForce RTX 2070", "7.5"), "2060": ("GeForce RTX 2060", "7.5"), "v100": ("V100", "7.0"),
+    "p100": ("P100", "6.0"), "1080ti": ("GeForce GTX 1080 Ti", "6.1"),
+}  # fmt: skip
+"""GPUs that people have and that cannot be planned for, by their key, with title and compute capability."""
+
+_ALIASES = {
+    "a100 40gb": "a100", "a100 sxm": "a100", "a100 80gb sxm": "a100-80gb", "h100 sxm": "h100", "h100 80gb": "h100",
+    "rtx 3060 12gb": "rtx3060",
+}  # fmt: skip
+"""What else people call a GPU whose driver's name is longer."""
+
+
+def _key(name: str) -> str:
+    """Reduce what people and drivers call a GPU to letters and digits: "NVIDIA GeForce RTX 4090" is "4090"."""
+    found = re.sub("[^a-z0-9]", "", name.lower())
+    for maker in ("nvidia", "tesla", "geforce", "rtx", "gtx"):
+        found = found.removeprefix(maker)
+    return found
+
+
+@functools.cache
+def _named() -> dict[str, Chip]:
+    """Every chip by the keys of its names; where two have a key, the first has it."""
+    found: dict[str, Chip] = {}
+    for chip in CHIPS.values():
+        for name in (chip.name, chip.title):
+            found.setdefault(_key(name), chip)
+    return found | {_key(alias): CHIPS[name] for alias, name in _ALIASES.items()}
+
+
 def chip_named(name: str) -> Chip:
-    """Return the GPU of a short name.
+    """Return the GPU of a name: its short name or the driver's, in any case, with or without "NVIDIA GeForce RTX".
 
     Raises:
-        UserError: There is none of that name.
+        UserError: there is none of that name, or it has no tensor cores for bfloat16.
     """
-    if name not in CHIPS:
+    key = _key(name)
+    if key in _TOO_OLD:
+        title, capability = _TOO_OLD[key]
+        raise UserError(
+            f"The {title} (compute capability {capability}) cannot be planned for: it has no bfloat16 tensor cores, "
+            f"as GPUs have from 8.0 on; choose one of {', '.join(CHIPS)}."
+        )
+    if key not in _named():
         raise UserError(f"No GPU is called {name!r} here: choose one of {', '.join(CHIPS)}.")
-    return CHIPS[name]
+    return _named()[key]
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -120,6 +120,9 @@ PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "llama-2-70b": _llama(
             8192, 28672, 80, 64, num_key_value_heads=8, max_position_embeddings=4096, rms_norm_eps=1e-5
         ),
+        "llama-3-8b": _llama(
+            4096, 14336, 32, 32, **{**_LLAMA_3, "max_position_embeddings": 8192, "rope_scaling": None}
+        ),
         "llama-3.2-1b": _llama(2048, 8192, 16, 32, **_llama_3(32.0, tie_word_embeddings=True)),
         "llama-3.2-3b": _llama(3072, 8192, 28, 24, **_llama_3(32.0, tie_word_embeddings=True)),
         "llama-3.1-8b": _llama(4096, 14336, 32, 32, **_LLAMA_3),

@@ -53,7 +53,7 @@ def test_peaks_follow_from_cores_and_clocks(name):
     )
     # Dense bfloat16 multiply-adds of an SM in a clock, with float32 sums; tensor-bound clocks are lower on H100.
     per_clock = {"8.0": 1024, "8.6": 512, "8.9": 512, "9.0": 2048, "10.0": 4096, "12.0": 512}[chip.compute_capability]
-    if "GeForce" in chip.title:
+    if "GeForce" in chip.title or name == "a10g":
         per_clock /= 2
     assert chip.bf16_flops == pytest.approx(2 * per_clock * chip.n_sms * chip.clock_hz, rel=0.09)
     assert chip.int32_ops == chip.int32_ops_per_clock * chip.n_sms * chip.clock_hz
@@ -64,10 +64,49 @@ def test_chips_by_name_and_by_device():
     with pytest.raises(UserError, match=r"No GPU is called 'a5000' here: choose one of a100, .*b200\."):
         chip_named("a5000")
     assert chip_of(jax.devices("cpu")[0]) is None
+    for chip in CHIPS.values():
+        assert chip_named(chip.name) is chip_named(chip.title.upper()) is chip
     for kind, name in (("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA L4", "l4"), ("NVIDIA L40S", "l40s")):
         assert chip_of(Mock(jax.Device, device_kind=kind)) is CHIPS[name]
     for kind in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe", "NVIDIA GeForce RTX 3090 Ti"):
         assert chip_of(Mock(jax.Device, device_kind=kind)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("4090", "rtx4090"),
+        ("RTX4090", "rtx4090"),
+        ("rtx-4090", "rtx4090"),
+        ("RTX 4090", "rtx4090"),
+        ("GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("3060", "rtx3060"),
+        ("RTX A6000", "a6000"),
+        ("A100", "a100"),
+        ("A100-40GB", "a100"),
+        ("a100_80gb", "a100-80gb"),
+        ("H100 SXM", "h100"),
+        ("A10G", "a10g"),
+        ("NVIDIA A10", "a10"),
+        ("L4", "l4"),
+    ],
+)
+def test_a_gpu_is_known_by_what_people_call_it(name, chip):
+    assert chip_named(name) is CHIPS[chip]
+
+
+@pytest.mark.parametrize("name", ["RTX 4090 Laptop GPU", "3090 Ti", "H100 PCIe", "4080 Super", "A100X", "", "rtx"])
+def test_another_model_is_not_taken_for_one_that_is_known(name):
+    with pytest.raises(UserError, match=re.escape(f"No GPU is called {name!r} here")):
+        chip_named(name)
+
+
+@pytest.mark.parametrize("name", ["T4", "Tesla T4", "nvidia-t4", "V100", "RTX 2080 Ti"])
+def test_a_gpu_before_ampere_is_refused_by_its_capability(name):
+    message = r"^The .* \(compute capability 7\.[05]\) cannot be planned for: it has no bfloat16 tensor cores, as"
+    with pytest.raises(UserError, match=message):
+        chip_named(name)
 
 
 def test_an_unknown_gpu_is_like_another_under_its_own_name():

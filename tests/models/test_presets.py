@@ -10,6 +10,7 @@ from qlora_jax import models
 PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
+    "llama-3-8b": 8_030_261_248,
     "mistral-7b": 7_248_023_552,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
