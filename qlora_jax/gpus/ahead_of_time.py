@@ -33,6 +33,7 @@ from jax.sharding import AxisType, Mesh
 
 from qlora_jax.device_memory import allowance_bytes
 from qlora_jax.errors import UserError
+from qlora_jax.extras import install_command
 from qlora_jax.gpus.chips import Chip
 
 # The architecture of the first Pallas kernel: the compiler assembles every later one for it too, whatever the chip.
@@ -67,7 +68,7 @@ def topology(chip: Chip, n_devices: int = 1) -> topologies.TopologyDescription:
         UserError: JAX's CUDA plugin is not installed, or was dropped for want of a GPU.
     """
     if not _plugin_installed():
-        raise UserError("Compiling for a GPU needs JAX's CUDA plugin: pip install 'qlora-jax[plan]'.")
+        raise UserError(f"Compiling for a GPU needs JAX's CUDA plugin: {install_command('plan')}.")
     try:
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=_target(chip), topology=f"1x1x{n_devices}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qlora_jax.errors import UserError
+from qlora_jax.extras import install_command
 
 Kind = Literal["alu", "memory", "tensor", "control", "uniform"]
 
@@ -298,7 +299,7 @@ def _nvdisasm() -> Path:
                 return found
     if on_path := shutil.which("nvdisasm"):
         return Path(on_path)
-    raise UserError("Reading machine code needs NVIDIA's nvdisasm: pip install 'qlora-jax[plan]'.")
+    raise UserError(f"Reading machine code needs NVIDIA's nvdisasm: {install_command('plan')}.")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from qlora_jax.extras import install_command
 from qlora_jax.formatting import format_bytes
 from qlora_jax.gpus import CHIPS, Chip
 from qlora_jax.models import DecoderConfig
@@ -81,7 +82,7 @@ class StepPlan:
             return f"{which} is {cost}; cuDNN cannot: {kind.obstacle}"
         return (
             f"{which} was compiled as {cost}, because cuDNN is not installed here; a GPU run has cuDNN's, which keeps "
-            "none: pip install 'qlora-jax[plan]'."
+            f"none: {install_command('plan')}."
         )
 
 

@@ -275,7 +275,7 @@ def test_dumping_needs_the_disassembler_and_leaves_the_environment_as_it_was(mon
     monkeypatch.setitem(sys.modules, "nvidia", None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
-        pytest.raises(UserError, match=r"needs NVIDIA's nvdisasm: pip install 'qlora-jax\[plan\]'\."),
+        pytest.raises(UserError, match=r"needs NVIDIA's nvdisasm: pip install .*\[plan\]'\.$"),
         dumped_kernels(tmp_path),
     ):
         pass

@@ -18,6 +18,7 @@ from fixtures.tiny_configs import SMALL
 
 from qlora_jax import models
 from qlora_jax.errors import UserError
+from qlora_jax.extras import install_command
 from qlora_jax.gpus import CHIPS, ahead_of_time, chip_named
 from qlora_jax.planner import Plan, compiler
 from qlora_jax.planner.compiler import CompilationFailed, CompiledStep, Compiler
@@ -196,7 +197,7 @@ def request(**changes: Any) -> dict[str, Any]:
 def test_the_child_answers_what_cannot_be_planned(monkeypatch):
     monkeypatch.setattr(ahead_of_time, "_PLUGINS", ("jax_plugins.no_such_plugin",))
     ahead_of_time.topology.cache_clear()
-    assert "pip install 'qlora-jax[plan]'" in compiler._answer(request())["error"]
+    assert install_command("plan") in compiler._answer(request())["error"]
     assert "vocab_size must be" in compiler._answer(request(model={**SMALL, "vocab_size": 0}))["error"]
     assert "No GPU is called" in compiler._answer(request(gpu="a5000"))["error"]
 

@@ -14,6 +14,7 @@ from fixtures.tiny_configs import SMALL
 from qlora_jax import finetuning, gpus, models
 from qlora_jax.commands import plan as plan_command
 from qlora_jax.errors import UserError
+from qlora_jax.extras import install_command
 from qlora_jax.gpus import CHIPS
 from qlora_jax.planner import Phase, Program, StepCost, advice, comparison, planning
 from qlora_jax.planner.compiler import AttentionKind, CompilationFailed, CompiledStep
@@ -164,7 +165,7 @@ def test_xla_attention_is_warned_of():
     assert local == (
         "Attention of 20 of 26 layers was compiled as XLA's, which keeps float32 scores [1 x 4 x 512 x 512], 4.0 MiB "
         "at a time, because cuDNN is not installed here; a GPU run has cuDNN's, which keeps none: "
-        "pip install 'qlora-jax[plan]'."
+        f"{install_command('plan')}."
     )
     assert full.startswith("Attention of 6 of 26 layers was compiled as XLA's")
     assert f"Note: {local}" in planning.describe_run(planned)
