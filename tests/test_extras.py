@@ -1,4 +1,4 @@
-"""How an optional extra is installed."""
+"""The command that installs an optional extra."""
 
 from pathlib import Path
 

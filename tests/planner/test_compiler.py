@@ -198,7 +198,7 @@ def test_the_child_answers_what_cannot_be_planned(monkeypatch):
     monkeypatch.setattr(ahead_of_time, "_PLUGINS", ("jax_plugins.no_such_plugin",))
     ahead_of_time.topology.cache_clear()
     assert install_command("plan") in compiler._answer(request())["error"]
-    assert "vocab_size must be" in compiler._answer(request(model={**SMALL, "vocab_size": 0}))["error"]
+    assert "vocab_size should be" in compiler._answer(request(model={**SMALL, "vocab_size": 0}))["error"]
     assert "No GPU is called" in compiler._answer(request(gpu="a5000"))["error"]
 
     def fails(*_: Any) -> None:
