@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -359,8 +360,10 @@ class _Lines(logging.Handler):
     def __init__(self, spelling: Mapping[str, str]) -> None:
         super().__init__()
         self.spelling = spelling
+        self.last = time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.last = time.monotonic()
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         bars = sys.modules.get("tqdm")  # not loaded: there is no bar
         try:
@@ -372,11 +375,35 @@ class _Lines(logging.Handler):
 
 
 @contextlib.contextmanager
-def command(spelling: Mapping[str, str]) -> Iterator[None]:
+def _signs_of_life(lines: _Lines, silence: float) -> Iterator[None]:
+    """Print a line on stdout whenever neither a line nor a progress bar has been seen for `silence` seconds."""
+    ended, begin = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not ended.wait(silence / 10):
+            now, bars = time.monotonic(), sys.modules.get("tqdm")
+            if bars and len(bars.tqdm._instances):  # a bar is redrawn by itself
+                lines.last = now
+            elif now - lines.last >= silence:
+                lines.last = now
+                print(f"still at work, {now - begin:.0f} s so far", flush=True)
+
+    thread = threading.Thread(target=watch, name="signs-of-life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def command(spelling: Mapping[str, str], *, silence: float | None = None) -> Iterator[None]:
     """Run the body of a command: set up the process for JAX, print what the library logs, and put errors in flags.
 
     Args:
         spelling: fields and what the command line calls them, see `spellings`.
+        silence: most seconds without anything printed; None where only results may be.
     """
     keep_off_cuda_without_a_gpu()
     let_jax_fill_the_gpu()
@@ -387,7 +414,8 @@ def command(spelling: Mapping[str, str]) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
-        yield
+        with contextlib.nullcontext() if silence is None else _signs_of_life(handler, silence):
+            yield
     except UserError as error:
         raise UserError(with_dashes(str(error), spelling)) from error
     finally:

@@ -56,6 +56,10 @@ EXAMPLE_FLAGS: Mapping[str, Any] = {
 }
 
 
+SILENCE_SECONDS = 9.0
+"""Most time without a line, longer than what the library leaves between the reminders of its own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Flags(TrainConfig):
     """Flags of a run, and those that plan it instead."""
@@ -108,8 +112,9 @@ def notes_on(config: TrainConfig, given: Set[str]) -> list[str]:
     return [with_dashes(note, spelling) for note in idle_notes(config, given - changed_fields(config))]
 
 
-def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], output_dir: str) -> None:
-    """Print what a finished run came to."""
+def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], config: TrainConfig, prog: str) -> None:
+    """Print what a finished run came to, and how to use its adapter."""
+    output_dir = config.output_dir
     print_answers(answers)
     if "answers_in_style_after" in summary:
         before, after = summary["answers_in_style_before"], summary["answers_in_style_after"]
@@ -151,7 +156,28 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], out
     print_section(f"Saved in {output_dir}", found)
     adapter = Path(output_dir) / "adapter"
     if adapter.exists():
-        print(f'Use it: PeftModel.from_pretrained(model, "{adapter}"), or --do_train False --adapter {adapter} here')
+        print(
+            "\nUse the adapter\n"
+            f"  to answer prompts, one a line in FILE:\n    {answering_command(config, prog)}\n"
+            f'  in PEFT, with the base as transformers loads it:\n    PeftModel.from_pretrained(base, "{adapter}")'
+        )
+
+
+def answering_command(config: TrainConfig, prog: str) -> str:
+    """Return the command that answers prompts with the adapter of a run, from the same base and in the same format."""
+    same = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name in ("model_name_or_path", "dataset")
+        or (field.name in ANSWERS_DEPEND_ON and getattr(config, field.name) != field.default)
+    }
+    adapter, answers = f"{Path(config.output_dir) / 'adapter'}", f"{Path(config.output_dir)}-answers"
+    flags = {"do_train": False, "do_eval": False, **same, "adapter": adapter, "output_dir": answers}
+    return " ".join([prog, *(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()), "--prompts FILE"])
+
+
+ANSWERS_DEPEND_ON = ("bits", "quant_type", "double_quant", "block_size", "bf16", "dataset_format", "split")
+"""Fields beside model and data set that an adapter's answers depend on."""
 
 
 def print_answers(answers: Sequence[tuple[str, str, str]]) -> None:
@@ -195,7 +221,7 @@ def plan_run(config: TrainConfig, gpu: str | None) -> None:
 def main(argv: Sequence[str], *, prog: str = "qlora-jax finetune") -> int:
     """Fine-tune, or plan to."""
     config, flags = configure(argv, prog)
-    with command(spellings(Flags)):
+    with command(spellings(Flags), silence=SILENCE_SECONDS):
         if flags.plan:
             plan_run(config, flags.gpu)
             return 0
@@ -206,10 +232,10 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax finetune") -> int:
                 "--overwrite_output_dir trains again"
             )
             return 0
-        return train(config)
+        return train(config, prog)
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, prog: str) -> int:
     """Run or resume, and report; return the exit status, `RESUMABLE` if a signal interrupted the run.
 
     Raises:
@@ -232,7 +258,7 @@ def train(config: TrainConfig) -> int:
         steps = result.summary["steps"]
         print(f"interrupted after step {steps}; run the same command again to resume", file=sys.stderr)
         return RESUMABLE
-    report(result.summary, result.answers, config.output_dir)
+    report(result.summary, result.answers, config, prog)
     return 0
 
 

@@ -12,6 +12,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -426,11 +428,11 @@ def test_a_signal_outside_the_training_steps_is_resumable(handlers, number, monk
         signal.raise_signal(number)
 
     monkeypatch.setitem(sys.modules, "qlora_jax.finetuning", SimpleNamespace(finetune=finetune))
-    assert finetune_command.train(TrainConfig()) == 75
+    assert finetune_command.train(TrainConfig(), "finetune.py") == 75
     assert "run the same command again" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with pytest.raises(KeyboardInterrupt):  # which is status 130: there is nothing to resume
-        finetune_command.train(TrainConfig(do_train=False))
+        finetune_command.train(TrainConfig(do_train=False), "finetune.py")
 
 
 def test_what_the_parent_ignores_stays_ignored(handlers):
@@ -515,6 +517,38 @@ def test_a_command_prints_what_the_library_logs(capsys):
     assert captured.err == "odd\n"
     assert (logging.getLogger("qlora_jax").level, logging.getLogger("qlora_jax").handlers) == before
     assert logging.getLogger("qlora_jax").propagate
+
+
+class FakeBars:
+    """Stands for the module of the progress bars, of which there are some."""
+
+    class tqdm:
+        _instances = frozenset({"a bar"})
+
+        @staticmethod
+        def write(text, file):
+            print(text, file=file)
+
+
+def test_long_silence_is_broken(capsys, monkeypatch):
+    said, logger = "", logging.getLogger("qlora_jax.somewhere")
+    monkeypatch.delitem(sys.modules, "tqdm", raising=False)
+    with command({}, silence=0.05):
+        deadline = time.monotonic() + 10
+        while said.count("still at work, 0 s so far\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+    assert said.count("still at work, 0 s so far\n") >= 2
+    monkeypatch.setitem(sys.modules, "tqdm", FakeBars)
+    with command({}, silence=0.05):
+        time.sleep(0.3)
+        logger.info("a line")
+    assert capsys.readouterr().out == "a line\n"
+    monkeypatch.delitem(sys.modules, "tqdm")
+    with command({}, silence=5.0):
+        time.sleep(0.3)
+    assert capsys.readouterr().out == ""
+    assert not [thread for thread in threading.enumerate() if thread.name == "signs-of-life"]
 
 
 def test_an_error_of_the_library_names_the_flag():
@@ -633,7 +667,8 @@ SUMMARY = {
 
 def test_the_report_of_a_run(capsys, tmp_path):
     (tmp_path / "adapter").mkdir()
-    finetune_command.report(SUMMARY, [("Who?", "I.", "Aye,\ncaptain!")], str(tmp_path))
+    config = TrainConfig(model_name_or_path="my model", dataset="rows.jsonl", bits=8, output_dir=str(tmp_path))
+    finetune_command.report(SUMMARY, [("Who?", "I.", "Aye,\ncaptain!")], config, "qlora-jax finetune")
     assert (
         capsys.readouterr().out
         == f"""
@@ -661,14 +696,21 @@ Run
 
 Saved in {tmp_path}
   adapter (PEFT's format)  adapter
-Use it: PeftModel.from_pretrained(model, "{tmp_path}/adapter"), or --do_train False --adapter {tmp_path}/adapter here
+
+Use the adapter
+  to answer prompts, one a line in FILE:
+    qlora-jax finetune --do_train False --do_eval False --model_name_or_path 'my model' --bits 8 --dataset rows.jsonl \
+--adapter {tmp_path}/adapter --output_dir {tmp_path}-answers --prompts FILE
+  in PEFT, with the base as transformers loads it:
+    PeftModel.from_pretrained(base, "{tmp_path}/adapter")
 """
     )
 
 
 def test_the_report_of_a_run_that_only_answered(capsys, tmp_path):
     losses = dict.fromkeys(("first_loss", "last_loss", "first_eval_loss", "last_eval_loss"))
-    finetune_command.report({**SUMMARY, **losses, "bits_per_quantized_parameter": None}, [], str(tmp_path))
+    summary = {**SUMMARY, **losses, "bits_per_quantized_parameter": None}
+    finetune_command.report(summary, [], TrainConfig(output_dir=str(tmp_path)), "qlora-jax finetune")
     text = capsys.readouterr().out
     assert text.startswith("\nMemory held by buffers\n") and text.endswith("step shapes compiled          1\n")
     assert "bits a quantised" not in text

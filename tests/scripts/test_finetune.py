@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -203,10 +204,10 @@ def test_summary_counts_what_there_is(finished):
 
 def test_the_planned_peak_is_printed_beside_the_measured_one(finished, capsys):
     summary = json.loads((finished[0] / "summary.json").read_text())
-    report({**summary, "planned_peak_bytes": 5 * 2**30, "measured_peak_bytes": 6 * 2**30}, [], "out")
+    report({**summary, "planned_peak_bytes": 5 * 2**30, "measured_peak_bytes": 6 * 2**30}, [], TrainConfig(), "p")
     printed = capsys.readouterr().out
     assert re.search(r"training steps, planned by the compiler +5.0 GiB\n +the whole run, measured +6.0 GiB", printed)
-    report(summary, [], "out")
+    report(summary, [], TrainConfig(), "p")
     assert "planned by the compiler" not in capsys.readouterr().out
 
 
@@ -263,11 +264,30 @@ def test_what_a_person_sees(finished):
     for name in ("adapter", "checkpoint-*", "metrics.jsonl", "loss.png", "answers.json", "summary.json"):
         assert re.search(rf" {re.escape(name)}$", listing, re.MULTILINE)
         assert list(directory.glob(name))
-    assert f"--do_train False --adapter {directory / 'adapter'} here" in out.splitlines()[-1]
+    assert f'PeftModel.from_pretrained(base, "{directory / "adapter"}")' in out.splitlines()[-1]
     assert "Warning" not in err
     assert "Traceback" not in err
-    assert "12/12" in err  # the progress bar
-    assert "loss=" in err
+
+
+def test_the_progress_bar_ends_where_the_summary_does(finished):
+    directory, _, err = finished
+    summary = json.loads((directory / "summary.json").read_text())
+    last = read_metrics(directory)[-2]
+    bar = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("training:")][-1]
+    assert "12/12" in bar
+    assert f"loss={summary['last_loss']:.4f}, tok/s={last['tokens_per_second']:.0f}]" in bar
+
+
+def test_the_command_that_a_run_ends_with_answers_as_the_run_did(finished, place, capsys):
+    directory, out, _ = finished
+    (line,) = [line.strip() for line in out.splitlines() if "--prompts FILE" in line]
+    argv = shlex.split(line.replace("FILE", str(place / "prompts.txt")))
+    argv = argv[argv.index("--do_train") :]
+    assert run_in_process([*argv, "--max_new_tokens", "4", "--report_to", "none"]) == 0
+    answered = json.loads((place / "out-answers" / "answers.json").read_text())
+    of_the_run = json.loads((directory / "answers.json").read_text())
+    assert [answer["after"] for answer in answered] == [answer["after"] for answer in of_the_run]
+    assert "Use the adapter" not in capsys.readouterr().out
 
 
 def test_nothing_but_finished_files_is_left(finished):
@@ -442,7 +462,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(finished, place, capsy
             {"dataset": "{}/column.jsonl", "dataset_format": "input-output"},
             ["column.jsonl line", "column 'output' is missing"],
         ),
-        ({"dataset": "{}/columns.jsonl", "eval_dataset_size": 1}, ["the columns 'question', 'answer' fit no format"]),
+        ({"dataset": "{}/columns.jsonl", "eval_dataset_size": 1}, ["the columns 'query', 'reply' fit no format"]),
         ({"dataset": "{}/one.jsonl"}, ["--eval_dataset_size 4 leaves nothing to train on"]),
         ({"dataset_format": "alpacca"}, ["--dataset_format alpacca is unknown; use one of"]),
         ({"dataset_format": "alpaca"}, ["column 'instruction' is missing"]),
@@ -485,7 +505,7 @@ def bad(place):
     (place / "empty.jsonl").write_text("\n")
     (place / "malformed.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1]) + '\n{"input": "say\n')
     write_jsonl(place / "column.jsonl", [{"input": "x"}] * 6)
-    write_jsonl(place / "columns.jsonl", [{"question": "x", "answer": "y"}] * 4)
+    write_jsonl(place / "columns.jsonl", [{"query": "x", "reply": "y"}] * 4)
     write_jsonl(place / "one.jsonl", rows[:1])
     make_model(place / "no-eos", eos=False)
     for name, keep in (("corrupt", None), ("truncated", 5000)):

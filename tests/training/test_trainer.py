@@ -19,6 +19,7 @@ from qlora_jax.data import Batches, Example, evaluation_batches
 from qlora_jax.device_memory import ProgramMemory
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
 from qlora_jax.training import reporting, setup
+from qlora_jax.training import trainer as trainer_module
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets
 from qlora_jax.training.failures import NonFiniteLoss, StepOutOfMemory, advised_out_of_memory
@@ -281,6 +282,32 @@ def test_memory_that_does_not_suffice_is_explained(tmp_path, make_trainer, saved
     trainer = make_trainer(losses={1: jax.errors.JaxRuntimeError("INTERNAL: something else")})
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         trainer.train()
+
+
+class FakeBar:
+    """Stands for the progress bar, and keeps what it was shown."""
+
+    def __init__(self, done, total):
+        self.shown, self.closed = [], False
+        FakeBar.last = self
+
+    def show(self, step, **values):
+        self.shown.append((step, values))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_the_progress_bar_shows_what_the_log_has(tmp_path, make_trainer, saved, synchronous, monkeypatch):
+    """To the last step, and at the steps that evaluate or save too."""
+    monkeypatch.setattr(trainer_module, "ProgressBar", FakeBar)
+    assert make_trainer(synchronous=synchronous).train()
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert FakeBar.last.shown == [
+        (line["step"], {"loss": f"{line['loss']:.4f}", "tok/s": f"{TOKENS / STEP:.0f}"}) for line in lines
+    ]
+    assert FakeBar.last.closed
 
 
 def test_throughput_pauses_and_restarts(clock):
