@@ -27,7 +27,7 @@ def parse_json(raw: bytes) -> Any:
 
 
 def check_type(value: Any, adapter: TypeAdapter, where: str) -> Any:
-    """Return `value` as the adapter's type; nothing is converted but a list to a tuple and an integer to a float.
+    """Return `value` if it is of the adapter's type.
 
     Args:
         value: what `parse_json` returned.
@@ -40,9 +40,21 @@ def check_type(value: Any, adapter: TypeAdapter, where: str) -> Any:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(map(str, first["loc"])) or "it"
-        if first["type"] == "missing":
-            raise UserError(f"{where}{field} is missing.") from None
-        wanted = first["msg"].replace("Input should", "should").replace("Value error, ", "")
-        raise UserError(f"{where}{field} {wanted}, not {reprlib.repr(first['input'])}.") from None
+        raise _first_mistake(error, where) from None
+
+
+def parse_typed(raw: bytes, adapter: TypeAdapter, where: str) -> Any:
+    """Parse JSON into the adapter's type, dataclasses and tuples included; arguments and errors as for `check_type`."""
+    try:
+        return adapter.validate_json(raw, strict=True)
+    except ValidationError as error:
+        raise _first_mistake(error, where) from None
+
+
+def _first_mistake(error: ValidationError, where: str) -> UserError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, first["loc"])) or "it"
+    if first["type"] == "missing":
+        return UserError(f"{where}{field} is missing.")
+    wanted = first["msg"].replace("Input should", "should").removeprefix("Value error, ").removesuffix(".")
+    return UserError(f"{where}{field} {wanted}, not {reprlib.repr(first['input'])}.")

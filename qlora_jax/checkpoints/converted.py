@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifest, read_manifest
-from qlora_jax.checkpoints.model_files import read_json_object
+from qlora_jax.checkpoints.model_files import check_finite, read_json_object
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
 from qlora_jax.errors import UserError
 from qlora_jax.files import damaged_file, reason
@@ -85,6 +85,9 @@ class ConvertedBase:
             for tensor in part.tensors:
                 layers = None if tensor.first_layer is None else tensor.layers
                 value = _checked(file, tree, tensor.path, abstract[tensor.path], layers)
+                for leaf in jax.tree.leaves(value):
+                    if jnp.issubdtype(leaf.dtype, jnp.floating):
+                        check_finite(np.asarray(leaf), ".".join(tensor.path), file)
                 if not isinstance(value, QuantizedTensor) and abstract[tensor.path].dtype != np.float32:
                     value = value.astype(self._dtype)
                 yield tensor.path, tensor.first_layer, value

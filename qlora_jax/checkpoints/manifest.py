@@ -5,14 +5,15 @@ on, with layers that follow each other in one path of the model stacked on axis 
 """
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import jax.numpy as jnp
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
-from qlora_jax.checkpoints.model_files import read_json_object
+from qlora_jax.checkpoints.model_files import is_inside, read_json_object
 from qlora_jax.errors import UserError
+from qlora_jax.json_text import parse_typed
 from qlora_jax.quantization import QuantizationConfig
 
 MANIFEST_NAME = "qlora_jax.json"
@@ -21,7 +22,41 @@ FORMAT_VERSION = 1
 CONVERT_AGAIN = "convert the model again"
 """Advice in messages about a converted directory that cannot be used."""
 
-_MAX_LAYERS = 1 << 20
+_MAX_LAYERS = 1 << 12
+
+
+def _inside(name: str) -> str:
+    """Refuse a path that leaves where it starts: a manifest must not make us read files outside its directory."""
+    if not is_inside(name):
+        raise ValueError("should be a path below the directory")
+    return name
+
+
+def _plain(name: str) -> str:
+    if "/" in _inside(name):
+        raise ValueError("should be a plain name")
+    return name
+
+
+def _floating(dtype: str) -> str:
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError("should be the name of a floating type")
+    return dtype
+
+
+def _complete(fields: Any) -> Any:
+    """Refuse storage that leaves a field to its default."""
+    names = {field.name for field in dataclasses.fields(QuantizationConfig)}
+    if not isinstance(fields, dict) or set(fields) != names:
+        raise ValueError(f"should have {', '.join(sorted(names))}")
+    return fields
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +69,14 @@ class StoredTensor:
         layers: how many layers are stored; 1 for a path that is not stacked.
     """
 
-    path: tuple[str, ...]
-    first_layer: int | None
-    layers: int
+    path: Annotated[tuple[str, ...], Field(min_length=1)]
+    first_layer: Annotated[int, Field(ge=0, le=_MAX_LAYERS)] | None
+    layers: Annotated[int, Field(ge=1, le=_MAX_LAYERS)]
+
+    def __post_init__(self) -> None:
+        """Refuse several layers of a path that is not stacked."""
+        if self.first_layer is None and self.layers != 1:
+            raise ValueError("should have one layer without first_layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +89,8 @@ class Part:
         tensors: its contents.
     """
 
-    name: str
-    files: dict[str, int]
+    name: Annotated[str, AfterValidator(_plain)]
+    files: dict[Annotated[str, AfterValidator(_inside)], _Count]
     tensors: tuple[StoredTensor, ...]
 
 
@@ -70,31 +110,17 @@ class Manifest:
     """
 
     source: str
-    quantization: QuantizationConfig
-    dtype: str
-    tensors: int
-    parameters: int
-    quantized_parameters: int
-    bytes: dict[str, int]
+    quantization: Annotated[QuantizationConfig, BeforeValidator(_complete)]
+    dtype: Annotated[str, AfterValidator(_floating)]
+    tensors: _Count
+    parameters: _Count
+    quantized_parameters: _Count
+    bytes: dict[str, _Count]
     parts: tuple[Part, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Make the JSON object of the file."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Manifest":
-        """Read the JSON object of the file.
-
-        Raises:
-            ValueError, TypeError, KeyError or AttributeError: it is not what `to_json` makes.
-        """
-        _require(isinstance(content["source"], str))
-        jnp.dtype(content["dtype"])
-        fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
-        fields["quantization"] = QuantizationConfig(**content["quantization"])
-        fields["parts"] = tuple(_part(part) for part in content["parts"])
-        return cls(**fields)
 
     def layers(self) -> dict[tuple[str, ...], set[int | None]]:
         """Collect the stored layers of every path, {None} for a path that is not stacked.
@@ -107,7 +133,8 @@ class Manifest:
             layers = found.setdefault(tensor.path, set())
             first = tensor.first_layer
             new: set[int | None] = {None} if first is None else set(range(first, first + tensor.layers))
-            _require(not layers & new)
+            if layers & new:
+                raise ValueError(f"{'.'.join(tensor.path)} is stored twice")
             layers |= new
         return found
 
@@ -130,41 +157,12 @@ def read_manifest(directory: Path) -> Manifest:
             f"{file} has format {content.get('format')!r} version {content.get('format_version')!r}, "
             f"not {FORMAT!r} version {FORMAT_VERSION}; {CONVERT_AGAIN}."
         )
+    manifest: Manifest = parse_typed(file.read_bytes(), _MANIFEST, f"{file}: ")
     try:
-        manifest = Manifest.from_json(content)
         manifest.layers()
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{file} is malformed; {CONVERT_AGAIN}.") from None
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; {CONVERT_AGAIN}.") from None
     return manifest
 
 
-def _part(content: Mapping[str, Any]) -> Part:
-    name, files = content["name"], dict(content["files"])
-    # A manifest must not make us read files outside its directory.
-    _require(_is_inside(name) and "/" not in name)
-    _require(all(_is_inside(file) and _is_count(size) for file, size in files.items()))
-    return Part(name, files, tuple(_stored_tensor(tensor) for tensor in content["tensors"]))
-
-
-def _stored_tensor(content: Mapping[str, Any]) -> StoredTensor:
-    path, first, layers = tuple(content["path"]), content["first_layer"], content["layers"]
-    _require(bool(path) and all(isinstance(name, str) for name in path))
-    _require(_is_count(layers) and 0 < layers <= _MAX_LAYERS)
-    _require(layers == 1 if first is None else _is_count(first))
-    return StoredTensor(path, first, layers)
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise ValueError
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_inside(name: Any) -> bool:
-    """Tell if `name` is a relative path that stays below where it starts."""
-    return (
-        isinstance(name, str) and not PurePosixPath(name).is_absolute() and not {"", ".", ".."} & set(name.split("/"))
-    )
+_MANIFEST = TypeAdapter(Manifest)

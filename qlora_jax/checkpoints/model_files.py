@@ -28,6 +28,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DOWNLOAD_AGAIN = "the file is damaged or its download incomplete: download it again"
 """Advice in messages about files that are not whole."""
 
+_CHECKED = 1 << 18
+
 
 def pickle_refusal(subject: str) -> UserError:
     """Make the refusal of pickled weights; `subject` begins the sentence and names the file."""
@@ -41,6 +43,13 @@ def find_pickles(directory: Path) -> list[Path]:
     """Pickled weight files directly in `directory`."""
     weights = (p for p in sorted(directory.iterdir()) if p.suffix.lower() in PICKLE_SUFFIXES and p.is_file())
     return [p for p in weights if p.name != "training_args.bin"]
+
+
+def is_inside(name: str) -> bool:
+    """Tell if a name that a file gives stays below the directory it is looked for in, and can be a path at all."""
+    parts = name.split("/")
+    possible = "\0" not in name and len(name) <= 1024 and all(len(part.encode()) <= 255 for part in parts)
+    return possible and not {"", ".", ".."} & set(parts)
 
 
 def read_json_object(file: Path, hint: str) -> dict[str, Any]:
@@ -60,6 +69,14 @@ def read_json_object(file: Path, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} does not hold a JSON object; {DOWNLOAD_AGAIN}.")
     return content
+
+
+def check_finite(values: np.ndarray, name: str, file: Path) -> None:
+    """Raise `UserError`, which names tensor and file, if a value is NaN or infinite; memory: a slice of the tensor."""
+    flat = values.reshape(-1)
+    # Slices that stay in the processor's cache.
+    if not all(np.isfinite(flat[start : start + _CHECKED]).all() for start in range(0, flat.size, _CHECKED)):
+        raise UserError(f"tensor {name} in {file} holds NaN or infinity; {DOWNLOAD_AGAIN}.")
 
 
 def read_exactly(file: Path, offset: int, destination: np.ndarray, name: str) -> None:

@@ -13,9 +13,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -23,6 +24,7 @@ from qlora_jax import models
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, write_errors
+from qlora_jax.json_text import check_type
 from qlora_jax.models.family import LAYER
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterConfig", "load_adapter", "save_adapter"]
@@ -307,18 +309,23 @@ def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> tuple[i
         if name not in _NEUTRAL_FIELDS and name != "bias" and value not in (None, False, "", [], {}):
             raise refuse(name)
 
-    rank, dropout = fields.get("r"), fields.get("lora_dropout", 0.0)
-    alpha: Any = fields.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise UserError(f"{path}: r={json.dumps(rank)} must be a positive integer.")
-    for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
-            raise UserError(f"{path}: {name}={json.dumps(value)} must be a number.")
-    if not 0 <= dropout < 1:
-        raise UserError(f"{path}: lora_dropout={dropout} must be at least 0 and below 1.")
-    if not isinstance(fields.get("base_model_name_or_path"), str | None):
-        raise UserError(f"{path}: base_model_name_or_path must be a string or null.")
-    return rank, float(alpha), float(dropout)
+    numbers = check_type({"lora_dropout": 0.0, "base_model_name_or_path": None, **fields}, _NUMBERS, f"{path}: ")
+    return numbers["r"], float(numbers["lora_alpha"]), float(numbers["lora_dropout"])
+
+
+class _Numbers(TypedDict):
+    """Types of the fields of adapter_config.json that are read as they stand."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    r: Annotated[int, Field(ge=1, le=2**16)]
+    # Beyond that, alpha / r times anything is no correction of a weight.
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    base_model_name_or_path: str | None
+
+
+_NUMBERS = TypeAdapter(_Numbers)
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

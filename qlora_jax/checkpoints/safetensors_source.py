@@ -4,6 +4,7 @@ Each tensor is read with plain file reads into memory of its own: pages of a mem
 memory of this process, and a conversion's memory would then grow with the model.
 """
 
+import reprlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from qlora_jax.checkpoints.model_files import (
     DOWNLOAD_AGAIN,
     find_pickles,
+    is_inside,
     pickle_refusal,
     read_exactly,
     read_json_object,
@@ -155,8 +157,8 @@ class SafetensorsSource:
         entries: dict[str, _Entry] = {}
         for shard in dict.fromkeys(weight_map.values()):
             # A name with a path would let an index make us read files outside the model.
-            if Path(shard).name != shard:
-                raise UserError(f"{index_file} names the shard {shard!r}, which is not a plain file name.")
+            if "/" in shard or not is_inside(shard):
+                raise UserError(f"{index_file} names the shard {reprlib.repr(shard)}, which is not a plain file name.")
             file = self.path / shard
             if not file.is_file():
                 raise UserError(f"{file} is missing, but {index_file.name} lists it; download the complete model.")

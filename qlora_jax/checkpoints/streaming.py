@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.checkpoints.model_files import check_finite
 from qlora_jax.checkpoints.sources import TensorSource
 from qlora_jax.errors import UserError
 from qlora_jax.models import TensorSpec, family_of, ignored_tensors
@@ -88,7 +89,7 @@ def stream_tensors(
     for quant_type "none", linear weights are cast to `dtype`.
 
     Raises:
-        UserError: while streaming, for a weight that is not finite or does not fit `dtype`, or a head that is stored
+        UserError: while streaming, for a tensor that is not finite or does not fit `dtype`, or a head that is stored
             beside the embedding it is tied to and differs from it; names the tensor.
     """
     for spec in specs:
@@ -208,6 +209,8 @@ def _store(
 
 
 def _cast(weight: np.ndarray, dtype: np.dtype, source: TensorSource, spec: TensorSpec) -> np.ndarray:
+    file = source.location(spec.name)
+    check_finite(weight, spec.name, file)
     if weight.dtype == dtype:
         return weight
     with np.errstate(over="ignore"):
@@ -215,9 +218,7 @@ def _cast(weight: np.ndarray, dtype: np.dtype, source: TensorSource, spec: Tenso
     # Only a type with fewer exponent bits can overflow; looking at the others would cost a pass over the tensor.
     narrows = jnp.finfo(dtype).maxexp < jnp.finfo(weight.dtype).maxexp
     if narrows and not np.isfinite(cast).all():
-        raise UserError(
-            f"tensor {spec.name} in {source.location(spec.name)} has values that do not fit {dtype.name}; use bfloat16."
-        )
+        raise UserError(f"tensor {spec.name} in {file} has values that do not fit {dtype.name}; use bfloat16.")
     return cast
 
 

@@ -1,7 +1,9 @@
 """From a configuration to a model and a training step, without weights: what a run trains, and what a plan compiles."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -18,6 +20,8 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import Objective, Sums, objective_of
 from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainStep, make_eval_step, make_train_step
+
+logger = logging.getLogger(__name__)
 
 
 def make_devices(config: TrainConfig) -> Devices:
@@ -71,8 +75,17 @@ def find_adapters(config: TrainConfig, model_config: models.DecoderConfig) -> Ad
         modules = models.lora_modules(model_config, config.lora_modules)
         return Adapters(LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, modules), None)
     tensors, saved = load_adapter(config.adapter, model_config)
+    if saved.base_model_name and not _same_model(saved.base_model_name, config.model_name_or_path):
+        logger.warning(
+            "adapter %s was trained on %s, not on %s", config.adapter, saved.base_model_name, config.model_name_or_path
+        )
     modules = tuple(saved.target_modules)
     return Adapters(LoRAConfig(saved.rank, saved.alpha, config.lora_dropout, modules), tensors)
+
+
+def _same_model(name: str, other: str) -> bool:
+    """Compare hub ids or paths by their last part: one model has several places."""
+    return PurePath(name).name.lower() == PurePath(other).name.lower()
 
 
 @dataclasses.dataclass(frozen=True)

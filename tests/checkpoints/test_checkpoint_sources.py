@@ -109,9 +109,13 @@ def test_index_and_shards_must_agree(tmp_path: Path):
     refused({"weight_map": {**weight_map, "ghost": "model-00003-of-00002.safetensors"}}, "00003.* is missing, but")
     dropped = {name: shard for name, shard in weight_map.items() if name != "model.norm.weight"}
     refused({"weight_map": dropped}, r"tensor model\.norm\.weight is in .* does not list it there")
-    refused({"weight_map": {**weight_map, "x": "../x.safetensors"}}, "not a plain file name")
+    for name in ("../x.safetensors", "/x.safetensors", "..", "", "x" * 256, "\0"):
+        refused({"weight_map": {**weight_map, "x": name}}, "not a plain file name")
     refused({"weights": {}}, "no weight_map")
     refused("{", "index.json is not valid JSON")
+    refused("[" * 100_000, r"index.json is not valid JSON \(recursion limit exceeded")
+    refused('{"weight_map": ' + "1" * 5_000 + "}", r"index.json is not valid JSON \(number out of range")
+    refused(" " * (24 * 2**20 + 1), "index.json is larger than the 25165824 bytes")
 
 
 def test_not_a_safetensors_directory(tmp_path: Path):

@@ -282,6 +282,25 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     assert os.listdir(tmp_path) == ["hf"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+        "model.layers.2.self_attn.v_proj.bias",
+    ],
+)
+def test_so_are_other_tensors(tmp_path: Path, name: str, value: float):
+    bad = random_tensors(LLAMA)[name]
+    bad.reshape(-1)[-1] = value
+    source = write_model(tmp_path / "hf", **{name: bad})
+    with pytest.raises(UserError, match=rf"tensor {name} in .*model-.*safetensors holds NaN or infinity"):
+        load_base(source, quantization=NF4, dtype="bfloat16")
+
+
 def test_overflow_of_float16_is_named(tmp_path: Path):
     name = "model.embed_tokens.weight"
     source = write_model(tmp_path, **{name: np.full(hf_shapes(BIASED_LLAMA)[name], 1e5).astype("bfloat16")})
@@ -321,7 +340,11 @@ def test_damaged_conversion(tmp_path: Path, converted: Conversion):
 
     refused(r"qlora_jax\.json is not valid JSON", files={MANIFEST_NAME: "{"})
     refused(r"version 99, not", format_version=99)
-    refused(r"qlora_jax\.json is malformed", quantization={"bits": 4})
+    refused(
+        r"qlora_jax\.json: quantization\.quant_type should be",
+        quantization={**manifest["quantization"], "quant_type": 4},
+    )
+    refused(r"qlora_jax\.json: quantization should have block_size, double_quant", quantization={"bits": 4})
     refused(r"disagree about", parts=[])
     refused(r"disagree about", files={"config.json": json.dumps({**BIASED_LLAMA, "num_hidden_layers": 2})})
     smaller = json.dumps({**BIASED_LLAMA, "vocab_size": 95})
@@ -334,25 +357,24 @@ def test_damaged_conversion(tmp_path: Path, converted: Conversion):
     part = manifest["parts"][0]
     shutil.copytree(good / part["name"], tmp_path / "elsewhere")
     for name in ("../elsewhere", str(tmp_path / "elsewhere"), "..", "", ".", "part-00000/..", 7):
-        refused(r"qlora_jax\.json is malformed", parts=[{**part, "name": name}])
+        refused(r"qlora_jax\.json: parts\.0\.name should be", parts=[{**part, "name": name}])
     for file in ("../config.json", str(good / "config.json")):
-        refused(
-            r"qlora_jax\.json is malformed", parts=[{**part, "files": {file: (good / "config.json").stat().st_size}}]
-        )
+        sizes = {file: (good / "config.json").stat().st_size}
+        refused(r"qlora_jax\.json: parts\.0\.files.* should be a path below", parts=[{**part, "files": sizes}])
     layered = next(i for i, tensor in enumerate(part["tensors"]) if tensor["first_layer"] == 0)
     for change, message in (
-        ({"first_layer": -1}, "malformed"),
-        ({"first_layer": "0"}, "malformed"),
-        ({"layers": 10**12}, "malformed"),
-        ({"path": []}, "malformed"),
-        ({"path": [0]}, "malformed"),
-        ({"first_layer": None}, "malformed"),
+        ({"first_layer": -1}, r"tensors\.\d+\.first_layer.* should "),
+        ({"first_layer": "0"}, r"tensors\.\d+\.first_layer.* should "),
+        ({"layers": 10**12}, r"tensors\.\d+\.layers.* should "),
+        ({"path": []}, r"tensors\.\d+\.path.* should "),
+        ({"path": [0]}, r"tensors\.\d+\.path.* should "),
+        ({"first_layer": None}, r"should have one layer without first_layer"),
         ({"first_layer": 1}, r"disagree about layers\."),
         ({"layers": 2}, r"disagree about layers\."),
     ):
         tensors = [{**tensor, **(change if i == layered else {})} for i, tensor in enumerate(part["tensors"])]
-        refused(rf"qlora_jax\.json .*{message}", parts=[{**part, "tensors": tensors}])
-    refused(r"qlora_jax\.json is malformed", parts=[{**part, "tensors": part["tensors"] * 2}])
+        refused(rf"qlora_jax\.json.*{message}", parts=[{**part, "tensors": tensors}])
+    refused(r"qlora_jax\.json: .* is stored twice", parts=[{**part, "tensors": part["tensors"] * 2}])
     empty = {**part, "files": {}}
     refused(r"bad/part-00000 is damaged or missing", parts=[empty], files={"part-00000": None})
 

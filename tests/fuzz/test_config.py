@@ -41,7 +41,7 @@ def test_config(name, cases, tmp_path):
         if "tie_word_embeddings" in text:
             assert config.tie_word_embeddings is text["tie_word_embeddings"]
         assert len(config.attentions) == config.num_hidden_layers
-        if len(mutant) % 16 == 0 and config.num_hidden_layers < 100:  # a declared model takes longer than all else
+        if len(mutant) % 64 == 0 and config.num_hidden_layers < 100:  # a declared model takes longer than all else
             assert base_tensors(config)[0].shape == (config.vocab_size, config.hidden_size)
 
     read = writer(file, lambda: resolve_config(file))

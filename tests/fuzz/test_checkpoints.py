@@ -1,0 +1,172 @@
+"""Mutated files of checkpoints: safetensors and their index, GGUF, converted bases, adapters."""
+
+import functools
+import json
+import shutil
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+from fixtures.checkpoint_helpers import LLAMA, random_tensors, write_gguf, write_hf
+from fixtures.tiny_model import GOLDEN
+from fuzz.mutations import mutated_bytes, mutated_json, run_cases, writer
+
+from qlora_jax import models
+from qlora_jax.checkpoints.gguf_file import read_metadata
+from qlora_jax.checkpoints.manifest import MANIFEST_NAME, read_manifest
+from qlora_jax.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter
+from qlora_jax.checkpoints.sources import open_source
+from qlora_jax.checkpoints.streaming import check_source
+
+pytestmark = pytest.mark.fuzz
+
+TINY = {
+    **LLAMA, "vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "attention_bias": False,
+}  # fmt: skip
+
+
+# With types checked at run time, as in all tests, a model takes long to declare.
+base_tensors = functools.lru_cache(maxsize=16)(models.base_tensors)
+
+
+def contents(directory):
+    """Open a checkpoint as a load does: every tensor its config asks for."""
+    source = open_source(directory)
+    check_source(source, base_tensors(source.config))
+    return source, {name: source.read(name) for name in source.names()}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_hf(tmp_path / "model", TINY, random_tensors(TINY))
+
+
+def test_safetensors(cases, model):
+    file = model / "model.safetensors"
+    raw = file.read_bytes()
+    size = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:size])
+
+    def mutate(rng):
+        if rng.random() < 0.5:
+            return mutated_bytes(raw, rng)
+        changed = mutated_json(header, rng)
+        return len(changed).to_bytes(8, "little") + changed + raw[size:]
+
+    def check(mutant, value):
+        _, tensors = value
+        said = json.loads(mutant[8 : 8 + struct.unpack("<Q", mutant[:8])[0]])
+        assert set(tensors) == set(said) - {"__metadata__"}
+        start = len(mutant) - max(said[name]["data_offsets"][1] for name in tensors)
+        for name, values in tensors.items():
+            begin, end = said[name]["data_offsets"]
+            assert list(values.shape) == said[name]["shape"]
+            assert values.tobytes() == mutant[start + begin : start + end]
+
+    run_cases(cases, mutate, writer(file, lambda: contents(model)), check, "model.safetensors", "config.json")
+
+
+def test_index(cases, tmp_path):
+    tensors = random_tensors(TINY)
+    model = write_hf(tmp_path / "model", TINY, tensors, shards=2)
+    file = model / "model.safetensors.index.json"
+    index = json.loads(file.read_bytes())
+    safetensors.numpy.save_file({"stolen": np.zeros(4, np.float32)}, tmp_path / "outside.safetensors")
+
+    def check(mutant, value):
+        _, read = value
+        assert read.keys() == json.loads(mutant)["weight_map"].keys() == tensors.keys()
+        assert all(read[name].tobytes() == tensors[name].tobytes() for name in tensors)
+
+    run_cases(
+        cases,
+        lambda rng: mutated_json(index, rng),
+        writer(file, lambda: contents(model)),
+        check,
+        "model.safetensors.index.json",
+        str(model),
+    )
+
+
+def test_gguf(cases, tmp_path):
+    tensors = {name: values.astype(np.float32) for name, values in random_tensors(TINY).items()}
+    tokens = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab", "</s>"], "types": [1, 1, 1, 3]}
+    tokens["merges"] = ["a b"]
+    file = write_gguf(tmp_path / "model.gguf", TINY, tensors, tokens, extra={"general.name": "tiny"})
+    raw = file.read_bytes()
+    data = len(raw) - sum(values.nbytes for values in tensors.values()) - 512
+
+    def mutate(rng):
+        # Most of the file is weights, any of which are possible.
+        if rng.random() < 0.1:
+            return raw[:data] + mutated_bytes(raw[data:], rng)
+        return mutated_bytes(raw[:data], rng) + raw[data:]
+
+    def check(mutant, value):
+        _, read = value
+        if len(mutant) == len(raw) and mutant[:data] == raw[:data]:
+            assert read.keys() == tensors.keys()
+        reader = gguf.GGUFReader(file)
+        metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        assert repr(metadata) == repr(dict(read_metadata(file)))
+        stored = {tensor.name: bytes(tensor.data.tobytes()) for tensor in reader.tensors}
+        assert len(stored) == len(read)
+        assert sorted(map(len, stored.values())) == sorted(values.nbytes for values in read.values())
+        assert read["model.embed_tokens.weight"].tobytes() == stored["token_embd.weight"]
+
+    run_cases(cases, mutate, writer(file, lambda: contents(file)), check, "model.gguf", "config.json")
+
+
+def test_manifest(cases, tmp_path):
+    directory = tmp_path / "converted"
+    shutil.copytree(GOLDEN / "converted_tiny", directory)
+    file = directory / MANIFEST_NAME
+    document = json.loads(file.read_bytes())
+
+    def check(mutant, manifest):
+        said = json.loads(mutant)
+        made = json.loads(json.dumps(manifest.to_json()))
+        assert {key: said[key] for key in made} == made
+        for part in manifest.parts:
+            assert (directory / part.name).parent == directory
+            assert all((directory / part.name / name).resolve().is_relative_to(directory) for name in part.files)
+
+    run_cases(
+        cases,
+        lambda rng: mutated_json(document, rng),
+        writer(file, lambda: read_manifest(directory)),
+        check,
+        MANIFEST_NAME,
+    )
+
+
+ADAPTER = GOLDEN / "peft_tiny"
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_adapter(cases, tmp_path, name):
+    directory = tmp_path / "adapter"
+    shutil.copytree(ADAPTER, directory)
+    model = models.model_config(json.loads(str(np.load(ADAPTER / "golden.npz")["config"])))
+    raw = (ADAPTER / name).read_bytes()
+    good, _ = load_adapter(ADAPTER, model)
+
+    def mutate(rng):
+        return mutated_json(json.loads(raw), rng) if name == CONFIG_NAME else mutated_bytes(raw, rng)
+
+    def check(mutant, value):
+        tensors, config = value
+        if name == CONFIG_NAME:
+            said = json.loads(mutant)
+            assert (config.rank, config.alpha) == (said["r"], said["lora_alpha"])
+            assert 0 < config.alpha / config.rank < 1e6
+            assert all(np.array_equal(tensors[path], good[path]) for path in good)
+        else:
+            assert tensors.keys() == good.keys()
+            assert all(np.isfinite(values).all() for values in tensors.values())
+
+    read = writer(directory / name, lambda: load_adapter(directory, model))
+    run_cases(cases // 2, mutate, read, check, CONFIG_NAME, WEIGHTS_NAME)
