@@ -7,6 +7,7 @@ deletes them.
 import os
 import pickle
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -136,3 +137,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests must pass without a model hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def handlers():
+    """Python's own handlers of signals, whatever the parent of this process ignores; restored afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

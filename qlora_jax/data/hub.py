@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_jax.errors import UserError
 
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 4.0
 """Longest wait for the hub's first answer; the library of data sets itself tries six times."""
 
 

@@ -411,17 +411,6 @@ def test_a_full_disk_is_one_line(capsys):
 # --- what a status says
 
 
-@pytest.fixture
-def handlers():
-    """Python's own handlers, whatever the parent of this process ignores; restored afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_outside_the_training_steps_is_resumable(handlers, number, monkeypatch, capsys):
     def finetune(config):

@@ -27,16 +27,7 @@ from qlora_jax.device_memory import ProgramMemory
 from qlora_jax.training import model, reporting, run_directory, setup, trainer
 from qlora_jax.training.step import TrainStep
 
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Python's own handlers, whatever the parent of this process ignores; restored afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,6 @@ from qlora_jax.training.signals import StopOnSignal, StoppedAtOnce
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@pytest.fixture
-def handlers():
-    """Python's own handlers, whatever the parent of this process ignores; restored afterwards."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_the_second_signal_acts_at_once(handlers):
     with StopOnSignal() as stop:
         assert not stop.requested
