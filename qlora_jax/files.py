@@ -7,6 +7,7 @@ process: what a killed process left behind is cleared by the next one to write t
 import fcntl
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
     flush_to_disk(path.parent)
+
+
+def user_path(given: str | Path) -> Path:
+    """Expand `~` in a path that a person gave; nothing need be there.
+
+    Raises:
+        UserError: no file can have that path, or it may not be looked at.
+    """
+    try:
+        path = Path(given).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:  # too long or forbidden, no such user, a null character
+        raise UserError(f"the path {reprlib.repr(str(given))} cannot be used: {reason(error)}.") from None
+    return path
 
 
 def write_json(path: Path, value: Any, *, indent: int = 2) -> None:

@@ -16,7 +16,7 @@ from qlora_jax.checkpoints.model_files import COMPANION_FILES, DOWNLOAD_AGAIN, p
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
-from qlora_jax.files import atomic_write, write_errors
+from qlora_jax.files import atomic_write, user_path, write_errors
 from qlora_jax.models import PRESETS, DecoderConfig, model_config
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def resolve_model(name_or_path: str | Path, *, weights: bool = True) -> Path:
     Raises:
         UserError: no such path, or a hub id that does not exist, is gated, has no safetensors, or cannot be reached.
     """
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if path.exists():
         return path
     name = str(name_or_path)
@@ -90,7 +90,7 @@ def resolve_config(name_or_path: str | Path) -> DecoderConfig:
     Raises:
         UserError: there is no such model, or its config.json cannot be read or is not supported.
     """
-    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    path, name = user_path(name_or_path), str(name_or_path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return open_source(path).config
     return model_config(_config_contents(path, name))

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from qlora_jax import models
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.errors import UserError
-from qlora_jax.files import atomic_write, write_errors
+from qlora_jax.files import atomic_write, user_path, write_errors
 from qlora_jax.json_text import check_type
 from qlora_jax.models.family import LAYER
 
@@ -171,7 +171,7 @@ def load_adapter(
         UserError: a missing or malformed file, a config field this program would have to ignore (DoRA, biases, ranks by
             layer, ...), or a missing, unexpected, mis-shaped or non-finite tensor; the message names it.
     """
-    directory = Path(directory)
+    directory = user_path(os.fspath(directory))
     if not directory.is_dir():
         raise UserError(f"Adapter directory {directory} does not exist.")
     return _read_adapter(directory / CONFIG_NAME, directory / WEIGHTS_NAME, _Names(model))

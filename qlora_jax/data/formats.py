@@ -1,6 +1,7 @@
 """Row formats: a table of functions from a row to text, and the choice among them."""
 
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 NOT_YET_SUPPORTED = ("chip2", "self-instruct", "hh-rlhf")
 """The reference program's formats that a later release adds."""
+
+_NAMES_SHOWN = 20
 
 _ALPACA_INTRODUCTION = "Below is an instruction that describes a task"
 _ALPACA_REQUEST = "Write a response that appropriately completes the request."
@@ -133,8 +136,11 @@ def prompt_text(prompt: str, dataset_format: str) -> str:
     raise ValueError(f"format '{dataset_format}' has no prompt text of its own")
 
 
-def _names(names: Any) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "none"
+def _names(names: Iterable[str]) -> str:
+    """List names, of many the first few."""
+    listed = list(names)
+    more = f" and {len(listed) - _NAMES_SHOWN} more" if len(listed) > _NAMES_SHOWN else ""
+    return (", ".join(f"'{name}'" for name in listed[:_NAMES_SHOWN]) or "none") + more
 
 
 def _text(row: Mapping[str, Any], column: str, position: str) -> str:
@@ -142,6 +148,11 @@ def _text(row: Mapping[str, Any], column: str, position: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise UserError(f"{position}: column '{column}' must be text, not {kind}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        where = f"{position}: column '{column}'"
+        raise UserError(f"{where} has half of a surrogate pair at character {error.start}") from None
     return value
 
 
@@ -179,7 +190,8 @@ def _read_messages(row: Mapping[str, Any], position: str) -> list[Message]:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f"{position}: message {number} must be an object with 'role' and 'content'")
         if message["role"] not in ROLES:
-            raise UserError(f"{position}: message {number} has role {message['role']!r}; use one of {_names(ROLES)}")
+            role = reprlib.repr(message["role"])
+            raise UserError(f"{position}: message {number} has role {role}; use one of {_names(ROLES)}")
         where = f"{position}, message {number}"
         if isinstance(message["content"], list):
             message = {**message, "content": _joined_parts(message["content"], where)}

@@ -1,20 +1,29 @@
 """Rows of the embedded set, local files, directories of files, or the Hugging Face hub, each with its origin."""
 
+import contextlib
 import csv
-import json
+import dataclasses
 import re
+import reprlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from qlora_jax.data.chat_template import TemplateUnusable
 from qlora_jax.data.hub import load_from_hub
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
+from qlora_jax.files import user_path
+from qlora_jax.json_text import parse_json
+
+OnBadRow = Literal["error", "skip"]
+"""How to treat a row that cannot be used: refuse the data set, or leave the row out and count it."""
 
 HUB_NAMES = {
     "alpaca": "tatsu-lab/alpaca",
@@ -28,6 +37,8 @@ NOT_YET_SUPPORTED = ("self-instruct", "chip2", "hh-rlhf", "longform")
 
 REFERENCE_EVAL_SIZE = 1024
 """Rows held out when `eval_dataset_size` is not given, as in the reference program."""
+
+_BAD_SHOWN = 20
 
 _HELD_OUT_SPLITS = ("heldout", "eval", "validation", "test")
 # What a data set is evaluated on: the first of these that it has.
@@ -45,12 +56,14 @@ class Rows:
         positions: origin of each row, e.g. "train.jsonl line 17"; lines, items and rows count from 1.
         source: name of the data set.
         notes: decisions taken while reading, for people.
+        bad: what is wrong with each row that could not be read; begins with its origin.
     """
 
     rows: Sequence[dict[str, Any]]
     positions: Sequence[str]
     source: str
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse rows without a position or positions without a row."""
@@ -68,10 +81,33 @@ class Rows:
     def select(self, indices: Sequence[int] | np.ndarray | range) -> "Rows":
         """Return the rows at `indices`, in that order, with their positions."""
         picked = [int(i) for i in indices]
-        return Rows([self.rows[i] for i in picked], [self.positions[i] for i in picked], self.source, self.notes)
+        rows, positions = [self.rows[i] for i in picked], [self.positions[i] for i in picked]
+        return dataclasses.replace(self, rows=rows, positions=positions)
 
 
-def load_rows(dataset: str, *, split: str = "train", field: str = "dataset") -> Rows:
+@contextlib.contextmanager
+def collected(bad: list[str]) -> Iterator[None]:
+    """Run the reading of one row; what is wrong with it goes to `bad`, unless it would be so with all rows."""
+    try:
+        yield
+    except TemplateUnusable:
+        raise
+    except UserError as error:
+        bad.append(str(error))
+
+
+def bad_rows(bad: Sequence[str]) -> UserError:
+    """Make the error about rows that cannot be used, which tells about the first twenty of them."""
+    if len(bad) == 1:
+        return UserError(f"{bad[0].removesuffix('.')}; mend it, or leave such rows out with `on_bad_row=skip`.")
+    more = f"\n  and {len(bad) - _BAD_SHOWN} more" if len(bad) > _BAD_SHOWN else ""
+    told = "\n  ".join(bad[:_BAD_SHOWN])
+    return UserError(
+        f"{len(bad)} rows cannot be used; mend them, or leave such rows out with `on_bad_row=skip`:\n  {told}{more}"
+    )
+
+
+def load_rows(dataset: str, *, split: str = "train", field: str = "dataset", on_bad_row: OnBadRow = "error") -> Rows:
     """Read every row of a split of `dataset`.
 
     Args:
@@ -83,10 +119,19 @@ def load_rows(dataset: str, *, split: str = "train", field: str = "dataset") -> 
             "train" split. "default" has "train" and the held-out rows ("heldout", "eval", "validation" and "test" all
             mean those).
         field: of the configuration that has the name, for errors.
+        on_bad_row: "error" refuses a data set in which a row cannot be read, and tells about the first twenty such
+            rows; "skip" leaves them out, as `Rows.bad`.
 
     Raises:
         UserError: something cannot be read; names the file and, where there is one, the line.
     """
+    rows = _load(dataset, split, field)
+    if rows.bad and on_bad_row == "error":
+        raise bad_rows(rows.bad)
+    return rows
+
+
+def _load(dataset: str, split: str, field: str) -> Rows:
     where = _located(dataset, field)
     if where is None:
         return _load_default(split)
@@ -132,7 +177,7 @@ def _located(dataset: str, field: str) -> Path | str | None:
         raise UserError(
             f"`{field}={dataset}` is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id"
         )
-    path = Path(dataset).expanduser()
+    path = user_path(dataset)
     if path.is_dir() or path.is_file():
         return path
     if path.suffix.lower() in _READERS or path.is_absolute() or dataset.startswith((".", "~")):
@@ -172,7 +217,7 @@ def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple
     order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x5EED]))).permutation(n)
     held_out, kept = np.sort(order[:size]), np.sort(order[size:])
     note = f"{rows.source}: {size} of {n} rows held out for evaluation ({why}), seed {seed}"
-    return rows.select(kept), rows.select(held_out), note
+    return rows.select(kept), dataclasses.replace(rows.select(held_out), bad=()), note
 
 
 def _load_default(split: str) -> Rows:
@@ -180,23 +225,37 @@ def _load_default(split: str) -> Rows:
         raise UserError(f"the default data set has no split '{split}'; it has train and {', '.join(_HELD_OUT_SPLITS)}")
     name = "default_train.jsonl" if split == "train" else "default_heldout.jsonl"
     with resources.as_file(resources.files("qlora_jax.data") / name) as path:
-        rows, positions = _read_jsonl(path)
-    return Rows(rows, positions, f"default ({name})")
+        return dataclasses.replace(_load_file(path), source=f"default ({name})")
 
 
 def _load_file(path: Path) -> Rows:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: unknown kind of data file; use {', '.join(_READERS)}")
+    found = _Found()
     try:
-        rows, positions = reader(path)
+        reader(path, found)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not rows:
-        raise UserError(f"{path} holds no rows")
-    return Rows(rows, positions, str(path))
+    if not found.rows:
+        raise bad_rows(found.bad) if found.bad else UserError(f"{path} holds no rows")
+    return Rows(found.rows, found.positions, str(path), tuple(found.notes), tuple(found.bad))
+
+
+@dataclass
+class _Found:
+    """Rows of a file as they are read; attributes as of `Rows`."""
+
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    positions: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    bad: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, row: dict[str, Any], position: str) -> None:
+        self.rows.append(row)
+        self.positions.append(position)
 
 
 def _visible_files(directory: Path) -> list[Path]:
@@ -237,7 +296,8 @@ def _load_directory(directory: Path, split: str) -> Rows:
         [row for part in parts for row in part.rows],
         [position for part in parts for position in part.positions],
         f"{directory} ({split})" if named else str(directory),
-        tuple(notes),
+        (*notes, *(note for part in parts for note in part.notes)),
+        tuple(message for part in parts for message in part.bad),
     )
 
 
@@ -263,43 +323,51 @@ def _json_kind(value: Any) -> str:
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
-def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    rows, positions = [], []
-    with path.open(encoding="utf-8-sig") as lines:
+def _read_jsonl(path: Path, found: _Found) -> None:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            position = f"{path.name} line {number}"
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno})") from error
-            rows.append(_as_row(value, f"{path} line {number}"))
-            positions.append(position)
-    return rows, positions
+            with collected(found.bad):
+                found.add(_parse_row(line, f"{path} line {number}"), f"{path.name} line {number}")
 
 
-def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return [], []
+def _parse_row(line: bytes, position: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; JSON lines belong in a .jsonl file" if error.msg == "Extra data" else ""
-        raise UserError(
-            f"{path} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}){hint}"
-        ) from error
+        value = parse_json(line)
+    except ValueError as error:
+        _, reason = _json_mistake(error)
+        raise UserError(f"{position}: not valid JSON ({reason})") from error
+    return _as_row(value, position)
+
+
+def _json_mistake(error: ValueError) -> tuple[str, str]:
+    """Return (line, "reason, column 7") of an error of `parse_json`."""
+    reason, _, place = str(error).rpartition(" at line ")
+    line, _, column = place.partition(" column ")
+    return line, f"{reason}, column {column}"
+
+
+def _read_json(path: Path, found: _Found) -> None:
+    text = path.read_bytes()
+    if not text.strip():
+        return
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        hint = "; JSON lines belong in a .jsonl file" if "trailing characters" in str(error) else ""
+        line, reason = _json_mistake(error)
+        raise UserError(f"{path} line {line}: not valid JSON ({reason}){hint}") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
         raise UserError(f'{path} must hold a list of objects, or an object whose "data" is one')
-    rows = [_as_row(value, f"{path} item {i}") for i, value in enumerate(content, start=1)]
-    return rows, [f"{path.name} item {i}" for i in range(1, len(rows) + 1)]
+    for number, value in enumerate(content, start=1):
+        with collected(found.bad):
+            found.add(_as_row(value, f"{path} item {number}"), f"{path.name} item {number}")
 
 
-def _read_delimited(path: Path, delimiter: str) -> tuple[list[dict[str, Any]], list[str]]:
-    rows, positions = [], []
+def _read_delimited(path: Path, found: _Found, delimiter: str) -> None:
     # The module's own limit of 128 kB a field is process-wide and refuses long documents.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
@@ -313,41 +381,56 @@ def _read_delimited(path: Path, delimiter: str) -> tuple[list[dict[str, Any]], l
                     continue
                 if header is None:
                     header = cells
-                    twice = sorted({name for name in header if header.count(name) > 1})
-                    if twice:
-                        raise UserError(f"{path} line {line}: column '{twice[0]}' appears twice in the header")
-                    continue
-                if len(cells) != len(header):
-                    raise UserError(f"{path} line {line}: {len(cells)} fields, but the header has {len(header)}")
-                rows.append(dict(zip(header, cells, strict=True)))
-                positions.append(f"{path.name} line {line}")
+                    _refuse_twice(header, f"{path} line {line}")
+                elif len(cells) != len(header):
+                    found.bad.append(f"{path} line {line}: {len(cells)} fields, but the header has {len(header)}")
+                else:
+                    found.add(dict(zip(header, cells, strict=True)), f"{path.name} line {line}")
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: {error}") from error
     finally:
         csv.field_size_limit(limit)
-    return rows, positions
 
 
-def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    return _read_delimited(path, ",")
+def _refuse_twice(columns: Sequence[str], position: str) -> None:
+    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
+    if twice:
+        raise UserError(f"{position}: column {reprlib.repr(twice[0])} appears twice in the header")
 
 
-def _read_tsv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    return _read_delimited(path, "\t")
+def _read_csv(path: Path, found: _Found) -> None:
+    _read_delimited(path, found, ",")
 
 
-def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_tsv(path: Path, found: _Found) -> None:
+    _read_delimited(path, found, "\t")
+
+
+def _read_parquet(path: Path, found: _Found) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.ParquetFile(path).read().to_pylist()
+        file = pq.ParquetFile(path)
+        size, rows = path.stat().st_size, file.metadata.num_rows
+        # Runs of equal values take no room in a file, and all of it in memory.
+        if rows > 8 * size:
+            raise UserError(f"{path} says that it has {rows} rows in {size} bytes, which no text takes")
+        _refuse_twice(file.schema_arrow.names, str(path))
+        table = file.read()
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:200]})") from error
-    return rows, [f"{path.name} row {i}" for i in range(1, len(rows) + 1)]
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except (pa.ArrowException, OverflowError, ValueError) as error:  # a date that Python does not have
+            found.notes.append(f"{path}: column {name!r} is left out, for it cannot be read ({error})")
+    for number in range(table.num_rows):
+        found.add({name: values[number] for name, values in columns.items()}, f"{path.name} row {number + 1}")
 
 
-_READERS: dict[str, Callable[[Path], tuple[list[dict[str, Any]], list[str]]]] = {
+_READERS: dict[str, Callable[[Path, _Found], None]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

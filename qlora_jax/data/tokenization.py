@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from qlora_jax.data.chat_template import render
 from qlora_jax.data.formats import FORMATS, ChosenFormat, Message, SourceTarget, choose_format, prompt_text
-from qlora_jax.data.loading import Rows
+from qlora_jax.data.loading import OnBadRow, Rows, bad_rows, collected
 from qlora_jax.errors import UserError
 
 IGNORED = -100
@@ -19,6 +19,8 @@ Tokenizer = Any
 
 _CHUNK = 2048
 _SHOWN = 5
+# Of a text, characters that are encoded for each token to be kept; a token has about four.
+_CHARACTERS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +73,8 @@ class Tally:
 class DataReport:
     """Counts of used, dropped and truncated rows of a data set; `str()` formats them for people.
 
-    rows_read = rows_used + lacking_column.count + untrained.count. Truncations count rows that lost tokens: sources,
-    targets, whole conversations (`messages`), and examples cut to `max_length`.
+    rows_read = rows_used + bad.count + lacking_column.count + untrained.count. Truncations count rows that lost
+    tokens: sources, targets, whole conversations (`messages`), and examples cut to `max_length`.
     """
 
     source: str
@@ -80,6 +82,7 @@ class DataReport:
     format_inferred: bool
     rows_read: int
     rows_used: int = 0
+    bad: Tally = field(default_factory=Tally)
     lacking_column: Tally = field(default_factory=Tally)
     untrained: Tally = field(default_factory=Tally)
     source_truncated: Tally = field(default_factory=Tally)
@@ -100,6 +103,7 @@ class DataReport:
             f"  tokens: {self.n_tokens} in all, {self.n_trained} trained, longest row {self.longest}",
         ]
         counted = [
+            ("cannot be used, left out", self.bad),
             ("lack a column, left out", self.lacking_column),
             ("train on nothing, left out", self.untrained),
             ("source cut to source_max_len", self.source_truncated),
@@ -116,7 +120,7 @@ class DataReport:
 def _verb(label: str) -> str:
     return (
         label
-        if label.startswith(("train", "lack"))
+        if label.startswith(("train", "lack", "cannot"))
         else f"have {label}"
         if label.startswith("empty")
         else f"had {label}"
@@ -132,6 +136,7 @@ def tokenize_rows(
     target_max_len: int = 256,
     train_on_source: bool = False,
     max_length: int | None = None,
+    on_bad_row: OnBadRow = "error",
 ) -> tuple[list[Example], DataReport]:
     """Turn rows into examples, in the order of the rows, and count what was used, dropped and cut.
 
@@ -155,9 +160,11 @@ def tokenize_rows(
         target_max_len: most tokens of a target.
         train_on_source: train the source too.
         max_length: most tokens of an example (the sequence length when packing); truncations are counted.
+        on_bad_row: "error" refuses rows that cannot be used, `rows.bad` among them, and tells about the first twenty;
+            "skip" leaves them out and counts them.
 
     Raises:
-        UserError: a bad row (names position and column), a tokenizer without EOS, without the fast backend or, for
+        UserError: bad rows (names position and column), a tokenizer without EOS, without the fast backend or, for
             `messages`, without a usable chat template, or no row is left.
     """
     for name, value in (("source_max_len", source_max_len), ("target_max_len", target_max_len)):
@@ -167,7 +174,8 @@ def tokenize_rows(
         raise UserError(f"the sequence length must be at least 2, not {max_length}")
     _check_tokenizer(tokenizer)
     chosen = choose_format(rows, dataset_format)
-    report = DataReport(rows.source, chosen.format.name, chosen.inferred, len(rows), notes=list(rows.notes))
+    read = len(rows) + len(rows.bad)
+    report = DataReport(rows.source, chosen.format.name, chosen.inferred, read, notes=list(rows.notes))
     lacking = [i for i, row in enumerate(rows) if chosen.lacks(row)]
     for i in lacking:
         report.lacking_column = report.lacking_column.plus(rows.positions[i])
@@ -176,10 +184,11 @@ def tokenize_rows(
     if chosen.unused_columns:
         report.notes.append(f"columns that the format does not use: {', '.join(chosen.unused_columns)}")
 
+    rows, texts = _read_rows(rows, chosen, tokenizer, on_bad_row, report)
     if chosen.format.chat:
-        pairs = _tokenize_messages(rows, chosen, tokenizer, source_max_len + target_max_len, report)
+        pairs = _tokenize_messages(rows, texts, tokenizer, source_max_len + target_max_len, report)
     else:
-        pairs = _tokenize_pairs(rows, chosen, tokenizer, source_max_len, target_max_len, report)
+        pairs = _tokenize_pairs(rows, texts, tokenizer, source_max_len, target_max_len, report)
 
     examples = []
     for position, (ids, trained) in zip(rows.positions, pairs, strict=True):
@@ -209,12 +218,36 @@ def encode_prompt(prompt: str, *, tokenizer: Tokenizer, dataset_format: str) -> 
     """Encode a prompt as in training on `dataset_format`, up to the beginning of the answer; returns int32 [n]."""
     _check_tokenizer(tokenizer)
     if FORMATS[dataset_format].chat:
-        text = _render(tokenizer, [{"role": "user", "content": prompt}], True, "prompt")
+        (text,) = render(tokenizer, [{"role": "user", "content": prompt}], [(1, True)], "prompt")
         start = []
     else:
         text = prompt_text(prompt, dataset_format)
         start = _bos(tokenizer)
     return np.array([*start, *next(_encode(tokenizer, [text])).ids], np.int32)
+
+
+def _read_rows(
+    rows: Rows, chosen: ChosenFormat, tokenizer: Tokenizer, on_bad_row: OnBadRow, report: DataReport
+) -> tuple[Rows, list[Any]]:
+    """Return the rows that can be used, and of each a `SourceTarget` or `_Conversation`."""
+    if chosen.format.chat and not tokenizer.chat_template:
+        raise UserError(
+            f"{rows.source} holds chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
+            "model, or data of another `dataset_format`"
+        )
+    special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
+    bad: list[str] = list(rows.bad)
+    kept, texts = [], []
+    for i, (row, position) in enumerate(zip(rows.rows, rows.positions, strict=True)):
+        with collected(bad):
+            read = chosen.read(row, position)
+            texts.append(_conversation(read, tokenizer, special, position) if isinstance(read, list) else read)
+            kept.append(i)
+    if bad and on_bad_row == "error":
+        raise bad_rows(bad)
+    for message in bad:
+        report.bad = report.bad.plus(message)
+    return rows.select(kept), texts
 
 
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -230,42 +263,56 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Any]:
-    """Yield the tokenizers.Encoding of each text, without special tokens; texts are encoded in chunks."""
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], most: int | None = None) -> Iterator[Any]:
+    """Yield the tokenizers.Encoding of each text, without special tokens; texts are encoded in chunks.
+
+    With `most`, the number of tokens that will be kept, of a long text only a beginning is encoded: one that has at
+    least twice as many tokens, so that what is kept is far from where it was cut.
+    """
     for start in range(0, len(texts), _CHUNK):
-        encoded = tokenizer(
-            list(texts[start : start + _CHUNK]),
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        yield from encoded.encodings
+        chunk = texts[start : start + _CHUNK]
+        if most is None:
+            yield from _encodings(tokenizer, list(chunk))
+            continue
+        length = most * _CHARACTERS
+        for text, encoding in zip(chunk, _encodings(tokenizer, [text[:length] for text in chunk]), strict=True):
+            encoded, covered = encoding, length
+            while covered < len(text) and len(encoded.ids) < 2 * most:
+                covered *= 4
+                (encoded,) = _encodings(tokenizer, [text[:covered]])
+            yield encoded
+
+
+def _encodings(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
+    encodings: list[Any] = tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    ).encodings
+    return encodings
 
 
 def _tokenize_pairs(
     rows: Rows,
-    chosen: ChosenFormat,
+    pairs: Sequence[SourceTarget],
     tokenizer: Tokenizer,
     source_max_len: int,
     target_max_len: int,
     report: DataReport,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids int32 [n], trained bool [n]) of each row."""
-    pairs: list[SourceTarget] = []
-    for row, position in zip(rows.rows, rows.positions, strict=True):
-        pair = chosen.read(row, position)
-        assert isinstance(pair, SourceTarget)
-        pairs.append(pair)
+    for position, pair in zip(rows.positions, pairs, strict=True):
         if not pair.target:
             report.empty_target = report.empty_target.plus(position)
     bos, eos = _bos(tokenizer), [tokenizer.eos_token_id]
     if not bos:
         report.notes.append("the tokenizer has no BOS token; none is added")
-    sources = _encode(tokenizer, [pair.source for pair in pairs])
-    targets = _encode(tokenizer, [pair.target for pair in pairs])
+    sources = _encode(tokenizer, [pair.source for pair in pairs], source_max_len)
+    targets = _encode(tokenizer, [pair.target for pair in pairs], target_max_len)
     for position, source, target in zip(rows.positions, sources, targets, strict=True):
         source_ids, target_ids = bos + source.ids, target.ids + eos
         if len(source_ids) > source_max_len:
@@ -278,38 +325,46 @@ def _tokenize_pairs(
         yield ids, np.arange(len(ids)) >= len(source_ids)
 
 
+@dataclass(frozen=True)
+class _Conversation:
+    """A rendered conversation.
+
+    Attributes:
+        text: the rendering.
+        turns: [start, end) of the trained characters of each turn of the assistant.
+        ended: every turn has an end token.
+        extra: keys of its messages beside role and content.
+    """
+
+    text: str
+    turns: list[tuple[int, int]]
+    ended: bool
+    extra: dict[str, None]
+
+
 def _tokenize_messages(
-    rows: Rows, chosen: ChosenFormat, tokenizer: Tokenizer, max_len: int, report: DataReport
+    rows: Rows, conversations: Sequence[_Conversation], tokenizer: Tokenizer, max_len: int, report: DataReport
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids int32 [n], trained bool [n]) of each conversation."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{rows.source} holds chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
-            "model, or data of another `dataset_format`"
-        )
-    special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
-    texts, spans, endless = [], [], Tally()
+    endless = Tally()
     extra: dict[str, None] = {}
-    for row, position in zip(rows.rows, rows.positions, strict=True):
-        messages = chosen.read(row, position)
-        assert isinstance(messages, list)
-        extra.update(dict.fromkeys(k for message in messages for k in message if k not in ("role", "content")))
-        text, turns, ended = _conversation(messages, tokenizer, special, position)
-        if not ended:
+    for conversation, position in zip(conversations, rows.positions, strict=True):
+        extra.update(conversation.extra)
+        if not conversation.ended:
             endless = endless.plus(position)
-        texts.append(text)
-        spans.append(turns)
     if extra:
         report.notes.append(f"message keys left to the chat template, which may ignore them: {', '.join(extra)}")
     if endless.count:
         report.notes.append(
             f"the chat template ends assistant turns without a special token, so stopping is not learnt: {endless}"
         )
-    for position, text, turns, encoding in zip(rows.positions, texts, spans, _encode(tokenizer, texts), strict=True):
+    encodings = _encode(tokenizer, [conversation.text for conversation in conversations], max_len)
+    for position, conversation, encoding in zip(rows.positions, conversations, encodings, strict=True):
         ids = np.array(encoding.ids, np.int32)
         trained = np.zeros(len(ids), bool)
-        for start, end in turns:
-            trained[_token_at(encoding, start, len(text)) : _token_at(encoding, end, len(text))] = True
+        covered = encoding.offsets[-1][1] if len(ids) else 0  # of a long text only a beginning was encoded
+        for start, end in conversation.turns:
+            trained[_token_at(encoding, start, covered) : _token_at(encoding, end, covered)] = True
         if len(ids) > max_len:
             report.conversation_truncated = report.conversation_truncated.plus(position)
         yield ids[:max_len], trained[:max_len]
@@ -329,21 +384,19 @@ def _token_at(encoding: Any, char: int, n_chars: int) -> int:
 
 def _conversation(
     messages: list[Message], tokenizer: Tokenizer, special: tuple[str, ...], position: str
-) -> tuple[str, list[tuple[int, int]], bool]:
-    """Return (rendered text, [start, end) of the trained characters, True if every turn has an end token).
+) -> _Conversation:
+    """Render a conversation and locate the assistant's turns.
 
     A turn starts where the rendering of all before it, with the generation prompt, ends, and runs to the end of the
     rendering that includes it. That needs each rendering to be a prefix of the next, which is checked.
     """
+    if messages[0]["role"] == "assistant":
+        raise UserError(f"{position}: the conversation starts with the assistant; put a user message before it")
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = [(len(messages), False), *(each for i in answers for each in ((i, True), (i + 1, False)))]
+    full, *others = render(tokenizer, messages, asked, position)
     spans, ended, reached = [], True, ""
-    full = _render(tokenizer, messages, False, position)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if i == 0:
-            raise UserError(f"{position}: the conversation starts with the assistant; put a user message before it")
-        before = _render(tokenizer, messages[:i], True, position)
-        after = full if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1], False, position)
+    for i, before, after in zip(answers, others[::2], others[1::2], strict=True):
         for longer, shorter in ((before, reached), (after, before), (full, after)):
             if not longer.startswith(shorter):
                 raise UserError(
@@ -358,11 +411,5 @@ def _conversation(
             spans.append((len(before), len(after)))
             ended = False
         reached = after
-    return full, spans, ended
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool, position: str) -> str:
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{position}: the tokenizer's chat template refuses the messages: {error}") from error
+    extra = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
+    return _Conversation(full, spans, ended, extra)

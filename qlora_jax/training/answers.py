@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -10,6 +9,7 @@ from flax import nnx
 from qlora_jax import data
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
+from qlora_jax.files import user_path
 from qlora_jax.generation import Sampling, generate
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
@@ -32,10 +32,11 @@ def read_prompts(config: TrainConfig) -> tuple[str, ...]:
     if config.prompts is None:
         return data.default_prompts() if config.dataset == DEFAULT_DATASET else ()
     try:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        text = user_path(config.prompts).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`prompts={config.prompts}` cannot be read: {error}.") from error
-    prompts = tuple(line for line in lines if line.strip())
+    # Not `splitlines`, which takes form feeds and U+2028 for the end of a line.
+    prompts = tuple(line for line in text.split("\n") if line.strip())
     if not prompts:
         raise UserError(f"`prompts={config.prompts}` holds no prompt; write one a line.")
     return prompts

@@ -1,10 +1,12 @@
 """Configuration of a fine-tuning run: the one schema of its flags, with the reference program's names."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from qlora_jax.choices import Kernel, Remat
 from qlora_jax.cli import flag, names_where
+from qlora_jax.data.loading import OnBadRow
 from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
 from qlora_jax.errors import UserError
 from qlora_jax.training.idle_fields import changed_fields, check_idle
@@ -98,6 +100,12 @@ class TrainConfig:
         None,
         "Split of the data set to train on (of a directory: its files of that name); by default train.",
         group="data",
+    )
+    on_bad_row: OnBadRow = flag(
+        "error",
+        "A row that cannot be used: error refuses the data and names the first twenty, skip leaves such rows out.",
+        group="data",
+        resume="free",
     )
     max_train_samples: int | None = flag(None, "Use only this many training rows.", group="data")
     max_eval_samples: int | None = flag(None, "Use only this many held-out rows.", group="data")
@@ -248,9 +256,18 @@ class TrainConfig:
                 raise UserError(f"`{name}={getattr(self, name)}`: must be positive.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"`top_p={self.top_p}`: must be above 0 and at most 1.")
-        for name in ("weight_decay", "max_grad_norm", "eval_steps", "top_k", "eval_dataset_size", "warmup_steps"):
+        not_negative = (
+            "weight_decay", "max_grad_norm", "eval_steps", "top_k", "eval_dataset_size", "warmup_steps", "seed",
+        )  # fmt: skip
+        for name in not_negative:
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"`{name}={getattr(self, name)}`: must not be negative.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"`{field.name}={value}`: must be finite.")
+            if isinstance(value, int) and value >= 2**31:
+                raise UserError(f"`{field.name}={value}`: must be below 2147483648.")
         check_idle(self, changed_fields(self))
 
     @property

@@ -59,9 +59,9 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
 
 def _load_rows(config: TrainConfig) -> tuple[data.Rows, data.Rows | None, list[str]]:
-    """Return (training rows, held-out rows, notes)."""
+    """Return (training rows, held-out rows, notes); rows that cannot be read are left to `Objective.examples`."""
     trained = config.split or "train"
-    rows, held_out, notes = data.load_rows(config.dataset, split=trained), None, []
+    rows, held_out, notes = data.load_rows(config.dataset, split=trained, on_bad_row="skip"), None, []
     if config.do_eval and config.eval_dataset is not None:
         held_out = _load_eval_dataset(config)
     elif config.do_eval:
@@ -72,7 +72,7 @@ def _load_rows(config: TrainConfig) -> tuple[data.Rows, data.Rows | None, list[s
         if split is None:
             rows, held_out, note = data.split_rows(rows, config.eval_dataset_size, seed=config.seed)
         else:
-            held_out = data.load_rows(config.dataset, split=split)
+            held_out = data.load_rows(config.dataset, split=split, on_bad_row="skip")
             note = f"{config.dataset}: evaluating on its split '{split}', {len(held_out)} rows"
         notes.append(note)
     return _first(rows, config.max_train_samples), held_out and _first(held_out, config.max_eval_samples), notes
@@ -90,7 +90,7 @@ def _load_eval_dataset(config: TrainConfig) -> data.Rows:
                 f"`eval_dataset={dataset}` has no split test or validation to evaluate on; give one of its splits as "
                 f"`eval_split`: {', '.join(names)}."
             )
-    return data.load_rows(dataset, split=split or "train", field="eval_dataset")
+    return data.load_rows(dataset, split=split or "train", field="eval_dataset", on_bad_row="skip")
 
 
 def _first(rows: data.Rows, count: int | None) -> data.Rows:
@@ -101,7 +101,10 @@ def _total_steps(config: TrainConfig, train: data.Batches) -> int:
     if not config.do_train:
         return 0
     if config.num_train_epochs is not None:
-        return math.ceil(config.num_train_epochs * train.batches_per_epoch)
+        steps = math.ceil(min(config.num_train_epochs * train.batches_per_epoch, 2**31))
+        if steps >= 2**31:
+            raise UserError(f"`num_train_epochs={config.num_train_epochs}`: makes more steps than can be counted.")
+        return steps
     return config.max_steps
 
 

@@ -109,6 +109,7 @@ class NextToken:
             target_max_len=config.target_max_len,
             train_on_source=config.train_on_source,
             max_length=config.packed_length,
+            on_bad_row=config.on_bad_row,
         )
 
     def sums(

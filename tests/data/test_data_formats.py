@@ -1,11 +1,15 @@
 """Formats to token ids and labels: masks token by token, truncation, counts, and every bad row."""
 
+import dataclasses
+import time
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import FORMATS, IGNORED, Rows, encode_prompt, load_rows, tokenize_rows
+from qlora_jax.data.chat_template import render
 from qlora_jax.errors import UserError
 
 CHATML = (
@@ -332,6 +336,97 @@ def test_chat_template_problems_are_errors_that_name_the_row(tokenizer):
     refusing = "{{ raise_exception('no system turns') }}"
     with pytest.raises(UserError, match=r"line 1: .*refuses the messages: no system turns"):
         tokenize_rows(rows, tokenizer=byte_tokenizer(template=refusing))
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+LOOP += "{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 // 0 }}", "ZeroDivisionError: integer division or modulo by zero"),
+        ("{{ messages + 1 }}", "TypeError: can only concatenate list"),
+        ("{{ 10.0 ** 1000 }}", "OverflowError"),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "RecursionError: maximum recursion depth"),
+        ("{% for", "unexpected 'end of template'"),
+        ("{{ ().__class__.__bases__ }}", "access to attribute '__class__' of 'tuple' object is unsafe"),
+        (LOOP, "takes over three seconds"),
+        ("{{ 10 ** (10 ** 9) }}", "takes over three seconds"),
+        ("{{ 'x' * 2 ** 31 }}", "it takes over 1073741824 bytes of memory"),
+        ("{{ 'x' * 2 ** 26 }}", "it renders [0-9]+ characters of messages to 67108864"),
+    ],
+)
+def test_a_template_that_fails_or_does_not_end_is_one_sentence(template, message):
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=f"line 1: the tokenizer's chat template .*{message}"):
+        tokenize_rows(rows_of(chat("a", "b")), tokenizer=byte_tokenizer(template=template))
+    assert time.perf_counter() - start < 20  # of which three on the processor, which others use too
+    (example,), _ = tokenize_rows(rows_of(chat("a", "b")), tokenizer=byte_tokenizer())
+    assert len(example)
+
+
+def test_a_template_that_does_not_end_is_not_tried_on_every_row():
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="takes over three seconds"):
+        tokenize_rows(rows_of(*[chat("a", "b")] * 100), tokenizer=byte_tokenizer(template=LOOP), on_bad_row="skip")
+    assert time.perf_counter() - start < 20
+
+
+def test_renderings_are_transformers_own(tokenizer):
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{{ m.tool_calls is defined }}{% endfor %}"
+        "{{ add_generation_prompt }}{{ pad_token }}{% generation %}x{% endgeneration %}{{ tools is none }}"
+    )
+    tokenizer = byte_tokenizer(template=template)
+    messages = [
+        {"role": "user", "content": "ä\u2028\n", "tool_calls": None},
+        {"role": "assistant", "content": "b", "reasoning_content": "why", "more": [1, 2.5, {"x": None}]},
+    ]
+    renders = [(2, False), (1, True)]
+    expected = [
+        tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=prompt)
+        for n, prompt in renders
+    ]
+    assert render(tokenizer, messages, renders, "here") == expected
+
+
+BAD = [{"input": "a", "output": "b"}, {"input": 1, "output": "b"}, {"input": "a", "output": "\ud800"}]
+
+
+def test_bad_rows_are_told_together_or_left_out_and_counted(tokenizer):
+    rows = dataclasses.replace(rows_of(*BAD), bad=("rows.jsonl line 9: not valid JSON",))
+    with pytest.raises(UserError) as error:
+        tokenize_rows(rows, tokenizer=tokenizer)
+    assert str(error.value).splitlines() == [
+        "3 rows cannot be used; mend them, or leave such rows out with `on_bad_row=skip`:",
+        "  rows.jsonl line 9: not valid JSON",
+        "  rows.jsonl line 2: column 'input' must be text, not int",
+        "  rows.jsonl line 3: column 'output' has half of a surrogate pair at character 0",
+    ]
+    examples, report = tokenize_rows(rows, tokenizer=tokenizer, on_bad_row="skip")
+    assert [example.example_id for example in examples] == ["rows.jsonl line 1"]
+    assert (report.rows_read, report.rows_used, report.bad.count) == (4, 1, 3)
+    assert "rows that cannot be used, left out: 3 (rows.jsonl line 9: not valid JSON, rows.jsonl line 2: " in str(
+        report
+    )
+
+
+def test_of_a_long_row_only_a_beginning_is_tokenised(tokenizer):
+    words = "".join(f"word{i} " for i in range(200_000))
+    spaces = " " * 10_000 + words
+    assert len(words) > 2_000_000
+    merged = byte_tokenizer(merges=[("Ġ" * 2**i, "Ġ" * 2**i) for i in range(6)])
+    for row in ({"input": words, "output": spaces}, chat("a", words)):
+        start = time.perf_counter()
+        example, report = one(row, merged, source_max_len=50, target_max_len=70)
+        assert time.perf_counter() - start < 5
+        assert len(example) == 120
+        truncated = report.source_truncated, report.target_truncated, report.conversation_truncated
+        assert [tally.count for tally in truncated] in ([1, 1, 0], [0, 0, 1])
+    example, _ = one({"input": words, "output": spaces}, merged, source_max_len=50, target_max_len=70)
+    beginning = [*ids(merged, words[:2_000])[:49], *ids(merged, spaces[:12_000])[:70]]
+    assert example.input_ids[1:].tolist() == beginning
 
 
 def test_template_without_end_of_turn_is_reported():

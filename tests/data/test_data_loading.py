@@ -1,14 +1,17 @@
 """Rows: every kind of file, every way it can be wrong, splits, and the embedded data set."""
 
+import dataclasses
 import json
 import re
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from qlora_jax.data import Rows, default_prompts, evaluated_split, follows_style, load_rows, split_names, split_rows
+from qlora_jax.data.formats import choose_format
 from qlora_jax.errors import UserError
 
 ROWS = [{"input": "a, b", "output": 'say "ä"'}, {"input": "two\nlines", "output": "c"}]
@@ -86,7 +89,7 @@ def test_a_bad_file_is_one_clear_error(tmp_path, name, text, message):
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.jsonl line 1: not valid JSON \(invalid unicode code point, column 8\)"):
         load_rows(str(tmp_path / "a.jsonl"))
 
 
@@ -237,3 +240,52 @@ def test_embedded_set_follows_its_style_and_keeps_prompts_apart():
 )
 def test_style_check(answer, follows):
     assert follows_style(answer) is follows
+
+
+def test_the_first_twenty_bad_rows_are_told_at_once(tmp_path):
+    lines = ['{"text": "good"}', '{"text": "half \\ud800 a pair"}', "[1]", "[" * 100_000, '{"n": ' + "1" * 5_000 + "}"]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([*lines, *["{"] * 22]))
+    with pytest.raises(UserError) as error:
+        load_rows(str(file))
+    first, *told = str(error.value).splitlines()
+    assert first == "26 rows cannot be used; mend them, or leave such rows out with `on_bad_row=skip`:"
+    assert len(told) == 21 and told[-1] == "  and 6 more"
+    for line, number, message in zip(
+        told, range(2, 22), ("hex escape", "not a list", "recursion limit", "number out of range", "EOF"), strict=False
+    ):
+        assert line.startswith(f"  {file} line {number}: ") and message in line and len(line) < 300
+    rows = load_rows(str(file), on_bad_row="skip")
+    assert list(rows) == [{"text": "good"}] and rows.positions == ["a.jsonl line 1"] and len(rows.bad) == 26
+    train, held_out, _ = split_rows(dataclasses.replace(numbered(10), bad=rows.bad), None, seed=0)
+    assert train.bad == rows.bad and not held_out.bad
+
+
+def test_a_csv_of_a_million_columns_is_read_fast(tmp_path):
+    file = tmp_path / "wide.csv"
+    file.write_text(",".join(map(str, range(10**6))) + "\n" + "," * (10**6 - 1))
+    start = time.perf_counter()
+    rows = load_rows(str(file))
+    with pytest.raises(UserError, match=r"'19' and 999980 more fit no format") as error:
+        choose_format(rows, None)
+    assert time.perf_counter() - start < 5 and len(str(error.value)) < 2_000
+
+
+def test_a_date_that_python_does_not_have_costs_its_column_only(tmp_path):
+    table = pa.table({"text": ["a", "b"], "when": pa.array([2**30, 0], pa.date32())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = load_rows(str(tmp_path / "a.parquet"))
+    assert list(rows) == [{"text": "a"}, {"text": "b"}]
+    assert "column 'when' is left out, for it cannot be read" in rows.notes[0]
+
+
+def test_a_parquet_file_that_says_it_has_more_rows_than_it_can_is_refused(tmp_path):
+    pq.write_table(pa.table({"text": pa.nulls(10**6, pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="says that it has 1000000 rows in"):
+        load_rows(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("name", ["x" * 256 + ".jsonl", "~nosuchuser/a.jsonl", "a\0.jsonl"])
+def test_a_path_that_cannot_be_is_one_sentence(name):
+    with pytest.raises(UserError, match=r"^the path '.*' cannot be used: "):
+        load_rows(name)
