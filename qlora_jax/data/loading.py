@@ -11,19 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from qlora_jax.choices import OnBadRow
 from qlora_jax.data.chat_template import TemplateUnusable
 from qlora_jax.data.hub import load_from_hub
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
 from qlora_jax.files import user_path
 from qlora_jax.json_text import parse_json
-
-OnBadRow = Literal["error", "skip"]
-"""How to treat a row that cannot be used: refuse the data set, or leave the row out and count it."""
 
 HUB_NAMES = {
     "alpaca": "tatsu-lab/alpaca",

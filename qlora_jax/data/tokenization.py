@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.choices import OnBadRow
 from qlora_jax.data.chat_template import render
 from qlora_jax.data.formats import FORMATS, ChosenFormat, Message, SourceTarget, choose_format, prompt_text
-from qlora_jax.data.loading import OnBadRow, Rows, bad_rows, collected
+from qlora_jax.data.loading import Rows, bad_rows, collected
 from qlora_jax.errors import UserError
 
 IGNORED = -100

@@ -4,9 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
-from qlora_jax.choices import Kernel, Remat
+from qlora_jax.choices import Kernel, OnBadRow, Remat
 from qlora_jax.cli import flag, names_where
-from qlora_jax.data.loading import OnBadRow
 from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
 from qlora_jax.errors import UserError
 from qlora_jax.training.idle_fields import changed_fields, check_idle
