@@ -291,7 +291,7 @@ def _unexpected(group: Sequence[str], fields: Collection[str]) -> str:
 
 def _nearest(name: str, names: Collection[str], prefix: str = "") -> str:
     """Return " Did you mean ...?" if a name is a slip of the pen away, else nothing."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return f" Did you mean {prefix}{near[0]}?" if near else ""
 
 

@@ -159,6 +159,7 @@ def test_unused_columns_are_reported_once_for_the_whole_set(tokenizer):
         ([{"prompt": "a", "completion": ["b"]}], None, r"line 1: column 'completion' must be text, not list"),
         ([{"question": "a", "answer": 3}], None, r"line 1: column 'answer' must be text, not int"),
         ([{"messages": [user_parts({"type": "image"})]}], None, r"message 1: part 2 of its content is of type 'image'"),
+        ([{"messages": [user_parts({"type": "thought", "text": "b"})]}], None, r"part 2 of its content is of type 'th"),
         ([{"messages": [user_parts({"text": None})]}], None, r"line 1, message 1: part 2 of its content is no text"),
         ([{"messages": [user_parts("b")]}], None, r"line 1, message 1: part 2 of its content is no text; only"),
         ([{"conversations": []}], None, r"line 1: column 'conversations' must be a list"),

@@ -91,7 +91,10 @@ def test_values(argv, field, value):
         (["--learning-rat", "1"], "Did you mean --learning_rate?"),
         (["--lora", "1"], "unknown flag --lora"),  # no abbreviations: they change meaning when flags are added
         (["--merge"], "unknown flag --merge. See"),  # like no flag at all
-        (["--load_best_model", "True"], "unknown flag --load_best_model. See"),
+        # What is not near is not offered.
+        (["--batch_size", "4"], "unknown flag --batch_size. See"),  # --block_size
+        (["--export", "x"], "unknown flag --export. See"),  # --report_to
+        (["--num_epochs", "4"], "unknown flag --num_epochs. Did you mean --num_train_epochs?"),
         (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
         (["--packing", "maybe"], "--packing: expected True or False, not 'maybe'"),
         (["--quant_type", "int4"], "--quant_type: invalid choice: 'int4'"),
