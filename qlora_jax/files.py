@@ -1,20 +1,30 @@
-"""Files and directories that are whole or absent: written under a temporary name, flushed to disk, then renamed.
+"""Files and directories that are whole or absent, and whose contents are checked when they are read again.
 
-The temporary name of `name` is `.name.tmp` beside it. It is locked while it is written, and the lock ends with its
-process: what a killed process left behind is cleared by the next one to write there.
+They are written under a temporary name, flushed to disk, then renamed. The temporary name of `name` is `.name.tmp`
+beside it. It is locked while it is written, and the lock ends with its process: what a killed process left behind is
+cleared by the next one to write there.
 """
 
+import datetime
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import reprlib
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import UserError
+
+CHECKSUMS_NAME = "SHA256SUMS"
+"""File with the digests of a directory's other files, as `sha256sum --check` reads it."""
+
+_DIGEST = "sha256"
 
 
 @contextmanager
@@ -152,11 +162,11 @@ def reason(error: BaseException) -> str:
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-    """{path within `directory`: bytes} of every file below it, to be kept for `damaged_file`."""
+    """{path within `directory`: bytes} of every file below it, to be kept for `resized_file`."""
     return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
 
 
-def damaged_file(directory: Path, sizes: dict[str, int]) -> str | None:
+def resized_file(directory: Path, sizes: Mapping[str, int]) -> str | None:
     """Name the first file that is missing or has another size than `file_sizes` found, or None.
 
     tensorstore would report such a file with a traceback for each of its arrays.
@@ -166,6 +176,123 @@ def damaged_file(directory: Path, sizes: dict[str, int]) -> str | None:
         if not file.is_file() or file.stat().st_size != size:
             return name
     return None
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_checksums(directory: Path) -> None:
+    """Write SHA256SUMS: the digest of every other file below a directory."""
+    lines = [f"{file_digest(directory / name)}  {name}\n" for name in _files_below(directory)]
+    (directory / CHECKSUMS_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def damaged_file(directory: Path, *, others: bool = False) -> str | None:
+    """Name the first file below a directory that is not as `write_checksums` found it; None if there is none.
+
+    Args:
+        directory: with a SHA256SUMS.
+        others: allow files that are not listed there.
+    """
+    try:
+        lines = (directory / CHECKSUMS_NAME).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError):
+        return CHECKSUMS_NAME
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if not others and (unlisted := sorted(set(_files_below(directory)) - set(listed))):
+        return unlisted[0]
+    for name, digest in listed.items():
+        try:
+            if not name or file_digest(directory / name) != digest:
+                return name or CHECKSUMS_NAME
+        except (OSError, ValueError):
+            return name
+    return None
+
+
+def _files_below(directory: Path) -> list[str]:
+    names = (str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+    return sorted(name for name in names if name != CHECKSUMS_NAME)
+
+
+def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with a digest of its contents, which `read_checked_json` compares."""
+    write_json(path, {**value, _DIGEST: _json_digest(value)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Read what `write_checked_json` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object, or not with the contents that were written.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError:  # brackets in place of its contents
+        value = None
+    if not isinstance(value, dict) or value.pop(_DIGEST, None) != _json_digest(value):
+        raise ValueError(f"its contents do not match its {_DIGEST}")
+    return value
+
+
+def _json_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def exclusive(directory: Path, name: str) -> Iterator[None]:
+    """Let no other process into a directory during the block; its lock ends with this process, however that ends.
+
+    The directory is made if there is none, and removed again if nothing was written.
+
+    Args:
+        directory: may be any but a file.
+        name: of the directory, in messages.
+
+    Raises:
+        UserError: another process is in it (names it), or it cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{name} is a file; give a directory.")
+    lock, created = directory / ".lock", not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(lock, os.O_CREAT | os.O_RDWR, wait=False)
+    except BlockingIOError:
+        raise UserError(f"{name} is in use by {_owner(lock)}; wait for it or give another directory.") from None
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserError(f"{name} is on a file system without locks; give a directory on another.") from error
+        raise UserError(f"{name} cannot be written: {reason(error)}.") from error
+    try:
+        since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        os.truncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
+        yield
+    finally:
+        try:
+            lock.unlink(missing_ok=True)
+            if created and not any(directory.iterdir()):
+                directory.rmdir()
+        finally:
+            os.close(descriptor)
+
+
+def _owner(lock: Path) -> str:
+    """Name the process that holds a lock as it names itself, if it has come to that."""
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace") or "another process"
+    except OSError:
+        return "another process"
 
 
 def _temporary_name(path: Path) -> Path:

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import logging
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from qlora_jax import gpus, kernels
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
-from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
+from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer, tokenizer_digest
 from qlora_jax.device_memory import device_limit, pinned_limit
 from qlora_jax.errors import UserError
+from qlora_jax.files import exclusive
 from qlora_jax.planner.advice import planned_advice
 from qlora_jax.planner.planning import Advice, Planner, StepPlan
 from qlora_jax.training import setup
@@ -27,7 +28,8 @@ from qlora_jax.training.model import Model, kernel_choices, load_model, product_
 from qlora_jax.training.progress import announced
 from qlora_jax.training.reporting import MetricsLog, plot_losses, read_metrics
 from qlora_jax.training.run_directory import RunDirectory, check_output_dir
-from qlora_jax.training.run_state import initial_state, refuse_finished, restored_state
+from qlora_jax.training.run_identity import changed_environment, environment
+from qlora_jax.training.run_state import check_free_space, initial_state, refuse_finished, restored_state
 from qlora_jax.training.summary import summarize
 from qlora_jax.training.trainer import Trainer
 
@@ -56,33 +58,34 @@ def finetune(config: TrainConfig) -> Result:
         UserError: bad input, told in one sentence; NonFiniteLoss if training diverged, OutOfMemory if a step did not
             fit.
     """
-    # Resolve: what can be refused is refused before anything large is read.
     kernels.check_implementation(config.kernel)
-    check_output_dir(config)
-    for note in idle_notes(config, changed_fields(config)):
-        logger.info("%s", note)
-    prompts = read_prompts(config)
-    path = resolve_model(config.model_name_or_path)
-    tokenizer = ensure_pad(load_tokenizer(path))
-
-    # Data.
-    with announced("reading the data", at_once=False):
-        datasets = load_datasets(config, tokenizer)
-    for report in datasets.reports:
-        logger.info("%s", report)
-
-    # Model: the frozen base on the devices, and the shapes of what is trained.
-    devices = setup.make_devices(config)
-    model = load_model(config, path, devices)
-    logger.info("base model: %s", model.base.description)
-
-    # Run directory: of a new run, or of one to resume, which keeps the kernels it began with.
-    rows = product_rows(config, datasets)
-    facts = {"kernels": kernels.choices_to_json(kernel_choices(config, model, rows)), "versions": _versions()}
-    directory = RunDirectory.open(config, _identity(config, model, datasets), facts)
-    refuse_finished(config, directory, datasets.total_steps)
-
     with contextlib.ExitStack() as stack:
+        # Resolve: what can be refused is refused before anything large is read.
+        stack.enter_context(exclusive(Path(config.output_dir), f"`output_dir={config.output_dir}`"))
+        check_output_dir(config)
+        for note in idle_notes(config, changed_fields(config)):
+            logger.info("%s", note)
+        prompts = read_prompts(config)
+        path = resolve_model(config.model_name_or_path)
+        check_free_space(config, resolve_config(path))
+        tokenizer = ensure_pad(load_tokenizer(path))
+
+        # Data.
+        with announced("reading the data", at_once=False):
+            datasets = load_datasets(config, tokenizer)
+        for report in datasets.reports:
+            logger.info("%s", report)
+
+        # Model: the frozen base on the devices, and the shapes of what is trained.
+        devices = setup.make_devices(config)
+        model = load_model(config, path, devices)
+        logger.info("base model: %s", model.base.description)
+
+        # Run directory: of a new run, or of one to resume, which keeps the kernels it began with.
+        rows = product_rows(config, datasets)
+        facts = {"kernels": kernels.choices_to_json(kernel_choices(config, model, rows)), "environment": environment()}
+        directory = RunDirectory.open(config, _identity(config, model, tokenizer, datasets), facts)
+        refuse_finished(config, datasets.total_steps)
         stack.enter_context(kernels.pinned(kernels.choices_from_json(directory.facts["kernels"])))
         for line in kernels.describe(kernel_choices(config, model, rows[:1])):
             logger.info("%s", line)
@@ -92,8 +95,10 @@ def finetune(config: TrainConfig) -> Result:
         programs = setup.make_programs(config, model.parts, datasets.total_steps, limit=limit, devices=devices)
         optimizer = programs.train.optimizer
         if directory.checkpoints():
-            start = restored_state(directory, optimizer, datasets.train, devices)
+            start = restored_state(config, directory, optimizer, datasets.train, devices)
             logger.info("resuming %s after step %d of %d", config.output_dir, start.step, datasets.total_steps)
+            for warning in changed_environment(directory.facts.get("environment", {})):
+                logger.warning("%s", warning)
         else:
             start = initial_state(config, model, optimizer, devices)
         directory.summary_file.unlink(missing_ok=True)  # of a shorter run that this one continues
@@ -126,18 +131,16 @@ def finetune(config: TrainConfig) -> Result:
         return Result(summary, answers, interrupted=False)
 
 
-def _identity(config: TrainConfig, model: Model, datasets: Datasets) -> dict[str, Any]:
+def _identity(config: TrainConfig, model: Model, tokenizer: Any, datasets: Datasets) -> dict[str, Any]:
     """Return what a resumed run must share with the one before, beside its configuration."""
     return {
+        "base weights": model.base.digest,
+        "tokenizer": tokenizer_digest(tokenizer),
         "data": datasets.train.fingerprint,
         "compute_dtype": jnp.dtype(setup.compute_dtype(config)).name,
         "devices": jax.device_count(),
         "adapters": [model.adapters.rank, model.adapters.alpha, *model.adapters.modules],
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "qlora-jax")}
 
 
 def plan(config: TrainConfig, gpu: str | None = None) -> tuple[StepPlan, Advice | None]:

@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import os
+import re
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -183,8 +186,42 @@ def test_damage_is_found_by_size(tmp_path):
     (tmp_path / "b").write_text("b")
     sizes = files.file_sizes(tmp_path)
     assert sizes == {"part/a": 3, "b": 1}
-    assert files.damaged_file(tmp_path, sizes) is None
+    assert files.resized_file(tmp_path, sizes) is None
     (tmp_path / "part" / "a").write_text("ab")
-    assert files.damaged_file(tmp_path, sizes) == "part/a"
+    assert files.resized_file(tmp_path, sizes) == "part/a"
     (tmp_path / "part" / "a").unlink()
-    assert files.damaged_file(tmp_path, sizes) == "part/a"
+    assert files.resized_file(tmp_path, sizes) == "part/a"
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Of twenty that start together one comes in; the others are told who is there, and go without a trace."""
+    program = (
+        "import sys, time, pathlib\n"
+        "from qlora_jax import files\n"
+        "from qlora_jax.errors import UserError\n"
+        "try:\n"
+        "    with files.exclusive(pathlib.Path(sys.argv[1]), 'it'):\n"
+        "        print('in', flush=True); sys.stdin.read()\n"
+        "except UserError as error:\n"
+        "    print(error, flush=True)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(20)]
+    said = {process: process.stdout.readline().strip() for process in started}
+    (owner,) = (process for process, line in said.items() if line == "in")
+    name = (
+        rf"^it is in use by (process {owner.pid} on \S+ since [\d:+ -]+|another process); wait for it or give another"
+    )
+    assert all(re.search(name, line) for process, line in said.items() if process is not owner)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    # Its lock ends with it, however it ends; a directory that was made for nothing is removed.
+    owner.kill()
+    owner.wait()
+    with files.exclusive(tmp_path / "run", "it"):
+        (tmp_path / "run" / "written").touch()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["written"]
+    for process in started:
+        process.communicate()
+    with files.exclusive(tmp_path / "other", "it"):
+        pass
+    assert not (tmp_path / "other").exists()

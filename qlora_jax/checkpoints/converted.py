@@ -17,7 +17,7 @@ from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifes
 from qlora_jax.checkpoints.model_files import check_finite, read_json_object
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
 from qlora_jax.errors import UserError
-from qlora_jax.files import damaged_file, reason
+from qlora_jax.files import reason, resized_file
 from qlora_jax.models import TensorSpec, model_config
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 
@@ -36,7 +36,6 @@ class ConvertedBase:
 
     def __init__(self, path: Path, quantization: QuantizationConfig, dtype: np.dtype):
         self.path = Path(os.path.abspath(path))  # orbax takes no other
-        self._dtype = dtype
         self._manifest: Manifest = read_manifest(self.path)
         self.config = model_config(read_json_object(self.path / "config.json", CONVERT_AGAIN))
         stored = self._manifest.quantization
@@ -47,7 +46,7 @@ class ConvertedBase:
                 f"model again."
             )
         for part in self._manifest.parts:
-            if file := damaged_file(self.path / part.name, part.files):
+            if file := resized_file(self.path / part.name, part.files):
                 raise UserError(
                     f"{self.path / part.name / file} is missing or does not have its {part.files[file]} bytes; "
                     f"{CONVERT_AGAIN}."
@@ -57,7 +56,7 @@ class ConvertedBase:
             self.description += f"; its unquantised weights are stored as {self._manifest.dtype}, used as {dtype.name}"
 
     def chunks(self, specs: list[TensorSpec], progress: Progress | None) -> Iterator[Chunk]:
-        """Read the tensors, in the order they are stored; each part is read when it is its turn.
+        """Read the tensors as they are stored, in that order; each part is read when it is its turn.
 
         Raises:
             UserError: `specs`, the base tensors of the model, are not those stored, or a part cannot be read.
@@ -88,8 +87,6 @@ class ConvertedBase:
                 for leaf in jax.tree.leaves(value):
                     if jnp.issubdtype(leaf.dtype, jnp.floating):
                         check_finite(np.asarray(leaf), ".".join(tensor.path), file)
-                if not isinstance(value, QuantizedTensor) and abstract[tensor.path].dtype != np.float32:
-                    value = value.astype(self._dtype)
                 yield tensor.path, tensor.first_layer, value
                 done += tensor.layers
                 if progress is not None:

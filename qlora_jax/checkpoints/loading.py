@@ -5,7 +5,7 @@ whose stacked buffers are allocated once, never copied.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.converted import ConvertedBase
+from qlora_jax.checkpoints.digests import Digests
 from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import (
@@ -38,12 +39,14 @@ class LoadedBase:
         tensors: {path: QuantizedTensor or jax.Array}, the layers of one path stacked on axis 0.
         quantization: how the linear weights are stored.
         description: one line for people: where the weights come from and how precise they are.
+        digest: of every stored byte of every tensor, SHA-256; the same from a checkpoint and from its conversion.
     """
 
     config: DecoderConfig
     tensors: dict[TensorPath, Any]
     quantization: QuantizationConfig
     description: str
+    digest: str
 
 
 def load_base(
@@ -86,10 +89,13 @@ def load_base(
         key: _Stack(abstract, None if shardings is None else shardings[key])
         for key, abstract in abstract_stacks(specs, quantization, dtype).items()
     }
-    for key, layer, value in chunks:
-        stacks[key].write(layer, value)
+    with Digests() as digests:
+        for key, layer, value in chunks:
+            leaves = stacks[key].leaves(layer, value)
+            digests.add(key, layer, leaves)
+            stacks[key].write(layer, leaves)
     tensors = {key: stack.finish() for key, stack in stacks.items()}
-    return LoadedBase(config, tensors, quantization, description)
+    return LoadedBase(config, tensors, quantization, description, digests.of_all())
 
 
 def _source_chunks(
@@ -123,20 +129,29 @@ class _Stack:
             for leaf, sharding in zip(leaves, self._shardings, strict=True)
         ]
 
-    def write(self, first_layer: int | None, value: Any) -> None:
-        for i, leaf in enumerate(jax.tree.leaves(value)):
+    def leaves(self, first_layer: int | None, value: Any) -> list[Any]:
+        """Return the arrays of one layer or of several, each with an axis of layers if the path is stacked."""
+        leaves = jax.tree.leaves(value)
+        if first_layer is None:
+            return leaves
+        return [
+            leaf if leaf.ndim == buffer.ndim else leaf[None] for leaf, buffer in zip(leaves, self._buffers, strict=True)
+        ]
+
+    def write(self, first_layer: int | None, leaves: Sequence[Any]) -> None:
+        for i, leaf in enumerate(leaves):
             buffer = self._buffers[i]
-            if first_layer is None:
+            # A converted directory may hold another dtype of what is not quantised.
+            rows = leaf if leaf.dtype == buffer.dtype else leaf.astype(buffer.dtype)
+            if first_layer is not None:
                 if self._on_host:
-                    buffer[...] = leaf
+                    buffer[first_layer : first_layer + len(rows)] = rows
                 else:
-                    self._buffers[i] = jax.device_put(leaf, self._shardings[i])
-                continue
-            rows = leaf if leaf.ndim == buffer.ndim else leaf[None]
-            if self._on_host:
-                buffer[first_layer : first_layer + len(rows)] = rows
+                    self._buffers[i] = _write_rows(buffer, rows, first_layer)
+            elif self._on_host:
+                buffer[...] = rows
             else:
-                self._buffers[i] = _write_rows(buffer, rows, first_layer)
+                self._buffers[i] = jax.device_put(rows, self._shardings[i])
 
     def finish(self) -> Any:
         buffers, self._buffers = self._buffers, []

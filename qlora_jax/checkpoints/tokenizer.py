@@ -3,6 +3,8 @@
 `transformers` takes about a second to import, so it is imported where a tokenizer is made.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -114,6 +116,15 @@ def ensure_pad(tokenizer: "transformers.PreTrainedTokenizerFast") -> "transforme
         f"the tokenizer of {tokenizer.name_or_path} has no special token to pad with besides BOS and EOS; "
         f"set pad_token in tokenizer_config.json to a token of its vocabulary."
     )
+
+
+def tokenizer_digest(tokenizer: "transformers.PreTrainedTokenizerFast") -> str:
+    """SHA-256 of all that decides which ids a text or a chat becomes, in hexadecimal digits."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Set by every call, not part of what was loaded.
+    facts = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+    facts["template"], facts["special"] = tokenizer.chat_template, tokenizer.special_tokens_map
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "transformers.PreTrainedTokenizerFast":

@@ -1,6 +1,7 @@
 """Prompts that a run answers before and after training."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,14 +10,15 @@ from flax import nnx
 from qlora_jax import data
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
-from qlora_jax.files import user_path
+from qlora_jax.files import read_checked_json, reason, user_path, write_checked_json
 from qlora_jax.generation import Sampling, generate
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
 from qlora_jax.training.progress import announced
-from qlora_jax.training.run_directory import RunDirectory, read_json
+from qlora_jax.training.run_directory import RunDirectory
 
 _BEFORE = "answers_before.json"
+logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
@@ -78,15 +80,19 @@ class Questionnaire:
 
     def recorded(self, directory: RunDirectory) -> list[str] | None:
         """Return the answers from before training that an interrupted run recorded; None if it recorded none."""
-        file = directory.path / _BEFORE
+        file, missing = directory.path / _BEFORE, "(not asked before training)"
         if not file.exists():
             return None
-        known = dict(read_json(file))
-        return [known.get(prompt, "(not asked before training)") for prompt in self.prompts]
+        try:
+            known = read_checked_json(file)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged (%s); the answers from before training are lost.", file, reason(error))
+            known, missing = {}, "(lost)"
+        return [known.get(prompt, missing) for prompt in self.prompts]
 
     def record(self, directory: RunDirectory, before: Sequence[str]) -> None:
         """Record the answers from before training, for a run that may be interrupted."""
-        directory.write_json(_BEFORE, list(zip(self.prompts, before, strict=True)))
+        write_checked_json(directory.path / _BEFORE, dict(zip(self.prompts, before, strict=True)))
 
     def answers(self, before: Sequence[str], after: Sequence[str]) -> list[Answer]:
         """Return the prompts with their answers."""

@@ -217,6 +217,12 @@ class TrainConfig:
     overwrite_output_dir: bool = flag(
         False, "Delete what another run left in output_dir.", group="output", resume="free"
     )
+    strict_resume: bool = flag(
+        False,
+        "Refuse to resume if the newest checkpoint is damaged, instead of going on from the one before it.",
+        group="output",
+        resume="free",
+    )
     logging_steps: int = flag(10, "Steps between lines of metrics.jsonl.", group="output", resume="free")
     save_strategy: Literal["steps", "no"] = flag(
         "steps", "Save checkpoints every save_steps, or only at the end.", group="output", resume="free"

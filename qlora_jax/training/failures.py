@@ -57,7 +57,5 @@ def advised_out_of_memory(
 
 
 def _last_checkpoint(directory: RunDirectory) -> str:
-    saved = directory.checkpoints()
-    if not saved:
-        return "no checkpoint had been saved"
-    return f"the last good checkpoint is {directory.checkpoint_path(saved[-1])}"
+    intact = directory.newest_intact()
+    return "no checkpoint had been saved" if intact is None else f"the last good checkpoint is {intact}"

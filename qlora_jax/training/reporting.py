@@ -4,25 +4,54 @@ import concurrent.futures
 import contextlib
 import importlib.util
 import json
+import logging
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write
+from qlora_jax.json_text import parse_json
 from qlora_jax.training.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
+_CHECKSUM = "crc32"
+logger = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without a last line that a killed run left half-written."""
+    """Return the lines of a metrics.jsonl, without a last line that a killed run left half-written.
+
+    Lines that are not as they were written are left out, and a warning counts them.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
     # Only a line that ends in a newline is whole.
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+    found = [value for value in map(_metrics_line, lines) if value is not None]
+    if len(found) < len(lines):
+        logger.warning("%s: %d of %d lines are damaged and left out", path, len(lines) - len(found), len(lines))
+    return found
+
+
+def _metrics_line(raw: bytes) -> dict[str, Any] | None:
+    """Contents of a line; None if its checksum is not that of the rest."""
+    try:
+        value = parse_json(raw)
+        return value if value.pop(_CHECKSUM) == _checksum(value) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _checksum(line: Mapping[str, Any]) -> str:
+    """CRC-32, which any flipped bit changes: a line is short."""
+    return f"{zlib.crc32(json.dumps(line, sort_keys=True).encode()):08x}"
+
+
+def _text(line: Mapping[str, Any]) -> str:
+    return json.dumps({**line, _CHECKSUM: _checksum(line)}) + "\n"
 
 
 class MetricsLog:
@@ -34,7 +63,8 @@ class MetricsLog:
     Where the optimizer pages, training lines also hold optimizer_on_host_bytes, evicted_bytes, returned_bytes,
     paged_bytes and paging_seconds (see `qlora_jax.optimizers.TransferStats`), since the last line that did; a step that
     evicts or brings back chunks between two training lines has a line of these alone.
-    Lines beyond `resume_step` belong to work that was lost with the process that did it; they are removed.
+    Every line has a checksum of the rest, `crc32`. Lines beyond `resume_step` belong to work that was lost with the
+    process that did it; they are removed.
     `evaluated` holds the steps that have an evaluation line.
     """
 
@@ -46,7 +76,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(path) if resume_step and line["step"] <= resume_step]
         self.evaluated = {line["step"] for line in kept if "eval_loss" in line}
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(map(_text, kept)), encoding="utf-8")
         self.path = path
         self._file = path.open("a", encoding="utf-8")
         self._board = self._wandb = None
@@ -63,7 +93,7 @@ class MetricsLog:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; it is on disk when this returns."""
-        self._file.write(json.dumps(dict(line)) + "\n")
+        self._file.write(_text(line))
         self._file.flush()
         if "eval_loss" in line:
             self.evaluated.add(line["step"])

@@ -1,16 +1,18 @@
 """A run's directory: the run it belongs to, its checkpoints, and exact resume.
 
+    output_dir/.lock                while a process is at work there
     output_dir/run.json             configuration, identity and facts of the run; written before the first step
     output_dir/checkpoint-000250/   state/ (orbax: adapters, optimizer, step), position.json (data and counters),
-                                    adapter_config.json + adapter_model.safetensors (PEFT's format)
+                                    adapter_config.json + adapter_model.safetensors (PEFT's format), a copy of run.json,
+                                    SHA256SUMS
 
-A checkpoint is written under a temporary name and renamed when complete: a directory called checkpoint-N is whole.
+A checkpoint is written under a temporary name and renamed when complete: a directory called checkpoint-N is whole. It
+is checked against its digests before it is read; one that fails is renamed to checkpoint-N.damaged.
 """
 
 import contextlib
 import dataclasses
 import gc
-import json
 import logging
 import os
 import re
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from qlora_jax import files
+from qlora_jax import files, json_text
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import OPTIMIZERS
 from qlora_jax.training.config import FREE_FLAGS, TrainConfig
@@ -32,6 +34,8 @@ from qlora_jax.training.step import TrainState
 
 RUN_FILE = "run.json"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+_DAMAGED = ".damaged"
+logger = logging.getLogger(__name__)
 _POSITION = "position.json"
 # Names that every run writes, and those that some runs write; run.json proves which are a run's own.
 _FILES = ("metrics.jsonl", "answers.json", "answers_before.json", "summary.json", "loss.png")
@@ -40,16 +44,6 @@ _DIRECTORIES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "tensorboard": lambda flags: flags.get("report_to") in ("tensorboard", "all"),
     "wandb": lambda flags: flags.get("report_to") in ("wandb", "all"),
 }
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; UserError names the file if it is not readable as such."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); delete {path.parent} or give another `output_dir`."
-        ) from error
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -89,6 +83,10 @@ def _saving(directory: Path) -> Iterator[None]:
         ) from error
 
 
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing or not as it was written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
     """The directory of one run; make it with `RunDirectory.open`.
@@ -125,18 +123,13 @@ class RunDirectory:
         flags, recorded = dataclasses.asdict(config), dict(facts or {})
         before = _read_record(directory.path)
         if directory.checkpoints():
-            changed = _differences(before, flags, identity)
-            if changed:
-                raise UserError(
-                    f"`output_dir={directory.path}` holds the checkpoints of another run ({'; '.join(changed)}); give "
-                    "another `output_dir`, the same settings to resume it, or `overwrite_output_dir` to delete it."
-                )
+            _refuse_other_run(directory.path, _changed_identity(before, identity))
             recorded |= before.get("facts", {})
         wrote = sorted(_own_directories(before) | _own_directories({"flags": flags}))
         record = {"flags": flags, "identity": dict(identity), "facts": recorded, "wrote": wrote}
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
-            files.write_json(directory.path / RUN_FILE, record)
+            files.write_checked_json(directory.path / RUN_FILE, record)
         except OSError as error:
             raise UserError(f"`output_dir={directory.path}` cannot be written: {error.strerror}.") from error
         for leftover in directory.path.glob(".checkpoint-*"):
@@ -150,6 +143,7 @@ class RunDirectory:
             return
         own = [self.checkpoint_path(step) for step in self.checkpoints()]
         own += self.path.glob(".checkpoint-*")
+        own += (entry for entry in self.path.glob(f"checkpoint-*{_DAMAGED}") if _CHECKPOINT.fullmatch(entry.stem))
         own += (self.path / name for name in (*sorted(_own_directories(record)), *_FILES, RUN_FILE))
         for entry in own:
             files.remove(entry)
@@ -167,6 +161,11 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file; it is whole or absent."""
         files.write_json(self.path / name, value)
+
+    def newest_intact(self) -> Path | None:
+        """Return the newest checkpoint whose files are as they were written; None if there is none."""
+        paths = map(self.checkpoint_path, reversed(self.checkpoints()))
+        return next((path for path in paths if files.damaged_file(path) is None), None)
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
@@ -193,7 +192,9 @@ class RunDirectory:
                 named = jax.device_put(_by_name(state), jax.local_devices(backend="cpu")[0])
                 ocp.save((temporary / "state").absolute(), named)
                 write_adapter(temporary)
-                files.write_json(temporary / _POSITION, {**position, "files": files.file_sizes(temporary)})
+                files.write_json(temporary / _POSITION, position)
+                shutil.copyfile(self.path / RUN_FILE, temporary / RUN_FILE)
+                files.write_checksums(temporary)
         for old in self.checkpoints()[: -self.save_total_limit]:
             # Renamed first: a checkpoint that is being deleted must not look complete.
             doomed = self.path / f".checkpoint-{old:06d}.old"
@@ -209,16 +210,13 @@ class RunDirectory:
             abstract: shapes, dtypes and structure of the state.
 
         Raises:
+            DamagedCheckpoint: a file is not as it was written.
             UserError: the checkpoint does not fit the state.
         """
         path = self.checkpoint_path(step)
-        position = read_json(path / _POSITION)
-        damaged = files.damaged_file(path, position.pop("files", {}))
-        if damaged is not None:
-            raise UserError(
-                f"{path} cannot be restored: its file {damaged} is missing or has another size than it was written "
-                "with; delete it to resume from the one before."
-            )
+        if damaged := files.damaged_file(path):
+            raise DamagedCheckpoint(f"{path} is damaged: its file {damaged} is missing or not as it was written.")
+        position = json_text.parse_json((path / _POSITION).read_bytes())
         # Whatever is trained on: the whole state need not fit on a device.
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         named = {
@@ -235,9 +233,36 @@ class RunDirectory:
         restored = [np.asarray(values[name]) for name in named]
         return jax.tree.unflatten(jax.tree.structure(abstract), restored), position
 
+    def restore_newest(self, abstract: TrainState, *, strict: bool = False) -> tuple[int, TrainState, dict[str, Any]]:
+        """Return step, state and position of the newest checkpoint that is intact; see `restore`.
+
+        Those that are damaged are renamed to checkpoint-N.damaged, and a warning says so.
+
+        Args:
+            abstract: shapes, dtypes and structure of the state.
+            strict: refuse a newest checkpoint that is damaged.
+
+        Raises:
+            UserError: with `strict`, the newest checkpoint is damaged; without, all are.
+        """
+        for step in reversed(self.checkpoints()):
+            try:
+                return step, *self.restore(step, abstract)
+            except DamagedCheckpoint as error:
+                if strict:
+                    raise UserError(f"{error} `strict_resume=False` resumes from the one before.") from error
+                path = self.checkpoint_path(step)
+                aside = path.with_name(path.name + _DAMAGED)
+                files.remove(aside)
+                os.replace(path, aside)
+                logger.warning("%s It is kept as %s, and the checkpoint before it is used.", error, aside.name)
+        raise UserError(
+            f"`output_dir={self.path}` holds no checkpoint that is intact; `overwrite_output_dir` begins anew."
+        )
+
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Refuse an `output_dir` in which a run of this configuration would overwrite what other programs wrote.
+    """Refuse an `output_dir` of another run, or one in which this run would overwrite what other programs wrote.
 
     Everything under the names that a run writes must be proven by its run.json to be a run's own.
 
@@ -263,10 +288,12 @@ def check_output_dir(config: TrainConfig) -> None:
             f"`output_dir={path}` holds {', '.join(foreign)}, not written by a run of this program, which would "
             "overwrite it; give another `output_dir`."
         )
+    if not config.overwrite_output_dir and any(map(_is_own, checkpoints)):
+        _refuse_other_run(path, _changed_flags(record, dataclasses.asdict(config)))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """Return a directory's run.json, or {} if there is none.
+    """Return a directory's run.json, or a checkpoint's copy where that is damaged; {} if there is none.
 
     Raises:
         UserError: a run.json that is damaged or another program's.
@@ -274,10 +301,17 @@ def _read_record(path: Path) -> dict[str, Any]:
     file = path / RUN_FILE
     if not os.path.lexists(file):
         return {}
-    record = read_json(file)
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("flags", "identity")):
-        raise UserError(f"{file} is not of a run of this program; give another `output_dir`.")
-    return record
+    try:
+        return files.read_checked_json(file)
+    except (OSError, ValueError) as error:
+        for copy in (checkpoint / RUN_FILE for checkpoint in reversed(_numbered(path))):
+            with contextlib.suppress(OSError, ValueError):
+                record = files.read_checked_json(copy)
+                logger.warning("%s is damaged (%s); its copy %s is used.", file, files.reason(error), copy)
+                return record
+        raise UserError(
+            f"{file} is damaged or not of a run of this program ({files.reason(error)}); give another `output_dir`."
+        ) from error
 
 
 def _numbered(path: Path) -> list[Path]:
@@ -287,7 +321,7 @@ def _numbered(path: Path) -> list[Path]:
 
 def _is_own(checkpoint: Path) -> bool:
     """Tell if a run of this program wrote a checkpoint: others number theirs in the same way."""
-    return (checkpoint / _POSITION).is_file()
+    return any((checkpoint / name).is_file() for name in (_POSITION, RUN_FILE))
 
 
 def _own_directories(record: Mapping[str, Any]) -> set[str]:
@@ -298,10 +332,19 @@ def _own_directories(record: Mapping[str, Any]) -> set[str]:
     return {name for name, writes in _DIRECTORIES.items() if writes(flags)} | set(record.get("wrote", ()))
 
 
-def _differences(before: Mapping[str, Any], flags: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
-    """Name what keeps a run from continuing the recorded one, a phrase each."""
-    flags_before, identity_before = before["flags"], before["identity"]
-    changed = [
+def _refuse_other_run(path: Path, changed: list[str]) -> None:
+    if changed:
+        raise UserError(
+            f"`output_dir={path}` holds the checkpoints of another run ({'; '.join(changed)}); give another "
+            "`output_dir`, the same settings to resume it, or `overwrite_output_dir` to delete it."
+        )
+
+
+def _changed_flags(before: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """Name the settings that keep a run from continuing the recorded one, a phrase each."""
+    # A field that is younger than the run had its default.
+    flags_before = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | before["flags"]
+    return [
         f"`{name}` was {flags_before.get(name)!r}, now {value!r}"
         for name, value in flags.items()
         if name not in FREE_FLAGS
@@ -309,10 +352,15 @@ def _differences(before: Mapping[str, Any], flags: Mapping[str, Any], identity: 
         and not _may_extend(name, flags_before)
         and not (name == "optim" and _same_rule(value, flags_before.get(name)))
     ]
-    return changed + [
-        f"{name} was {identity_before.get(name)!r}, now {value!r}"
+
+
+def _changed_identity(before: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Name what else does, a phrase each."""
+    recorded = before["identity"]
+    return [
+        f"{name} was {recorded.get(name)!r}, now {value!r}"
         for name, value in identity.items()
-        if identity_before.get(name) != value
+        if recorded.get(name) != value
     ]
 
 

@@ -1,7 +1,9 @@
 """State of a run when it begins or is resumed."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +13,11 @@ from qlora_jax import data, models
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.sharding import Devices
+from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
 from qlora_jax.training.run_directory import RunDirectory
+from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainState
 
 
@@ -63,12 +67,11 @@ def initial_state(config: TrainConfig, model: Model, optimizer: PagedOptimizer, 
 
 
 def restored_state(
-    directory: RunDirectory, optimizer: PagedOptimizer, batches: data.Batches, devices: Devices
+    config: TrainConfig, directory: RunDirectory, optimizer: PagedOptimizer, batches: data.Batches, devices: Devices
 ) -> RunState:
-    """Read the last checkpoint, and move `batches` to where it was."""
-    step = directory.checkpoints()[-1]
+    """Read the newest checkpoint that is intact, and move `batches` to where it was."""
     abstract = TrainState(*optimizer.abstract(), jax.ShapeDtypeStruct((), jnp.int32))
-    saved, where = directory.restore(step, abstract)
+    step, saved, where = directory.restore_newest(abstract, strict=config.strict_resume)
     lora, opt_state = optimizer.scatter(saved.lora, saved.opt_state, devices.shardings(abstract.lora))
     batches.restore(where["data"])
     return RunState(TrainState(lora, opt_state, jax.device_put(saved.step, devices.whole)), step, _counters(where))
@@ -78,8 +81,30 @@ def _counters(where: Mapping[str, Any]) -> Counters:
     return Counters(**{field.name: where[field.name] for field in dataclasses.fields(Counters)})
 
 
-def refuse_finished(config: TrainConfig, directory: RunDirectory, total_steps: int) -> None:
-    """Raise UserError if the run in the directory is finished, or longer than this one."""
+def check_free_space(config: TrainConfig, model_config: models.DecoderConfig) -> None:
+    """Refuse an `output_dir` on whose disk not even one checkpoint has room; no weights are read.
+
+    Raises:
+        UserError: names what is needed and what is there.
+    """
+    if not config.do_train:
+        return
+    lora = setup.find_adapters(config, model_config).config
+    trained = setup.declare_model(config, model_config, lora, jnp.float32).lora
+    # Adapters twice: in PEFT's format too.
+    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
+    needed += make_optimizer(config, 1, trained, dtype=jnp.float32).state_bytes
+    free = shutil.disk_usage(config.output_dir).free
+    if needed > free:
+        raise UserError(
+            f"a checkpoint takes {needed / 1e9:.2f} GB and the disk of `output_dir={config.output_dir}` has "
+            f"{free / 1e9:.2f} GB left; free some space or give another `output_dir`."
+        )
+
+
+def refuse_finished(config: TrainConfig, total_steps: int) -> None:
+    """Raise UserError if the run in `output_dir` is finished, or longer than this one."""
+    directory = RunDirectory(Path(config.output_dir))
     step = max(directory.checkpoints(), default=0)
     if step > total_steps or (step and step == total_steps and directory.summary_file.exists()):
         raise UserError(

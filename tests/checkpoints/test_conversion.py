@@ -212,7 +212,7 @@ def test_loaded_buffers_are_not_copied():
         pytest.skip("host memory is used in place on CPU only")
     address = stack._buffers[0].ctypes.data
     for layer in range(3):
-        stack.write(layer, np.full(5, layer, jnp.bfloat16))
+        stack.write(layer, stack.leaves(layer, np.full(5, layer, jnp.bfloat16)))
     value = stack.finish()
     assert value.unsafe_buffer_pointer() == address
     assert np.array_equal(np.asarray(value)[:, 0], [0, 1, 2])
@@ -222,11 +222,11 @@ def test_device_buffers_are_filled_in_place(monkeypatch: pytest.MonkeyPatch):
     # The path of accelerators, run on whatever there is.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     stack = loading._Stack(jax.ShapeDtypeStruct((3, 5), jnp.float32))
-    stack.write(0, np.zeros(5, np.float32))
-    stack.write(1, np.full((2, 5), 7, np.float32))
+    stack.write(0, stack.leaves(0, np.zeros(5, np.float32)))
+    stack.write(1, stack.leaves(1, np.full((2, 5), 7, np.float32)))
     assert np.array_equal(stack.finish(), [[0] * 5, [7] * 5, [7] * 5])
     single = loading._Stack(jax.ShapeDtypeStruct((2,), jnp.float32))
-    single.write(None, np.ones(2, np.float32))
+    single.write(None, [np.ones(2, np.float32)])
     assert np.array_equal(single.finish(), [1, 1])
 
 

@@ -1,5 +1,6 @@
 """Runs in this process that stop or die at chosen moments and are started again: the same bits as one left alone."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,6 @@ from fixtures.finetune_helpers import (
     only_error,
     read_metrics,
     resumable_flags,
-    run_child,
     run_in_process,
     without_timings,
 )
@@ -175,6 +175,22 @@ def test_stopped_where_an_evaluation_is_due(place, inside, monkeypatch, compiled
         assert not [path for path in (place / name).glob("checkpoint-*") if int(path.name[-6:]) % 2]
 
 
+@contextlib.contextmanager
+def stopped_by_signal(step):
+    """Send SIGTERM to the run as it begins a step."""
+    real, begun = trainer.Trainer._place, []
+
+    def stop(self, batch):
+        begun.append(batch)
+        if len(begun) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_place", stop)
+        yield
+
+
 def test_ctrl_c_twice_saves_nothing_and_the_run_can_be_resumed(place, inside, monkeypatch, compiled_once, capsys):
     real, steps = trainer.Trainer._place, []
 
@@ -299,22 +315,54 @@ def test_out_of_memory_is_told_once_and_the_checkpoint_kept(place, inside, monke
     assert_same_run(output, inside)
 
 
-def test_a_damaged_checkpoint_is_named(place, compiled_once):
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_resumed(place, inside, compiled_once, capsys):
     output = place / "damaged"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetuning, "plot_losses", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run_in_process(resumable_flags(place, output.name, INSIDE))
     state = output / "checkpoint-000006" / "state"
-    for file in state.rglob("*"):
-        if file.is_file() and file.parent.name == "d":
-            file.write_bytes(b"")
-    # In a process of its own: left to itself, tensorstore writes pages about it.
-    status, _, err = run_child(resumable_flags(place, output.name, INSIDE))
-    assert status == 1
-    message = only_error(err)
-    assert message.startswith(f"{output / 'checkpoint-000006'} cannot be restored: its file state/")
-    assert message.endswith("; delete it to resume from the one before.")
-    shutil.rmtree(output / "checkpoint-000006")
+    file = next(file for file in state.rglob("*") if file.is_file() and file.parent.name == "d")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 8
+    file.write_bytes(content)
+    damaged = f"{output / 'checkpoint-000006'} is damaged: its file {file.relative_to(state.parent)} is missing or not"
+    capsys.readouterr()
+    assert run_in_process([*resumable_flags(place, output.name, INSIDE), "--strict_resume"]) == 1
+    assert f"error: {damaged} as it was written. --strict_resume False resumes" in capsys.readouterr().err
     assert run_in_process(resumable_flags(place, output.name, INSIDE)) == 0
-    assert [line["step"] for line in read_metrics(output) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    out, err = capsys.readouterr()
+    assert f"{damaged} as it was written. It is kept as checkpoint-000006.damaged, and the checkpoint before" in err
+    assert f"resuming {output} after step 4 of 6" in out
+    shutil.rmtree(output / "checkpoint-000006.damaged")
+    assert_same_run(output, inside)
+
+
+@pytest.mark.parametrize("changed", ["base weights", "tokenizer", "data"])
+def test_another_base_tokenizer_or_data_under_the_same_name_is_refused(place, inside, compiled_once, capsys, changed):
+    """Each is found by its contents, before a step is done."""
+    output = place / f"swapped {changed}"
+    with stopped_by_signal(3):
+        assert run_in_process(resumable_flags(place, output.name, INSIDE)) == 75
+    files = {"base weights": "model/model.safetensors", "tokenizer": "model/tokenizer.json", "data": "rows.jsonl"}
+    file = place / files[changed]
+    before = file.read_bytes()
+    try:
+        if changed == "base weights":
+            content = bytearray(before)
+            content[-2] ^= 64  # an exponent
+            file.write_bytes(content)
+        elif changed == "tokenizer":
+            value = json.loads(before)
+            value["added_tokens"][0]["rstrip"] = True
+            file.write_text(json.dumps(value))
+        else:
+            file.write_bytes(before.replace(b"a", b"b"))
+        capsys.readouterr()
+        assert run_in_process(resumable_flags(place, output.name, INSIDE)) == 1
+        err = capsys.readouterr().err
+        assert f"holds the checkpoints of another run ({changed} was " in err
+    finally:
+        file.write_bytes(before)
+    assert run_in_process(resumable_flags(place, output.name, INSIDE)) == 0
+    assert_same_run(output, inside)

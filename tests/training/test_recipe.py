@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import signal
 import warnings
 
 import fixtures.finetune_helpers as helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.data import TOKEN_FIELDS, Field
 from qlora_jax.errors import UserError
+from qlora_jax.files import read_checked_json, write_checked_json
 from qlora_jax.training import datasets, setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import NEXT_TOKEN, Sums
@@ -89,21 +90,24 @@ def pinned_choices(monkeypatch):
     return found
 
 
-def test_a_resumed_run_keeps_the_kernels_and_facts_it_began_with(place, first, monkeypatch):
-    record = json.loads((place / "run" / "run.json").read_text())
+def test_a_resumed_run_keeps_the_kernels_and_facts_it_began_with(place, first, monkeypatch, caplog):
+    file = place / "run" / "run.json"
+    record = read_checked_json(file)
     recorded = record["facts"]["kernels"]
     # Of training and evaluation: rows of 2 x 128 tokens, forward and backward.
     assert {choice["m"] for choice in recorded} == {256}
     assert {choice["implementation"] for choice in recorded} == {"xla"}
-    assert record["facts"]["versions"].keys() == {"jax", "jaxlib", "qlora-jax"}
+    assert record["facts"]["environment"].keys() == {"jax", "jaxlib", "qlora-jax", "device"}
     # What another file of timings would have chosen then.
     recorded[0]["implementation"] = "unfused"
-    record["facts"]["versions"]["jax"] = "0.0"
-    (place / "run" / "run.json").write_text(json.dumps(record))
+    record["facts"]["environment"]["jax"] = "0.0"
+    write_checked_json(file, record)
     found = pinned_choices(monkeypatch)
     assert finetuning.finetune(config(place, "run", max_steps=3)).summary["steps"] == 3
     assert found == [recorded]
-    assert json.loads((place / "run" / "run.json").read_text())["facts"] == record["facts"]
+    assert read_checked_json(file)["facts"] == record["facts"]
+    warned = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    assert warned == [f"this run began with jax 0.0 and goes on with {jax.__version__}: bits of its results may differ"]
     # A new run resolves its own.
     finetuning.finetune(config(place, "new", max_steps=1, do_eval=False, eval_dataset_size=None))
     assert {choice["implementation"] for choice in found[1]} == {"xla"}
@@ -113,9 +117,9 @@ def test_choices_that_were_not_recorded_are_resolved_on_resume(place, monkeypatc
     """As in runs of earlier versions."""
     changes = {"do_eval": False, "eval_dataset_size": None}
     finetuning.finetune(config(place, "earlier", max_steps=1, **changes))
-    record = json.loads((place / "earlier" / "run.json").read_text())
+    record = read_checked_json(place / "earlier" / "run.json")
     del record["facts"], record["wrote"]
-    (place / "earlier" / "run.json").write_text(json.dumps(record))
+    write_checked_json(place / "earlier" / "run.json", record)
     found = pinned_choices(monkeypatch)
     assert finetuning.finetune(config(place, "earlier", max_steps=2, **changes)).summary["steps"] == 2
     assert {choice["m"] for choice in found[0]} == {256}

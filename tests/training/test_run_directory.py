@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import warnings
 
 import jax
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax import files
 from qlora_jax.errors import UserError
-from qlora_jax.files import write_json
+from qlora_jax.files import read_checked_json, write_checked_json, write_json
 from qlora_jax.training import run_directory
 from qlora_jax.training.config import FREE_FLAGS, TrainConfig
-from qlora_jax.training.run_directory import RunDirectory, check_output_dir, read_json
+from qlora_jax.training.run_directory import RunDirectory, check_output_dir
 from qlora_jax.training.step import TrainState
 
 IDENTITY = {"data": "abc", "devices": 1}
@@ -66,7 +68,9 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path):
     assert run.checkpoints() == []
     path = save(run, 7)
     assert path == tmp_path / "run" / "checkpoint-000007"
-    assert sorted(entry.name for entry in path.iterdir()) == ["adapter_config.json", "position.json", "state"]
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        "SHA256SUMS", "adapter_config.json", "position.json", "run.json", "state",
+    ]  # fmt: skip
     check(open_run(tmp_path), 7)
     # A step that is saved already is left as it is.
     before = path.stat().st_mtime_ns
@@ -289,7 +293,7 @@ HUGGING_FACE = ("checkpoint-500", "adapter", "wandb", "trainer_state.json")
         (("adapter",), "holds adapter, not written"),
         (("metrics.jsonl",), "holds metrics.jsonl, not written"),
         (("tensorboard",), "holds tensorboard, not written"),
-        (("run.json",), "run.json cannot be read"),
+        (("run.json",), r"run\.json is damaged or not of a run of this program"),
     ],
 )
 def test_what_other_programs_wrote_is_neither_deleted_nor_overwritten(tmp_path, names, said, overwrite):
@@ -344,10 +348,10 @@ def test_a_record_without_the_list_of_what_was_written(tmp_path):
     """As earlier versions wrote it: the settings say which directories were the run's."""
     run = open_run(tmp_path, report_to="wandb")
     save(run, 1)
-    record = read_json(run.path / "run.json")
+    record = read_checked_json(run.path / "run.json")
     for key in ("wrote", "facts"):
         del record[key]
-    write_json(run.path / "run.json", record)
+    write_checked_json(run.path / "run.json", record)
     (run.path / "wandb").mkdir()
     assert open_run(tmp_path, report_to="wandb").checkpoints() == [1]
     open_run(tmp_path, report_to="wandb", overwrite_output_dir=True)
@@ -373,7 +377,7 @@ def test_facts_are_those_of_the_beginning(tmp_path):
     save(open_run(tmp_path), 1)
     save(RunDirectory.open(config_for(tmp_path), IDENTITY, {"kernels": "unfused"}), 2)
     assert facts("xla") == {"kernels": "unfused"}
-    assert read_json(tmp_path / "run" / "run.json")["facts"] == {"kernels": "unfused"}
+    assert read_checked_json(tmp_path / "run" / "run.json")["facts"] == {"kernels": "unfused"}
     assert facts("xla", overwrite_output_dir=True) == {"kernels": "xla"}
 
 
@@ -397,7 +401,7 @@ def test_nothing_is_left_changed_in_the_process(tmp_path, monkeypatch):
     assert process_wide() == before
     remove_state(run.checkpoint_path(1))
     (run.checkpoint_path(1) / "state").mkdir()
-    write_json(run.checkpoint_path(1) / "position.json", {})
+    files.write_checksums(run.checkpoint_path(1))
     with pytest.raises(UserError, match="cannot be restored"):
         run.restore(1, jax.eval_shape(lambda: state_at(0)))
     assert process_wide() == before
@@ -405,14 +409,82 @@ def test_nothing_is_left_changed_in_the_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"flags": {}}'])
-def test_a_damaged_record(tmp_path, content):
+def test_a_damaged_record(tmp_path, caplog, content):
+    """A checkpoint's copy takes its place; without one nothing says whose the directory is."""
     run = open_run(tmp_path)
     save(run, 1)
+    record = (run.path / "run.json").read_bytes()
     (run.path / "run.json").write_bytes(content)
-    with pytest.raises(UserError) as error:
+    assert open_run(tmp_path).checkpoints() == [1]
+    assert "run.json is damaged" in caplog.text and "its copy" in caplog.text
+    assert (run.path / "run.json").read_bytes() == record
+    (run.path / "run.json").write_bytes(content)
+    (run.path / "checkpoint-000001" / "run.json").unlink()
+    with pytest.raises(UserError, match=r"run\.json is damaged or not of a run of this program"):
         open_run(tmp_path)
-    assert str(run.path) in str(error.value)
     assert run.checkpoints() == [1]
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    """One in each of 300 places of a checkpoint, SHA256SUMS included, and 300 of run.json."""
+    run = open_run(tmp_path)
+    path = save(run, 1)
+    places = [(file, bit) for file in path.rglob("*") if file.is_file() for bit in range(8 * file.stat().st_size)]
+    rng = np.random.default_rng(0)
+    for file, bit in (places[i] for i in rng.choice(len(places), 300, replace=False)):
+        whole = file.read_bytes()
+        file.write_bytes(flipped(whole, bit))
+        assert files.damaged_file(path) is not None, (file, bit)
+        file.write_bytes(whole)
+    record = run.path / "run.json"
+    whole, value = record.read_bytes(), read_checked_json(record)
+    for bit in rng.choice(8 * len(whole), 300, replace=False):
+        record.write_bytes(flipped(whole, int(bit)))
+        try:
+            assert read_checked_json(record) == value
+        except ValueError:
+            continue
+    record.write_bytes(whole)
+    check(run, 1)
+
+
+def flipped(content, bit):
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_sha256sum_reads_the_digests(tmp_path):
+    path = save(open_run(tmp_path), 1)
+    done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 4
+
+
+def test_the_newest_intact_checkpoint_is_resumed_and_the_others_are_kept_aside(tmp_path, caplog):
+    run = open_run(tmp_path)
+    abstract = jax.eval_shape(lambda: state_at(0))
+    for step in (1, 2, 3):
+        save(run, step)
+    truncate(run.checkpoint_path(3))
+    assert run.newest_intact() == run.checkpoint_path(2)
+    with pytest.raises(UserError, match=r"checkpoint-000003 is damaged: its file state/.* `strict_resume=False`"):
+        run.restore_newest(abstract, strict=True)
+    assert run.checkpoints() == [1, 2, 3]
+    remove_position(run.checkpoint_path(2))
+    step, state, position = run.restore_newest(abstract)
+    assert (step, position["tokens"], run.checkpoints()) == (1, 10, [1])
+    assert bytes(np.asarray(state.lora["a"])) == bytes(np.asarray(state_at(1).lora["a"]))
+    assert "checkpoint-000003 is damaged: its file state/" in caplog.text
+    assert "its file position.json is missing" in caplog.text
+    assert "It is kept as checkpoint-000002.damaged" in caplog.text
+    truncate(run.checkpoint_path(1))
+    with pytest.raises(UserError, match="no checkpoint that is intact"):
+        run.restore_newest(abstract)
+    assert run.newest_intact() is None
+    # They are the run's own.
+    open_run(tmp_path, overwrite_output_dir=True)
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]
 
 
 def test_damaged_checkpoints(tmp_path):
@@ -453,10 +525,9 @@ def break_position(path):
 def test_json_is_whole_or_absent(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
     write_json(file, {"x": [1, None, "é"]})
-    assert read_json(file) == {"x": [1, None, "é"]}
     assert json.loads(file.read_text()) == {"x": [1, None, "é"]}
     with monkeypatch.context() as patch:
         patch.setattr(run_directory.os, "replace", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             write_json(file, {"x": 2})
-    assert read_json(file) == {"x": [1, None, "é"]}
+    assert json.loads(file.read_text()) == {"x": [1, None, "é"]}
