@@ -75,6 +75,7 @@ def finetune(config: TrainConfig) -> Result:
             datasets = load_datasets(config, tokenizer)
         for report in datasets.reports:
             logger.info("%s", report)
+        refuse_finished(config, datasets.total_steps)
 
         # Model: the frozen base on the devices, and the shapes of what is trained.
         devices = setup.make_devices(config)
@@ -85,7 +86,6 @@ def finetune(config: TrainConfig) -> Result:
         rows = product_rows(config, datasets)
         facts = {"kernels": kernels.choices_to_json(kernel_choices(config, model, rows)), "environment": environment()}
         directory = RunDirectory.open(config, _identity(config, model, tokenizer, datasets), facts)
-        refuse_finished(config, datasets.total_steps)
         stack.enter_context(kernels.pinned(kernels.choices_from_json(directory.facts["kernels"])))
         for line in kernels.describe(kernel_choices(config, model, rows[:1])):
             logger.info("%s", line)

@@ -105,7 +105,7 @@ def check_free_space(config: TrainConfig, model_config: models.DecoderConfig) ->
 def refuse_finished(config: TrainConfig, total_steps: int) -> None:
     """Raise UserError if the run in `output_dir` is finished, or longer than this one."""
     directory = RunDirectory(Path(config.output_dir))
-    step = max(directory.checkpoints(), default=0)
+    step = 0 if config.overwrite_output_dir else max(directory.checkpoints(), default=0)
     if step > total_steps or (step and step == total_steps and directory.summary_file.exists()):
         raise UserError(
             f"`output_dir={config.output_dir}` holds a finished run of {step} steps; give another `output_dir`, or "
