@@ -24,10 +24,11 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import Datasets, load_datasets, longest_batch
 from qlora_jax.training.failures import advised_out_of_memory
 from qlora_jax.training.idle_fields import changed_fields, idle_notes
+from qlora_jax.training.inputs import input_files
 from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
 from qlora_jax.training.progress import announced
 from qlora_jax.training.reporting import MetricsLog, plot_losses, read_metrics
-from qlora_jax.training.run_directory import RunDirectory, check_output_dir
+from qlora_jax.training.run_directory import RunDirectory, check_identity, check_output_dir
 from qlora_jax.training.run_identity import changed_environment, environment
 from qlora_jax.training.run_state import check_free_space, initial_state, refuse_finished, restored_state
 from qlora_jax.training.summary import summarize
@@ -75,6 +76,8 @@ def finetune(config: TrainConfig) -> Result:
             datasets = load_datasets(config, tokenizer)
         for report in datasets.reports:
             logger.info("%s", report)
+        identity = _data_identity(datasets, tokenizer)
+        check_identity(config, identity)
         refuse_finished(config, datasets.total_steps)
 
         # Model: the frozen base on the devices, and the shapes of what is trained.
@@ -84,8 +87,12 @@ def finetune(config: TrainConfig) -> Result:
 
         # Run directory: of a new run, or of one to resume, which keeps the kernels it began with.
         rows = product_rows(config, datasets)
-        facts = {"kernels": kernels.choices_to_json(kernel_choices(config, model, rows)), "environment": environment()}
-        directory = RunDirectory.open(config, _identity(config, model, tokenizer, datasets), facts)
+        facts = {
+            "kernels": kernels.choices_to_json(kernel_choices(config, model, rows)),
+            "environment": environment(),
+            "inputs": input_files(config),
+        }
+        directory = RunDirectory.open(config, identity | _model_identity(config, model), facts)
         stack.enter_context(kernels.pinned(kernels.choices_from_json(directory.facts["kernels"])))
         for line in kernels.describe(kernel_choices(config, model, rows[:1])):
             logger.info("%s", line)
@@ -131,12 +138,15 @@ def finetune(config: TrainConfig) -> Result:
         return Result(summary, answers, interrupted=False)
 
 
-def _identity(config: TrainConfig, model: Model, tokenizer: Any, datasets: Datasets) -> dict[str, Any]:
-    """Return what a resumed run must share with the one before, beside its configuration."""
+def _data_identity(datasets: Datasets, tokenizer: Any) -> dict[str, Any]:
+    """Return what a resumed run must share with the one before, beside its configuration and its model."""
+    return {"tokenizer": tokenizer_digest(tokenizer), "data": datasets.train.fingerprint}
+
+
+def _model_identity(config: TrainConfig, model: Model) -> dict[str, Any]:
+    """Return what it must share of the model."""
     return {
         "base weights": model.base.digest,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "data": datasets.train.fingerprint,
         "compute_dtype": jnp.dtype(setup.compute_dtype(config)).name,
         "devices": jax.device_count(),
         "adapters": [model.adapters.rank, model.adapters.alpha, *model.adapters.modules],

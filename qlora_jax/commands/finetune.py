@@ -25,6 +25,7 @@ from qlora_jax.environment import multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, check_idle, idle_fields, idle_notes
+from qlora_jax.training.inputs import input_files
 from qlora_jax.training.signals import StoppedAtOnce
 
 DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
@@ -265,20 +266,21 @@ def train(config: TrainConfig, prog: str) -> int:
 def finished_steps(config: TrainConfig) -> int | None:
     """Return the steps of the finished run of exactly this configuration in `output_dir`; None if there is none.
 
-    It reads what the run wrote and loads neither JAX nor the model nor the data, so that data which changed under the
-    same name is not noticed. Whatever cannot be read is no finished run here: the run itself says what is wrong.
+    It reads what the run wrote and loads neither JAX nor the model nor the data, which are told by size and time of
+    their files. Whatever cannot be read is no finished run here: the run itself says what is wrong.
     """
     directory = Path(config.output_dir)
     if config.overwrite_output_dir or not config.do_train or not (directory / "adapter").is_dir():
         return None
     try:
-        flags = json.loads((directory / "run.json").read_text(encoding="utf-8"))["flags"]
+        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        flags, inputs = record["flags"], record["facts"]["inputs"]
         steps = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["steps"]
         # A flag that is younger than the run had its default.
         same = all(flags.get(name, default) == value for name, value, default in _values(config))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return steps if same and isinstance(steps, int) else None
+    return steps if same and inputs == input_files(config) and isinstance(steps, int) else None
 
 
 def _values(config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -292,6 +292,17 @@ def check_output_dir(config: TrainConfig) -> None:
         _refuse_other_run(path, _changed_flags(record, dataclasses.asdict(config)))
 
 
+def check_identity(config: TrainConfig, identity: Mapping[str, Any]) -> None:
+    """Refuse an `output_dir` whose run has another identity in any of these respects; see `RunDirectory.open`.
+
+    Raises:
+        UserError: names what differs.
+    """
+    path = Path(config.output_dir)
+    if not config.overwrite_output_dir and any(map(_is_own, _numbered(path))):
+        _refuse_other_run(path, _changed_identity(_read_record(path), identity))
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     """Return a directory's run.json, or a checkpoint's copy where that is damaged; {} if there is none.
 
