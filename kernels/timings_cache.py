@@ -18,6 +18,7 @@ _FORMAT = "qlora-jax kernel timings 1"
 # The roofline model knows more about a product farther than this from every timed one; in factors of two of M, N and K
 # together.
 _REACH = 4.0
+_MOST_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +112,12 @@ def save(title: str, measured: Iterable[Timing]) -> Path:
 @functools.lru_cache(maxsize=4)
 def _read(file: Path, modified: int, size: int) -> dict[str, tuple[Timing, ...]]:
     """Timings by the GPU's title; `modified` and `size` make a changed file another entry of the cache."""
-    del modified, size
+    del modified
+    if size > _MOST_BYTES:
+        raise _unusable(file, f"it has more than {_MOST_BYTES} bytes")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise _unusable(file, str(error)) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise _unusable(file, f'its "format" is not {_FORMAT!r}')
@@ -138,7 +141,8 @@ def _timing(entry: dict[str, Any]) -> Timing:
     implementation = "unfused" if entry["implementation"] == "dequantize" else entry["implementation"]
     timing = Timing(product, implementation, entry["seconds"])
     sizes, known = (product.m, product.n, product.k), implementation in ("fused", "unfused")
-    if not (known and all(isinstance(size, int) and size > 0 for size in sizes) and 0 < timing.seconds < math.inf):
+    known = known and type(product.transposed) is bool
+    if not (known and all(type(size) is int and 0 < size < 2**31 for size in sizes) and 0 < timing.seconds < math.inf):
         raise ValueError(f"{entry}")
     return timing
 

@@ -12,7 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.checkpoints.model_files import COMPANION_FILES, DOWNLOAD_AGAIN, pickle_refusal, read_json_object
+from qlora_jax.checkpoints.model_files import (
+    COMPANION_FILES,
+    DOWNLOAD_AGAIN,
+    is_inside,
+    pickle_refusal,
+    read_json_object,
+)
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
@@ -160,8 +166,10 @@ def _hub_cache(name: str, weights: bool = True) -> Path | None:
     # Other programs may have cached the tokenizer alone, or been interrupted.
     needed = {"config.json", *([_WEIGHTS] if weights else [])}
     if weights and (directory / _INDEX).is_file():
-        shards = read_json_object(directory / _INDEX, "download the model again").get("weight_map", {})
-        needed = {"config.json", *shards.values()}
+        shards = read_json_object(directory / _INDEX, "download the model again").get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            return None
+        needed = {"config.json", *filter(is_inside, shards.values())}
     if not (directory / "tokenizer.json").is_file():
         needed.add("tokenizer.model")
     return directory if all((directory / file).is_file() for file in needed) else None

@@ -82,7 +82,7 @@ def load_tokenizer(path: str | Path) -> "transformers.PreTrainedTokenizerFast":
         tokenizer = tokenizer_from_gguf(read_metadata(path), path)
     else:
         tokenizer = _from_directory(path)
-    if tokenizer.eos_token_id is None:
+    if not isinstance(tokenizer.eos_token_id, int):
         where = "tokenizer.ggml.eos_token_id" if path.is_file() else "eos_token in tokenizer_config.json"
         raise UserError(f"the tokenizer of {path} has no end-of-sequence token; set {where}.")
     return tokenizer
@@ -198,6 +198,7 @@ def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     try:
         # Unless told not to, transformers asks on the terminal if it may run the model's own code.
         tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # some fields of a wrong type are found when they are used
     except Exception as error:  # transformers and tokenizers raise many types, some of them bare Exception
         raise UserError(
             f"{path} has no tokenizer that can be read ({reason(error)}); add its tokenizer.json."

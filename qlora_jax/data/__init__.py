@@ -12,7 +12,7 @@ from qlora_jax.data.batching import (
 from qlora_jax.data.demo import default_prompts, follows_style
 from qlora_jax.data.formats import FORMATS
 from qlora_jax.data.loading import HUB_NAMES, Rows, evaluated_split, load_rows, split_names, split_rows
-from qlora_jax.data.tokenization import IGNORED, DataReport, Example, encode_prompt, tokenize_rows
+from qlora_jax.data.tokenization import IGNORED, DataReport, Example, check_tokens, encode_prompt, tokenize_rows
 
 __all__ = [
     "FORMATS",
@@ -27,6 +27,7 @@ __all__ = [
     "Rows",
     "abstract_batch",
     "bucket_lengths",
+    "check_tokens",
     "default_prompts",
     "encode_prompt",
     "evaluated_split",

@@ -1,5 +1,6 @@
 """Rows to token ids and labels, with a count of what is trained, masked and cut."""
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,6 +226,17 @@ def encode_prompt(prompt: str, *, tokenizer: Tokenizer, dataset_format: str) -> 
         text = prompt_text(prompt, dataset_format)
         start = _bos(tokenizer)
     return np.array([*start, *next(_encode(tokenizer, [text])).ids], np.int32)
+
+
+def check_tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocabulary: int, position: str) -> None:
+    """Raise `UserError`, which names position and token, if one is not below the model's `vocab_size`."""
+    largest = int(np.max(ids, initial=0))
+    if largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{position}: token {largest} ({reprlib.repr(token)}) is beyond the model's vocab_size {vocabulary}; the "
+            f"tokenizer is that of another model, or tokens were added to it."
+        )
 
 
 def _read_rows(

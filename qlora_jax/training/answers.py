@@ -63,6 +63,8 @@ class Questionnaire:
             data.encode_prompt(prompt, tokenizer=tokenizer, dataset_format=self.dataset_format).tolist()
             for prompt in self.prompts
         ]
+        for prompt, ids in zip(self.prompts, encoded, strict=True):
+            data.check_tokens(ids, tokenizer, self.model.base.config.vocab_size, f"prompt {prompt!r}")
         stop = self.model.base.config.eos_token_ids
         with announced(f"answering {len(encoded)} prompts"):
             tokens = generate(

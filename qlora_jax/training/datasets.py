@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from qlora_jax import data
+from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import objective_of
@@ -33,7 +34,16 @@ class Datasets:
 
 
 def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
-    """Read, split, tokenise and batch the data of a run."""
+    """Read, split, tokenise and batch the data of a run.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model; one that was loaded from a path is checked against the config.json there.
+
+    Raises:
+        UserError: data that cannot be used, or a token that the model has no embedding for.
+    """
+    vocabulary = resolve_config(tokenizer.name_or_path).vocab_size if tokenizer.name_or_path else None
     objective = objective_of(config)
     mode = "packing" if config.packing else "group_by_length" if config.group_by_length else "plain"
     batching: dict[str, Any] = {
@@ -45,6 +55,7 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
 
     rows, held_out, notes = _load_rows(config)
     examples, report = objective.examples(rows, tokenizer, config)
+    _check_tokens(examples, tokenizer, vocabulary)
     reports = [*notes, str(report)]
     rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
     train = data.Batches(examples, batch_size=rows_a_step, seed=config.seed, **batching)
@@ -52,10 +63,20 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
     evaluation: list[data.Batch] = []
     if held_out is not None and len(held_out):
         eval_examples, eval_report = objective.examples(held_out, tokenizer, config)
+        _check_tokens(eval_examples, tokenizer, vocabulary)
         reports.append(str(eval_report))
         eval_rows = config.per_device_eval_batch_size * jax.device_count()
         evaluation = data.evaluation_batches(eval_examples, batch_size=eval_rows, **batching)
     return Datasets(train, evaluation, _total_steps(config, train), report.dataset_format, tuple(reports))
+
+
+def _check_tokens(examples: Sequence[data.Example], tokenizer: Any, vocabulary: int | None) -> None:
+    """Refuse tokens beyond the model's vocabulary, whose embeddings would be NaN."""
+    if vocabulary is None:
+        return
+    data.check_tokens([tokenizer.pad_token_id], tokenizer, vocabulary, "padding")
+    for example in examples:
+        data.check_tokens(example.input_ids, tokenizer, vocabulary, example.example_id)
 
 
 def _load_rows(config: TrainConfig) -> tuple[data.Rows, data.Rows | None, list[str]]:

@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
-from fixtures.checkpoint_helpers import LLAMA, random_tensors, write_gguf, write_hf
+from fixtures.checkpoint_helpers import random_tensors, write_gguf, write_hf
+from fixtures.tiny_configs import BIASED_LLAMA
 from fixtures.tiny_model import GOLDEN
 from fuzz.mutations import mutated_bytes, mutated_json, run_cases, writer
 
@@ -23,7 +24,7 @@ from qlora_jax.checkpoints.streaming import check_source
 pytestmark = pytest.mark.fuzz
 
 TINY = {
-    **LLAMA, "vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    **BIASED_LLAMA, "vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "attention_bias": False,
 }  # fmt: skip
 

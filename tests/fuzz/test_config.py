@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from fixtures import families, tiny_model
+from fixtures import families
+from fixtures.tiny_configs import LLAMA
 from fuzz.mutations import mutated_json, run_cases, writer
 
 from qlora_jax.checkpoints.hub import resolve_config
@@ -11,16 +12,16 @@ from qlora_jax.models import base_tensors
 
 pytestmark = pytest.mark.fuzz
 
-CONFIGS = {"llama": tiny_model.CONFIG} | {
+CONFIGS = {"llama": LLAMA} | {
     name: families.CASES[name]["config"] for name in ("qwen2_sliding", "qwen3", "gemma3", "gemma3_conditional")
 }
 YARN = {
     "rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.7,
     "original_max_position_embeddings": 32, "rope_theta": 1e4,
 }  # fmt: skip
-CONFIGS["yarn"] = {**tiny_model.CONFIG, "rope_parameters": YARN}
+CONFIGS["yarn"] = {**LLAMA, "rope_parameters": YARN}
 CONFIGS["llama3"] = {
-    **tiny_model.CONFIG,
+    **LLAMA,
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
 READ = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")

@@ -132,6 +132,7 @@ def test_the_nearest_timed_shape_counts():
     [
         ("{", "cannot be used: Expecting property name"),
         ("[]", '"format" is not'),
+        ("[" * 100_000, "cannot be used: maximum recursion depth"),
         ('{"format": "other"}', '"format" is not'),
         (json.dumps({"format": "qlora-jax kernel timings 1"}), "an entry is not a timing"),
         (json.dumps({"format": "qlora-jax kernel timings 1", "chips": {"x": [{"m": 1}]}}), "an entry is not a timing"),

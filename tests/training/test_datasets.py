@@ -1,10 +1,13 @@
 """Which rows a run trains on and which it evaluates on."""
 
+import json
 import math
 
 import pytest
 from fixtures.finetune_helpers import make_rows, make_tokenizer, write_jsonl
+from fixtures.tiny_configs import LLAMA
 
+from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import load_datasets
@@ -98,3 +101,23 @@ def test_another_data_set_is_evaluated_on_its_test_split(directory, tokenizer, t
 def test_splits_without_an_effect_are_refused(fields, message):
     with pytest.raises(UserError, match=f"^{message}"):
         TrainConfig(dataset="x", **fields)
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_named(tmp_path, directory):
+    model = tmp_path / "model"
+    make_tokenizer().save_pretrained(model)
+    tokenizer = load_tokenizer(model)
+    config = TrainConfig(dataset=str(directory), gradient_accumulation_steps=1)
+    pad = tokenizer.pad_token_id
+    for size, message in (
+        (
+            pad,
+            f"^padding: token {pad} .* is beyond the model's vocab_size {pad}; the tokenizer is that of another model",
+        ),
+        (pad + 1, rf"^train\.jsonl line \d+: token \d+ \(.*\) is beyond the model's vocab_size {pad + 1};"),
+    ):
+        (model / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": size}))
+        with pytest.raises(UserError, match=message):
+            load_datasets(config, tokenizer)
+    (model / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": len(tokenizer)}))
+    assert load_datasets(config, tokenizer).evaluation
