@@ -1,6 +1,5 @@
 """Files that a run reads, told apart by size and time: cheap to ask for, before anything is loaded."""
 
-
 from qlora_jax.files import user_path
 from qlora_jax.training.config import TrainConfig
 

@@ -1,5 +1,6 @@
 """Seeded mutations of files, and the loop that reads the mutants."""
 
+import copy
 import json
 import random
 import time
@@ -48,12 +49,12 @@ def _mutate_value(document: Any, rng: random.Random) -> None:
     elif action < 0.25 and isinstance(holder[key], int | float):
         holder[key] = rng.choice((holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 2, str(holder[key])))
     elif action < 0.3 and isinstance(holder, list):
-        holder.insert(key, rng.choice(holder))
+        holder.insert(key, copy.deepcopy(rng.choice(holder)))
     elif action < 0.4:
         other, key_of_other = rng.choice(places)
-        holder[key] = json.loads(json.dumps(other[key_of_other])) if key_of_other in _keys(other) else None
+        holder[key] = copy.deepcopy(other[key_of_other]) if key_of_other in _keys(other) else None
     else:
-        holder[key] = rng.choice(_STRANGE)
+        holder[key] = copy.deepcopy(rng.choice(_STRANGE))  # later mutations change what is in the document
 
 
 def _holders(document: Any) -> list[Any]:

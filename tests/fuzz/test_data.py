@@ -1,6 +1,7 @@
 """Mutated data files, prompts, chat templates, tokenizers, and the file of kernel timings."""
 
 import csv
+import functools
 import io
 import json
 
@@ -69,7 +70,8 @@ def test_json(cases, tmp_path):
     )
 
 
-def test_csv(cases, tmp_path):
+def test_csv(cases, tmp_path, request):
+    request.addfinalizer(functools.partial(csv.field_size_limit, csv.field_size_limit(2**31 - 1)))
     file = tmp_path / "rows.csv"
     text = io.StringIO()
     table = csv.DictWriter(text, ["input", "output"])
