@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.environment import user_cache
 from qlora_jax.errors import UserError
 from qlora_jax.files import write_json
 from qlora_jax.kernels.product import Product
@@ -40,7 +41,7 @@ def path() -> Path:
     """Return the file: the one QLORA_JAX_TUNING names, else kernels.json in the user's cache directory."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax" / "kernels.json"
+    return user_cache() / "kernels.json"
 
 
 def timings(title: str) -> tuple[Timing, ...]:

@@ -11,6 +11,8 @@ from types import ModuleType
 
 from qlora_jax.device_memory import CONTEXT_BYTES, PINNED_LIMIT_VARIABLE, RESERVE_FRACTION, pinned_share
 
+_KEPT_PROGRAMS_BYTES = 2 * 2**30
+
 
 def keep_off_cuda_without_a_gpu() -> None:
     """Let JAX, if it is not loaded yet, run on the CPU where its CUDA plugin is installed but no GPU is.
@@ -50,6 +52,30 @@ def let_jax_pin_the_hosts_memory() -> None:
     makes an allocation fail that would otherwise end in the process being killed.
     """
     os.environ.setdefault(PINNED_LIMIT_VARIABLE, str(pinned_share()))
+
+
+def user_cache() -> Path:
+    """Return this program's directory among the user's caches; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax"
+
+
+def keep_compiled_programs(directory: str = "auto") -> None:
+    """Let JAX, if it is not loaded yet, keep what it compiles, so that a run is resumed in seconds.
+
+    JAX knows a program by its contents, compiler and device, deletes those that were used longest ago beyond
+    `_KEPT_PROGRAMS_BYTES`, and compiles again where one cannot be read.
+
+    Args:
+        directory: "none" for no such directory; "auto" for the one that JAX's own variable names, else the user's
+            cache.
+    """
+    if directory == "none":
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        return
+    if directory != "auto":
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(directory).expanduser().absolute())
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "programs"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_KEPT_PROGRAMS_BYTES))
 
 
 def multiplies_bfloat16(cpuinfo: str | None = None) -> bool:

