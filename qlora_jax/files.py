@@ -188,10 +188,15 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def checksums(files: Mapping[str, Path]) -> str:
+    """Make the contents of a SHA256SUMS from {name within its directory: where the file is now}."""
+    return "".join(f"{file_digest(file)}  {name}\n" for name, file in files.items())
+
+
 def write_checksums(directory: Path) -> None:
     """Write SHA256SUMS: the digest of every other file below a directory."""
-    lines = [f"{file_digest(directory / name)}  {name}\n" for name in _files_below(directory)]
-    (directory / CHECKSUMS_NAME).write_text("".join(lines), encoding="utf-8")
+    text = checksums({name: directory / name for name in _files_below(directory)})
+    (directory / CHECKSUMS_NAME).write_text(text, encoding="utf-8")
 
 
 def damaged_file(directory: Path, *, others: bool = False) -> str | None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.checkpoints.digests import layer_digests
 from qlora_jax.checkpoints.gguf_source import GGUFSource
 from qlora_jax.checkpoints.manifest import MANIFEST_NAME, Manifest, Part, StoredTensor, is_converted
 from qlora_jax.checkpoints.model_files import COMPANION_FILES
@@ -31,7 +32,7 @@ from qlora_jax.checkpoints.streaming import (
 )
 from qlora_jax.checkpoints.tokenizer import tokenizer_from_gguf
 from qlora_jax.errors import UserError
-from qlora_jax.files import file_sizes, staged_directory, write_errors, write_json
+from qlora_jax.files import file_digest, file_sizes, staged_directory, write_checked_json, write_errors
 from qlora_jax.models import TensorSpec, base_tensors
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 
@@ -108,7 +109,7 @@ def convert(
         _check_space(staging, output, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensors)))
         _write_companions(source, staging)
         manifest = _write_parts(source, specs, quantization, dtype, staging, progress)
-        write_json(staging / MANIFEST_NAME, manifest.to_json(), indent=1)
+        write_checked_json(staging / MANIFEST_NAME, manifest.to_json())
     return Conversion(
         directory=output,
         bytes_by_class=manifest.bytes,
@@ -176,6 +177,7 @@ def _write_parts(
         quantized_parameters=sum(_size(spec) for spec in quantized),
         bytes=sizes,
         parts=tuple(parts.written),
+        files={file.name: file_digest(file) for file in sorted(directory.iterdir()) if file.is_file()},
     )
 
 
@@ -206,7 +208,8 @@ class _PartWriter:
             for part in path[:-1]:
                 node = node.setdefault(part, {})
             node[path[-1]] = quantized_leaves(leaf) if isinstance(leaf, QuantizedTensor) else leaf
-            contents.append(StoredTensor(path, layers[0][0], len(layers)))
+            digests = layer_digests(layers[0][0], jax.tree.leaves(leaf))
+            contents.append(StoredTensor(path, layers[0][0], len(layers), digests))
         name = f"part-{len(self.written):05d}"
         _save_tree(self._directory / name, jax.tree.map(np.asarray, tree))
         self.written.append(Part(name, file_sizes(self._directory / name), tuple(contents)))

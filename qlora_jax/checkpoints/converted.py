@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.checkpoints.digests import Digests
 from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifest, read_manifest
 from qlora_jax.checkpoints.model_files import check_finite, read_json_object
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
 from qlora_jax.errors import UserError
-from qlora_jax.files import reason, resized_file
+from qlora_jax.files import file_digest, reason, resized_file
 from qlora_jax.models import TensorSpec, model_config
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 
@@ -51,9 +52,28 @@ class ConvertedBase:
                     f"{self.path / part.name / file} is missing or does not have its {part.files[file]} bytes; "
                     f"{CONVERT_AGAIN}."
                 )
+        for name, digest in self._manifest.files.items():
+            if not (self.path / name).is_file() or file_digest(self.path / name) != digest:
+                raise UserError(f"{self.path / name} is missing or not as it was written; {CONVERT_AGAIN}.")
         self.description = f"converted model {path}, made from {self._manifest.source}"
         if jnp.dtype(self._manifest.dtype) != dtype:
             self.description += f"; its unquantised weights are stored as {self._manifest.dtype}, used as {dtype.name}"
+
+    def check(self, digests: Digests) -> None:
+        """Compare the digests of all tensors that `chunks` yielded with those of the conversion.
+
+        Raises:
+            UserError: names the first tensor that differs, and its part.
+        """
+        for part in self._manifest.parts:
+            for tensor in part.tensors:
+                for i, digest in enumerate(tensor.digests):
+                    layer = None if tensor.first_layer is None else tensor.first_layer + i
+                    if digests.of_layer(tensor.path, layer) != digest:
+                        name = ".".join(tensor.path) + ("" if layer is None else f" of layer {layer}")
+                        raise UserError(
+                            f"{self.path / part.name} is damaged: {name} is not as it was written; {CONVERT_AGAIN}."
+                        )
 
     def chunks(self, specs: list[TensorSpec], progress: Progress | None) -> Iterator[Chunk]:
         """Read the tensors as they are stored, in that order; each part is read when it is its turn.

@@ -53,7 +53,7 @@ class Digests:
         self._in_work.append(self._pool.submit(self._digest, path, first_layer, leaves))
 
     def of_layer(self, path: TensorPath, layer: int | None) -> str:
-        """Return the digest of one layer of a tensor."""
+        """Return the digest of one layer of a tensor, once the block has ended."""
         return self._of_layer[path, layer]
 
     def of_all(self) -> str:
@@ -62,12 +62,16 @@ class Digests:
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
     def _digest(self, path: TensorPath, first_layer: int | None, leaves: Sequence[Any]) -> None:
-        arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
-        if first_layer is None:
-            self._of_layer[path, None] = _digest_of(arrays)
-            return
-        for i in range(len(arrays[0])):
-            self._of_layer[path, first_layer + i] = _digest_of([array[i : i + 1] for array in arrays])
+        for i, digest in enumerate(layer_digests(first_layer, leaves)):
+            self._of_layer[path, None if first_layer is None else first_layer + i] = digest
+
+
+def layer_digests(first_layer: int | None, leaves: Sequence[Any]) -> tuple[str, ...]:
+    """Return the digest of each layer of a tensor, or of one that is not stacked; see `Digests.add`."""
+    arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
+    if first_layer is None:
+        return (_digest_of(arrays),)
+    return tuple(_digest_of([array[i : i + 1] for array in arrays]) for i in range(len(arrays[0])))
 
 
 def _digest_of(arrays: Sequence[np.ndarray]) -> str:

@@ -73,7 +73,7 @@ def load_base(
             `check_source` and `stream_tensors` refuse.
     """
     dtype = jnp.dtype(dtype)
-    path = Path(path)
+    path, converted = Path(path), None
     if is_converted(path):
         converted = ConvertedBase(path, quantization, dtype)
         config, description = converted.config, converted.description
@@ -94,6 +94,8 @@ def load_base(
             leaves = stacks[key].leaves(layer, value)
             digests.add(key, layer, leaves)
             stacks[key].write(layer, leaves)
+    if converted is not None:
+        converted.check(digests)
     tensors = {key: stack.finish() for key, stack in stacks.items()}
     return LoadedBase(config, tensors, quantization, description, digests.of_all())
 

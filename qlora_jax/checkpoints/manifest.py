@@ -12,12 +12,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 
 from qlora_jax.checkpoints.model_files import is_inside, read_json_object
 from qlora_jax.errors import UserError
+from qlora_jax.files import read_checked_json
 from qlora_jax.json_text import parse_typed
 from qlora_jax.quantization import QuantizationConfig
 
 MANIFEST_NAME = "qlora_jax.json"
 FORMAT = "qlora-jax base model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONVERT_AGAIN = "convert the model again"
 """Advice in messages about a converted directory that cannot be used."""
 
@@ -65,6 +66,7 @@ class StoredTensor:
         path: path in the model, e.g. ("layers", "self_attn", "q_proj", "weight").
         first_layer: index of the first on the path's stacked axis, None for a path that is not stacked.
         layers: how many layers are stored; 1 for a path that is not stacked.
+        digests: of each layer, see `qlora_jax.checkpoints.digests`; format 1 had none.
     """
 
     __pydantic_config__ = _NOTHING_ELSE
@@ -72,11 +74,14 @@ class StoredTensor:
     path: Annotated[tuple[str, ...], Field(min_length=1)]
     first_layer: Annotated[int, Field(ge=0, le=_MAX_LAYERS)] | None
     layers: Annotated[int, Field(ge=1, le=_MAX_LAYERS)]
+    digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse several layers of a path that is not stacked."""
+        """Refuse several layers of a path that is not stacked, and another number of digests than of layers."""
         if self.first_layer is None and self.layers != 1:
             raise ValueError("should have one layer without first_layer")
+        if len(self.digests) not in (0, self.layers):
+            raise ValueError("should have a digest for each layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Manifest:
         quantized_parameters: numbers in those stored in 4 or 8 bits.
         bytes: of buffers by class, as `qlora_jax.checkpoints.streaming.inventory` counts them.
         parts: orbax checkpoints, in the order they were written.
+        files: {name: SHA-256} of config.json and the tokenizer's files; format 1 had none.
     """
 
     source: str
@@ -119,6 +125,7 @@ class Manifest:
     quantized_parameters: _Count
     bytes: dict[str, _Count]
     parts: tuple[Part, ...]
+    files: dict[Annotated[str, AfterValidator(_plain)], str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Make the JSON object of the file."""
@@ -154,11 +161,17 @@ def read_manifest(directory: Path) -> Manifest:
     """
     file = directory / MANIFEST_NAME
     content = read_json_object(file, CONVERT_AGAIN)
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+    version = content.get("format_version")
+    if content.get("format") != FORMAT or version not in (1, FORMAT_VERSION):
         raise UserError(
-            f"{file} has format {content.get('format')!r} version {content.get('format_version')!r}, "
-            f"not {FORMAT!r} version {FORMAT_VERSION}; {CONVERT_AGAIN}."
+            f"{file} has format {content.get('format')!r} version {version!r}, not {FORMAT!r} version 1 or "
+            f"{FORMAT_VERSION}; {CONVERT_AGAIN}."
         )
+    if version != 1:
+        try:
+            read_checked_json(file)
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); {CONVERT_AGAIN}.") from None
     manifest: Manifest = parse_typed(file.read_bytes(), _MANIFEST, f"{file}: ")
     try:
         manifest.layers()

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from qlora_jax import models
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.errors import UserError
-from qlora_jax.files import atomic_write, user_path, write_errors
+from qlora_jax.files import CHECKSUMS_NAME, atomic_write, checksums, damaged_file, user_path, write_errors
 from qlora_jax.json_text import check_type
 from qlora_jax.models.family import LAYER
 
@@ -112,8 +112,9 @@ def save_adapter(
 ) -> Path:
     """Write an adapter that PEFT's `PeftModel.from_pretrained` loads, float32, and check it by reading it back.
 
-    Both files are written and checked under temporary names first. `adapter_config.json` appears last, so that a
-    directory that has one always holds a whole adapter; other files in `directory` are left alone.
+    Both files are written and checked under temporary names first, and SHA256SUMS holds their digests.
+    `adapter_config.json` appears last, so that a directory that has one always holds a whole adapter; other files in
+    `directory` are left alone.
 
     Args:
         directory: created when missing; an adapter already there is replaced.
@@ -136,17 +137,23 @@ def save_adapter(
         )
     tensors = _to_peft(lora, names)
     fields = _config_fields(config, names.targets(modules), names.task_type)
-    weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
+    weights_path, config_path, sums_path = (directory / name for name in (WEIGHTS_NAME, CONFIG_NAME, CHECKSUMS_NAME))
     created = not directory.exists()
     try:
         with write_errors(directory, "free some space or choose another directory"):
             directory.mkdir(parents=True, exist_ok=True)
             # The config is the mark of completeness: it goes first and comes back last.
-            with atomic_write(config_path) as new_config, atomic_write(weights_path) as new_weights:
+            with (
+                atomic_write(config_path) as new_config,
+                atomic_write(sums_path) as new_sums,
+                atomic_write(weights_path) as new_weights,
+            ):
                 new_config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
                 _save_tensors(tensors, new_weights)
                 new_weights.chmod(new_config.stat().st_mode)  # safetensors makes files only their owner can read
                 _check_written(new_config, new_weights, lora, names)
+                sums = checksums({CONFIG_NAME: new_config, WEIGHTS_NAME: new_weights})
+                new_sums.write_text(sums, encoding="utf-8")
                 config_path.unlink(missing_ok=True)
     finally:
         if created:
@@ -161,7 +168,8 @@ def load_adapter(
     """Read a PEFT LoRA adapter.
 
     Args:
-        directory: holds `adapter_config.json` and `adapter_model.safetensors` (pickles are refused).
+        directory: holds `adapter_config.json` and `adapter_model.safetensors` (pickles are refused); if it has a
+            SHA256SUMS, the files it lists must be as they were written.
         model: configuration of the base model, whose family's names the file must have.
 
     Returns:
@@ -174,6 +182,12 @@ def load_adapter(
     directory = user_path(os.fspath(directory))
     if not directory.is_dir():
         raise UserError(f"Adapter directory {directory} does not exist.")
+    marks = (directory / name for name in (CONFIG_NAME, CHECKSUMS_NAME))
+    if all(mark.exists() for mark in marks) and (damaged := damaged_file(directory, others=True)):
+        raise UserError(
+            f"{directory / damaged} is missing or not as it was written; if that was you, delete "
+            f"{directory / CHECKSUMS_NAME}."
+        )
     return _read_adapter(directory / CONFIG_NAME, directory / WEIGHTS_NAME, _Names(model))
 
 

@@ -36,6 +36,7 @@ from qlora_jax.checkpoints.streaming import check_source, inventory
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.commands.convert import main
 from qlora_jax.errors import UserError
+from qlora_jax.files import file_digest, read_checked_json, write_checked_json
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize
 
@@ -322,7 +323,7 @@ def test_other_quantisation_than_asked(converted: Conversion):
 
 def test_damaged_conversion(tmp_path: Path, converted: Conversion):
     good = converted.directory
-    manifest = json.loads((good / MANIFEST_NAME).read_text())
+    manifest = read_checked_json(good / MANIFEST_NAME)
 
     def refused(message: str, **changes: Any) -> None:
         directory = tmp_path / "bad"
@@ -333,8 +334,10 @@ def test_damaged_conversion(tmp_path: Path, converted: Conversion):
                 shutil.rmtree(directory / name)
             else:
                 (directory / name).write_text(content)
+                if name in manifest["files"]:
+                    changes["files"] = {**manifest["files"], name: file_digest(directory / name)}
         if changes:
-            (directory / MANIFEST_NAME).write_text(json.dumps({**manifest, **changes}))
+            write_checked_json(directory / MANIFEST_NAME, {**manifest, **changes})
         with pytest.raises(UserError, match=message):
             load_base(directory, quantization=NF4, dtype="bfloat16")
 
@@ -581,3 +584,25 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: A
     assert stop.value.code == 1
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: .*out already holds a converted model; set --overwrite.*\n", said), said
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path):
+    """One in each of 150 places of a converted directory: the same weights, or one sentence that names a file of it."""
+    source = write_hf(tmp_path / "hf", TINY_CONVERTED, random_tensors(TINY_CONVERTED))
+    directory = convert(source, tmp_path / "converted", NF4, "float32").directory
+    whole = load_base(directory, quantization=NF4, dtype="float32")
+    assert whole.digest == load_base(source, quantization=NF4, dtype="float32").digest
+    places = [(file, bit) for file in directory.rglob("*") if file.is_file() for bit in range(8 * file.stat().st_size)]
+    refused = 0
+    for file, bit in (places[i] for i in np.random.default_rng(0).choice(len(places), 150, replace=False)):
+        before = file.read_bytes()
+        content = bytearray(before)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        try:
+            assert load_base(directory, quantization=NF4, dtype="float32").digest == whole.digest
+        except UserError as error:
+            assert str(directory) in str(error)
+            refused += 1
+        file.write_bytes(before)
+    assert refused > 100

@@ -52,6 +52,7 @@ def load(directory):
 
 def edit_config(directory, **fields):
     path = directory / peft.CONFIG_NAME
+    as_edited(directory)
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
@@ -59,7 +60,13 @@ def edit_tensors(directory, change):
     path = directory / peft.WEIGHTS_NAME
     tensors = load_file(path)
     change(tensors)
+    as_edited(directory)
     save_file(tensors, path)
+
+
+def as_edited(directory):
+    """Without the digests that would tell an edit from damage; PEFT writes none."""
+    (directory / files.CHECKSUMS_NAME).unlink(missing_ok=True)
 
 
 def test_round_trip(tmp_path):
@@ -72,6 +79,7 @@ def test_round_trip(tmp_path):
         np.testing.assert_array_equal(again[path], values)
     assert config == AdapterConfig(4, 16.0, 0.05, ("down_proj", "q_proj"), "some/model")
     assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == [
+        "SHA256SUMS",
         "adapter",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -317,6 +325,7 @@ def test_refuses_tensors(tmp_path, change, message):
 def test_refuses_empty_and_truncated_files(tmp_path, keep):
     path = save(tmp_path / "adapter") / peft.WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:keep])
+    as_edited(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is empty, truncated or corrupt"):
         load(tmp_path / "adapter")
 
@@ -329,6 +338,9 @@ def test_refuses_missing_files(tmp_path):
 
     directory = save(tmp_path / "adapter")
     (directory / peft.WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing or not as it was written; if that was"):
+        load(directory)
+    as_edited(directory)
     with pytest.raises(UserError, match=r"has adapter_config\.json but no adapter_model\.safetensors"):
         load(directory)
     (directory / "adapter_model.bin").write_bytes(b"\x80\x04.")
@@ -339,6 +351,24 @@ def test_refuses_missing_files(tmp_path):
         (directory / peft.CONFIG_NAME).write_text(text)
         with pytest.raises(UserError, match=r"adapter_config\.json"):
             load(directory)
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    """One in each of 200 places of the two files and of their digests."""
+    directory = save(tmp_path / "adapter")
+    want, config = load(directory)
+    places = [(file, bit) for file in directory.iterdir() for bit in range(8 * file.stat().st_size)]
+    for file, bit in (places[i] for i in np.random.default_rng(0).choice(len(places), 200, replace=False)):
+        whole = file.read_bytes()
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match="not as it was written"):
+            load(directory)
+        file.write_bytes(whole)
+    again, same = load(directory)
+    assert same == config
+    assert all(np.array_equal(again[path], values) for path, values in want.items())
 
 
 def replaced(key, values):
@@ -420,7 +450,7 @@ def test_what_a_failing_disk_wrote_is_not_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("killed_at", [0, 1])
+@pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_killed_while_replacing_leaves_nothing_that_loads(tmp_path, monkeypatch, killed_at):
     """Never the old matrices under the new configuration, or the reverse."""
     directory = save(tmp_path / "adapter")
@@ -442,7 +472,9 @@ def test_killed_while_replacing_leaves_nothing_that_loads(tmp_path, monkeypatch,
     (directory / f".{peft.WEIGHTS_NAME}.tmp").write_text("as SIGKILL would have left it")
     save(directory, random_adapter(seed=1), alpha=8)
     assert load(directory)[1].alpha == 8.0
-    assert sorted(path.name for path in directory.iterdir()) == [peft.CONFIG_NAME, peft.WEIGHTS_NAME]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        files.CHECKSUMS_NAME, peft.CONFIG_NAME, peft.WEIGHTS_NAME,
+    ]  # fmt: skip
 
 
 def test_save_to_a_file_is_an_error(tmp_path):
