@@ -212,7 +212,9 @@ class _PartWriter:
             contents.append(StoredTensor(path, layers[0][0], len(layers), digests))
         name = f"part-{len(self.written):05d}"
         _save_tree(self._directory / name, jax.tree.map(np.asarray, tree))
-        self.written.append(Part(name, file_sizes(self._directory / name), tuple(contents)))
+        sizes = file_sizes(self._directory / name)
+        files = {file: file_digest(self._directory / name / file) for file in sizes}
+        self.written.append(Part(name, sizes, tuple(contents), files))
         self._bytes = 0
 
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.checkpoints.digests import Digests
+from qlora_jax.checkpoints.digests import digest_of_all
 from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifest, read_manifest
 from qlora_jax.checkpoints.model_files import check_finite, read_json_object
+from qlora_jax.checkpoints.quiet import quiet_orbax
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
 from qlora_jax.errors import UserError
 from qlora_jax.files import file_digest, reason, resized_file
@@ -38,6 +39,7 @@ class ConvertedBase:
     def __init__(self, path: Path, quantization: QuantizationConfig, dtype: np.dtype):
         self.path = Path(os.path.abspath(path))  # orbax takes no other
         self._manifest: Manifest = read_manifest(self.path)
+        _check_digests(self.path, self._manifest.files)
         self.config = model_config(read_json_object(self.path / "config.json", CONVERT_AGAIN))
         stored = self._manifest.quantization
         if _describe(stored) != _describe(quantization):
@@ -52,28 +54,20 @@ class ConvertedBase:
                     f"{self.path / part.name / file} is missing or does not have its {part.files[file]} bytes; "
                     f"{CONVERT_AGAIN}."
                 )
-        for name, digest in self._manifest.files.items():
-            if not (self.path / name).is_file() or file_digest(self.path / name) != digest:
-                raise UserError(f"{self.path / name} is missing or not as it was written; {CONVERT_AGAIN}.")
         self.description = f"converted model {path}, made from {self._manifest.source}"
         if jnp.dtype(self._manifest.dtype) != dtype:
             self.description += f"; its unquantised weights are stored as {self._manifest.dtype}, used as {dtype.name}"
 
-    def check(self, digests: Digests) -> None:
-        """Compare the digests of all tensors that `chunks` yielded with those of the conversion.
-
-        Raises:
-            UserError: names the first tensor that differs, and its part.
-        """
-        for part in self._manifest.parts:
-            for tensor in part.tensors:
-                for i, digest in enumerate(tensor.digests):
-                    layer = None if tensor.first_layer is None else tensor.first_layer + i
-                    if digests.of_layer(tensor.path, layer) != digest:
-                        name = ".".join(tensor.path) + ("" if layer is None else f" of layer {layer}")
-                        raise UserError(
-                            f"{self.path / part.name} is damaged: {name} is not as it was written; {CONVERT_AGAIN}."
-                        )
+    @property
+    def digest(self) -> str | None:
+        """The base model's digest, see `digest_of_all`; None if the conversion recorded none."""
+        digests = {
+            (tensor.path, None if tensor.first_layer is None else tensor.first_layer + i): digest
+            for part in self._manifest.parts
+            for tensor in part.tensors
+            for i, digest in enumerate(tensor.digests)
+        }
+        return digest_of_all(digests) if digests else None
 
     def chunks(self, specs: list[TensorSpec], progress: Progress | None) -> Iterator[Chunk]:
         """Read the tensors as they are stored, in that order; each part is read when it is its turn.
@@ -97,8 +91,10 @@ class ConvertedBase:
         done = 0
         for part in self._manifest.parts:
             file = self.path / part.name
+            _check_digests(file, part.digests)
             try:
-                tree = ocp.load(file)
+                with quiet_orbax():
+                    tree = ocp.load(file)
             except Exception as error:  # orbax and tensorstore raise many types for a part that is missing or damaged
                 raise UserError(f"{file} is damaged or missing ({reason(error)}); {CONVERT_AGAIN}.") from error
             for tensor in part.tensors:
@@ -111,6 +107,13 @@ class ConvertedBase:
                 done += tensor.layers
                 if progress is not None:
                     progress(done, total)
+
+
+def _check_digests(directory: Path, digests: Mapping[str, str]) -> None:
+    for name, digest in digests.items():
+        file = directory / name
+        if not file.is_file() or file_digest(file) != digest:
+            raise UserError(f"{file} is missing or not as it was written; {CONVERT_AGAIN}.")
 
 
 def _describe(quantization: QuantizationConfig) -> str:

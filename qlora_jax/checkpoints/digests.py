@@ -3,7 +3,7 @@
 import collections
 import concurrent.futures
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,10 +19,13 @@ class Digests:
     """SHA-256 of each layer of each tensor; add chunks within a `with` block.
 
     It is of dtype, shape and bytes of the tensor's arrays, packed codes and scales, however layers are grouped.
+
+    Attributes:
+        of_layer: (path, layer) -> digest; complete once the block has ended.
     """
 
     def __init__(self) -> None:
-        self._of_layer: dict[tuple[TensorPath, int | None], str] = {}
+        self.of_layer: dict[tuple[TensorPath, int | None], str] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(_WORKERS)
         self._in_work: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
@@ -52,18 +55,15 @@ class Digests:
             self._in_work.popleft().result()
         self._in_work.append(self._pool.submit(self._digest, path, first_layer, leaves))
 
-    def of_layer(self, path: TensorPath, layer: int | None) -> str:
-        """Return the digest of one layer of a tensor, once the block has ended."""
-        return self._of_layer[path, layer]
-
-    def of_all(self) -> str:
-        """Return the digest of all that was added, in whatever order."""
-        lines = (f"{'.'.join(path)} {layer} {digest}\n" for (path, layer), digest in self._of_layer.items())
-        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
     def _digest(self, path: TensorPath, first_layer: int | None, leaves: Sequence[Any]) -> None:
         for i, digest in enumerate(layer_digests(first_layer, leaves)):
-            self._of_layer[path, None if first_layer is None else first_layer + i] = digest
+            self.of_layer[path, None if first_layer is None else first_layer + i] = digest
+
+
+def digest_of_all(digests: Mapping[tuple[TensorPath, int | None], str]) -> str:
+    """Return one digest of those of all layers of all tensors, in whatever order."""
+    lines = (f"{'.'.join(path)} {layer} {digest}\n" for (path, layer), digest in digests.items())
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def layer_digests(first_layer: int | None, leaves: Sequence[Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.converted import ConvertedBase
-from qlora_jax.checkpoints.digests import Digests
+from qlora_jax.checkpoints.digests import Digests, digest_of_all
 from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import (
@@ -73,11 +73,11 @@ def load_base(
             `check_source` and `stream_tensors` refuse.
     """
     dtype = jnp.dtype(dtype)
-    path, converted = Path(path), None
+    path, digest = Path(path), None
     if is_converted(path):
         converted = ConvertedBase(path, quantization, dtype)
         config, description = converted.config, converted.description
-        specs = base_tensors(config)
+        specs, digest = base_tensors(config), converted.digest
         chunks = converted.chunks(specs, progress)
     else:
         source = open_source(path)
@@ -92,12 +92,11 @@ def load_base(
     with Digests() as digests:
         for key, layer, value in chunks:
             leaves = stacks[key].leaves(layer, value)
-            digests.add(key, layer, leaves)
+            if digest is None:
+                digests.add(key, layer, leaves)
             stacks[key].write(layer, leaves)
-    if converted is not None:
-        converted.check(digests)
     tensors = {key: stack.finish() for key, stack in stacks.items()}
-    return LoadedBase(config, tensors, quantization, description, digests.of_all())
+    return LoadedBase(config, tensors, quantization, description, digest or digest_of_all(digests.of_layer))
 
 
 def _source_chunks(

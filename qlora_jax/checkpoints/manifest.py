@@ -92,6 +92,7 @@ class Part:
         name: of its directory, a plain name.
         files: {path within it: bytes}.
         tensors: its contents.
+        digests: {path within it: SHA-256}; format 1 had none.
     """
 
     __pydantic_config__ = _NOTHING_ELSE
@@ -99,6 +100,7 @@ class Part:
     name: Annotated[str, AfterValidator(_plain)]
     files: dict[Annotated[str, AfterValidator(_inside)], _Count]
     tensors: tuple[StoredTensor, ...]
+    digests: dict[Annotated[str, AfterValidator(_inside)], str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,10 @@ is checked against its digests before it is read; one that fails is renamed to c
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from qlora_jax import files, json_text
+from qlora_jax.checkpoints.quiet import quiet_orbax
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import OPTIMIZERS
 from qlora_jax.training.config import FREE_FLAGS, TrainConfig
@@ -52,29 +51,10 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Silence orbax: its threads also log what they raise, in hundreds of lines."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("absl", "asyncio"))}
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            try:
-                yield
-            except BaseException:
-                gc.collect()  # of a load or save that failed: what is left of it complains when it is collected
-                raise
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def _saving(directory: Path) -> Iterator[None]:
     """Turn a failure to write into one sentence."""
     try:
-        with _quiet_orbax():
+        with quiet_orbax():
             yield
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -224,7 +204,7 @@ class RunDirectory:
             for name, leaf in _by_name(abstract).items()
         }
         try:
-            with _quiet_orbax():
+            with quiet_orbax():
                 values = ocp.load((path / "state").absolute(), named)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
