@@ -197,10 +197,11 @@ def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple
         UserError: a given size is negative or leaves no row to train on.
     """
     n = len(rows)
+    read = f" that can be read ({rows.bad[0].removesuffix('.')})" if rows.bad else ""
     if eval_dataset_size is None:
         if n < 2:
             raise UserError(
-                f"{rows.source} has {n} row, too few to hold any out for evaluation; give `eval_dataset_size=0`"
+                f"{rows.source} has {n} row{read}, too few to hold any out for evaluation; give `eval_dataset_size=0`"
             )
         size = REFERENCE_EVAL_SIZE if n >= 2 * REFERENCE_EVAL_SIZE else max(1, n // 10)
         why = "the default" if size == REFERENCE_EVAL_SIZE else f"a tenth, since {n} rows are few"
@@ -210,7 +211,7 @@ def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple
             raise UserError(f"`eval_dataset_size={size}` is negative")
         if size >= n:
             raise UserError(
-                f"`eval_dataset_size={size}` leaves nothing to train on: {rows.source} has {n} rows; give fewer"
+                f"`eval_dataset_size={size}` leaves nothing to train on: {rows.source} has {n} rows{read}; give fewer"
             )
     order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x5EED]))).permutation(n)
     held_out, kept = np.sort(order[:size]), np.sort(order[size:])

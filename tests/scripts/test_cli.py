@@ -441,7 +441,7 @@ def finished(tmp_path):
 
     def write(flags=None, summary='{"steps": 7}'):
         (tmp_path / "adapter").mkdir(exist_ok=True)
-        record = {"flags": dataclasses.asdict(config) if flags is None else flags}
+        record = {"flags": dataclasses.asdict(config) if flags is None else flags, "facts": {"inputs": {}}}
         (tmp_path / "run.json").write_text(json.dumps(record))
         (tmp_path / "summary.json").write_text(summary)
 
