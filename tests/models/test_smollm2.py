@@ -123,10 +123,10 @@ def test_the_example_learns_its_style(tmp_path):
 
 @pytest.mark.slow
 def test_8_bit_adam_learns_what_32_bit_adam_does(tmp_path):
-    """The example once more, with either state: the held-out losses after it differ by less than a hundredth."""
+    """Half of the example, with either state: the held-out losses after it differ by less than a hundredth."""
     losses = {}
     for optim in ("paged_adamw_32bit", "paged_adamw_8bit"):
-        command = [sys.executable, str(SCRIPTS / "finetune.py"), "--optim", optim, "--max_new_tokens", "1"]
+        command = [sys.executable, str(SCRIPTS / "finetune.py"), "--optim", optim, "--max_steps", "30"]
         subprocess.run(
             [*command, "--output_dir", optim],
             cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True, capture_output=True,
