@@ -140,6 +140,8 @@ def without_foreign_flags(argv: Sequence[str], table: Mapping[str, ForeignFlag])
         if foreign is None:
             rest += group
             continue
+        if equals:
+            rest += group[1:]
         values = "False" if negated else " ".join([value] if equals else group[1:]) or "True"
         if foreign.harmless is None:  # without the value, which may be a token
             notes.append(f"--{name} changes nothing here: {foreign.here}.")

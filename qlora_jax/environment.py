@@ -62,8 +62,8 @@ def user_cache() -> Path:
 def keep_compiled_programs(directory: str = "auto") -> None:
     """Let JAX, if it is not loaded yet, keep what it compiles, so that a run is resumed in seconds.
 
-    JAX knows a program by its contents, compiler and device, deletes those that were used longest ago beyond
-    `_KEPT_PROGRAMS_BYTES`, and compiles again where one cannot be read.
+    JAX knows a program by its contents, compiler and device, and compiles again where one cannot be read. In this
+    program's own directory it keeps 2 GiB, those that were used last.
 
     Args:
         directory: "none" for no such directory; "auto" for the one that JAX's own variable names, else the user's
@@ -74,8 +74,10 @@ def keep_compiled_programs(directory: str = "auto") -> None:
         return
     if directory != "auto":
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(directory).expanduser().absolute())
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "programs"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_KEPT_PROGRAMS_BYTES))
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(user_cache() / "programs")
+        # Of our own directory only: JAX deletes whatever programs it finds beyond the limit.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_KEPT_PROGRAMS_BYTES))
 
 
 def multiplies_bfloat16(cpuinfo: str | None = None) -> bool:

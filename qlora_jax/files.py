@@ -11,11 +11,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import reprlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ from qlora_jax.errors import UserError
 CHECKSUMS_NAME = "SHA256SUMS"
 """File with the digests of a directory's other files, as `sha256sum --check` reads it."""
 
+LOCK_NAME = ".qlora-jax.lock"
+"""File in a directory that says which process is at work there."""
+
 _DIGEST = "sha256"
+_CHECKSUM_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^\n]+)")
+_MOST_CHECKSUMS_BYTES = 2**24
 
 
 @contextmanager
@@ -199,25 +205,29 @@ def write_checksums(directory: Path) -> None:
     (directory / CHECKSUMS_NAME).write_text(text, encoding="utf-8")
 
 
-def damaged_file(directory: Path, *, others: bool = False) -> str | None:
-    """Name the first file below a directory that is not as `write_checksums` found it; None if there is none.
+def damaged_file(directory: Path, names: Sequence[str] | None = None) -> str | None:
+    """Name the first file below a directory that is not as its SHA256SUMS says; None if there is none.
 
     Args:
-        directory: with a SHA256SUMS.
-        others: allow files that are not listed there.
+        directory: with a SHA256SUMS, of `write_checksums` or of `sha256sum`.
+        names: files to compare; by default all, and that no other is there. No other file is opened.
+
+    Raises:
+        OSError: a file is there and cannot be read.
     """
-    try:
-        lines = (directory / CHECKSUMS_NAME).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError):
+    sums = directory / CHECKSUMS_NAME
+    if not sums.is_file() or sums.stat().st_size > _MOST_CHECKSUMS_BYTES:
         return CHECKSUMS_NAME
-    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if not others and (unlisted := sorted(set(_files_below(directory)) - set(listed))):
-        return unlisted[0]
-    for name, digest in listed.items():
-        try:
-            if not name or file_digest(directory / name) != digest:
-                return name or CHECKSUMS_NAME
-        except (OSError, ValueError):
+    lines = sums.read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
+    matches = [_CHECKSUM_LINE.fullmatch(line) for line in lines]
+    if not all(matches):
+        return CHECKSUMS_NAME
+    listed = {match["name"]: match["digest"] for match in matches if match}
+    wrong = set(listed) ^ set(_files_below(directory)) if names is None else set(names) - set(listed)
+    if wrong:
+        return min(wrong)
+    for name in sorted(listed if names is None else names):
+        if not (directory / name).is_file() or file_digest(directory / name) != listed[name]:
             return name
     return None
 
@@ -243,7 +253,9 @@ def read_checked_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except RecursionError:  # brackets in place of its contents
         value = None
-    if not isinstance(value, dict) or value.pop(_DIGEST, None) != _json_digest(value):
+    if isinstance(value, dict) and _DIGEST not in value:
+        raise ValueError(f"it has no {_DIGEST}, as those of earlier versions")
+    if not isinstance(value, dict) or value.pop(_DIGEST) != _json_digest(value):
         raise ValueError(f"its contents do not match its {_DIGEST}")
     return value
 
@@ -267,10 +279,14 @@ def exclusive(directory: Path, name: str) -> Iterator[None]:
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{name} is a file; give a directory.")
-    lock, created = directory / ".lock", not directory.exists()
+    lock, created = directory / LOCK_NAME, not directory.exists()
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    owner = f"process {os.getpid()} on {socket.gethostname()} since {since}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(lock, os.O_CREAT | os.O_RDWR, wait=False)
+        descriptor = _open_locked(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, wait=False)
+        os.truncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
     except BlockingIOError:
         raise UserError(f"{name} is in use by {_owner(lock)}; wait for it or give another directory.") from None
     except OSError as error:
@@ -278,16 +294,13 @@ def exclusive(directory: Path, name: str) -> Iterator[None]:
             raise UserError(f"{name} is on a file system without locks; give a directory on another.") from error
         raise UserError(f"{name} cannot be written: {reason(error)}.") from error
     try:
-        since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        owner = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        os.truncate(descriptor, 0)
-        os.write(descriptor, owner.encode())
         yield
     finally:
         try:
-            lock.unlink(missing_ok=True)
-            if created and not any(directory.iterdir()):
-                directory.rmdir()
+            with suppress(OSError):  # the directory may be gone, and another process may be about to come in
+                lock.unlink(missing_ok=True)
+                if created:
+                    directory.rmdir()
         finally:
             os.close(descriptor)
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer, tokenizer_digest
 from qlora_jax.device_memory import device_limit, pinned_limit
 from qlora_jax.errors import UserError
-from qlora_jax.files import exclusive
+from qlora_jax.files import exclusive, user_path
 from qlora_jax.planner.advice import planned_advice
 from qlora_jax.planner.planning import Advice, Planner, StepPlan
 from qlora_jax.training import setup
@@ -27,9 +26,9 @@ from qlora_jax.training.idle_fields import changed_fields, idle_notes
 from qlora_jax.training.inputs import input_files
 from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
 from qlora_jax.training.progress import announced
-from qlora_jax.training.reporting import MetricsLog, plot_losses, read_metrics
+from qlora_jax.training.reporting import MetricsLog, check_reporters, plot_losses, read_metrics
 from qlora_jax.training.run_directory import RunDirectory, check_identity, check_output_dir
-from qlora_jax.training.run_identity import changed_environment, environment
+from qlora_jax.training.run_environment import changed_environment, current_environment
 from qlora_jax.training.run_state import check_free_space, initial_state, refuse_finished, restored_state
 from qlora_jax.training.summary import summarize
 from qlora_jax.training.trainer import Trainer
@@ -60,9 +59,12 @@ def finetune(config: TrainConfig) -> Result:
             fit.
     """
     kernels.check_implementation(config.kernel)
+    check_reporters(config)
+    output = user_path(config.output_dir)
+    config = dataclasses.replace(config, output_dir=str(output))
     with contextlib.ExitStack() as stack:
         # Resolve: what can be refused is refused before anything large is read.
-        stack.enter_context(exclusive(Path(config.output_dir), f"`output_dir={config.output_dir}`"))
+        stack.enter_context(exclusive(output, f"`output_dir={output}`"))
         check_output_dir(config)
         for note in idle_notes(config, changed_fields(config)):
             logger.info("%s", note)
@@ -89,7 +91,7 @@ def finetune(config: TrainConfig) -> Result:
         rows = product_rows(config, datasets)
         facts = {
             "kernels": kernels.choices_to_json(kernel_choices(config, model, rows)),
-            "environment": environment(),
+            "environment": current_environment(),
             "inputs": input_files(config),
         }
         directory = RunDirectory.open(config, identity | _model_identity(config, model), facts)

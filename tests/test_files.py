@@ -213,7 +213,7 @@ def test_one_process_at_a_time(tmp_path):
         rf"^it is in use by (process {owner.pid} on \S+ since [\d:+ -]+|another process); wait for it or give another"
     )
     assert all(re.search(name, line) for process, line in said.items() if process is not owner)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [files.LOCK_NAME]
     # Its lock ends with it, however it ends; a directory that was made for nothing is removed.
     owner.kill()
     owner.wait()
@@ -225,3 +225,31 @@ def test_one_process_at_a_time(tmp_path):
     with files.exclusive(tmp_path / "other", "it"):
         pass
     assert not (tmp_path / "other").exists()
+
+
+def test_files_outside_a_directory_are_not_opened_for_its_digests(tmp_path, monkeypatch):
+    """What a stranger's SHA256SUMS lists."""
+    opened = []
+    real = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: opened.append(path) or real(path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "weights").write_text("x")
+    outside = tmp_path / "outside"
+    outside.write_text("y")
+    line = f"{real(outside)}  {{}}\n"
+    for name in ("../outside", str(outside), "/dev/zero"):
+        (tmp_path / "a" / "SHA256SUMS").write_text(line.format(name) + f"{real(tmp_path / 'a/weights')}  weights\n")
+        assert files.damaged_file(tmp_path / "a") == name
+        assert files.damaged_file(tmp_path / "a", ["weights"]) is None
+    assert set(opened) == {tmp_path / "a" / "weights"}
+    (tmp_path / "a" / "SHA256SUMS").write_text("no digest\n")
+    assert files.damaged_file(tmp_path / "a") == "SHA256SUMS"
+
+
+def test_another_programs_file_behind_a_link_is_not_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "run" / files.LOCK_NAME).symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match="cannot be written"), files.exclusive(tmp_path / "run", "it"):
+        raise AssertionError
+    assert (tmp_path / "theirs").read_text() == "theirs"

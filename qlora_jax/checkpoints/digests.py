@@ -1,4 +1,4 @@
-"""Digests of a base model's tensors, computed from the bytes that are loaded or written: nothing is read twice."""
+"""Digests of a base model's tensors, computed from the bytes that are loaded or written: no tensor is read for them."""
 
 import collections
 import concurrent.futures

@@ -1,7 +1,7 @@
 """The frozen base model in memory, loaded from a checkpoint or a converted directory into stacked arrays.
 
-Memory: `load_base` holds one tensor of a checkpoint, or one part of a converted directory, and the model it returns,
-whose stacked buffers are allocated once, never copied.
+Memory: `load_base` holds three tensors of a checkpoint (two are being digested), or one part of a converted directory,
+and the model it returns, whose stacked buffers are allocated once, never copied.
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ class LoadedBase:
         tensors: {path: QuantizedTensor or jax.Array}, the layers of one path stacked on axis 0.
         quantization: how the linear weights are stored.
         description: one line for people: where the weights come from and how precise they are.
-        digest: of every stored byte of every tensor, SHA-256; the same from a checkpoint and from its conversion.
+        digest: of every byte of every tensor, SHA-256, of a converted directory as they are stored there; the same from
+            a checkpoint and from its conversion to the same storage and dtype.
     """
 
     config: DecoderConfig

@@ -172,7 +172,7 @@ def read_manifest(directory: Path) -> Manifest:
     if version != 1:
         try:
             read_checked_json(file)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{file} is damaged ({error}); {CONVERT_AGAIN}.") from None
     manifest: Manifest = parse_typed(file.read_bytes(), _MANIFEST, f"{file}: ")
     try:

@@ -169,7 +169,7 @@ def load_adapter(
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors` (pickles are refused); if it has a
-            SHA256SUMS, the files it lists must be as they were written.
+            SHA256SUMS, both must be as it says.
         model: configuration of the base model, whose family's names the file must have.
 
     Returns:
@@ -183,7 +183,7 @@ def load_adapter(
     if not directory.is_dir():
         raise UserError(f"Adapter directory {directory} does not exist.")
     marks = (directory / name for name in (CONFIG_NAME, CHECKSUMS_NAME))
-    if all(mark.exists() for mark in marks) and (damaged := damaged_file(directory, others=True)):
+    if all(mark.is_file() for mark in marks) and (damaged := damaged_file(directory, (CONFIG_NAME, WEIGHTS_NAME))):
         raise UserError(
             f"{directory / damaged} is missing or not as it was written; if that was you, delete "
             f"{directory / CHECKSUMS_NAME}."

@@ -23,6 +23,7 @@ from qlora_jax.cli import (
 from qlora_jax.commands.foreign_flags import FOREIGN_FLAGS
 from qlora_jax.environment import keep_compiled_programs, multiplies_bfloat16
 from qlora_jax.errors import UserError
+from qlora_jax.files import read_checked_json, user_path
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, check_idle, idle_fields, idle_notes
 from qlora_jax.training.inputs import input_files
@@ -274,11 +275,11 @@ def finished_steps(config: TrainConfig) -> int | None:
     It reads what the run wrote and loads neither JAX nor the model nor the data, which are told by size and time of
     their files. Whatever cannot be read is no finished run here: the run itself says what is wrong.
     """
-    directory = Path(config.output_dir)
+    directory = user_path(config.output_dir)
     if config.overwrite_output_dir or not config.do_train or not (directory / "adapter").is_dir():
         return None
     try:
-        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        record = read_checked_json(directory / "run.json")
         flags, inputs = record["flags"], record["facts"]["inputs"]
         steps = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["steps"]
         # A flag that is younger than the run had its default.

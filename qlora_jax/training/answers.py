@@ -86,7 +86,7 @@ class Questionnaire:
         if not file.exists():
             return None
         try:
-            known = read_checked_json(file)
+            known = read_checked_json(file)["answers"]
         except (OSError, ValueError) as error:
             logger.warning("%s is damaged (%s); the answers from before training are lost.", file, reason(error))
             known, missing = {}, "(lost)"
@@ -94,7 +94,7 @@ class Questionnaire:
 
     def record(self, directory: RunDirectory, before: Sequence[str]) -> None:
         """Record the answers from before training, for a run that may be interrupted."""
-        write_checked_json(directory.path / _BEFORE, dict(zip(self.prompts, before, strict=True)))
+        write_checked_json(directory.path / _BEFORE, {"answers": dict(zip(self.prompts, before, strict=True))})
 
     def answers(self, before: Sequence[str], after: Sequence[str]) -> list[Answer]:
         """Return the prompts with their answers."""

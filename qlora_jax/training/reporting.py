@@ -54,6 +54,16 @@ def _text(line: Mapping[str, Any]) -> str:
     return json.dumps({**line, _CHECKSUM: _checksum(line)}) + "\n"
 
 
+def check_reporters(config: TrainConfig) -> None:
+    """Refuse a `report_to` whose library is not installed.
+
+    Raises:
+        UserError: names it.
+    """
+    if config.report_to in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"`report_to={config.report_to}`: W&B is not installed; `pip install wandb`.")
+
+
 class MetricsLog:
     """Appends one JSON object a line to metrics.jsonl and passes it on to TensorBoard and W&B.
 
@@ -69,8 +79,7 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, config: TrainConfig, resume_step: int):
-        if config.report_to in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
-            raise UserError(f"`report_to={config.report_to}`: W&B is not installed; `pip install wandb`.")
+        check_reporters(config)
         path = directory / METRICS_FILE
         # A run that starts over evaluates step 0 again.
         kept = [line for line in read_metrics(path) if resume_step and line["step"] <= resume_step]
@@ -92,7 +101,7 @@ class MetricsLog:
             )
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; it is on disk when this returns."""
+        """Append one line; it is with the system when this returns, and survives the end of this process."""
         self._file.write(_text(line))
         self._file.flush()
         if "eval_loss" in line:

@@ -1,6 +1,6 @@
 """A run's directory: the run it belongs to, its checkpoints, and exact resume.
 
-    output_dir/.lock                while a process is at work there
+    output_dir/.qlora-jax.lock      while a process is at work there
     output_dir/run.json             configuration, identity and facts of the run; written before the first step
     output_dir/checkpoint-000250/   state/ (orbax: adapters, optimizer, step), position.json (data and counters),
                                     adapter_config.json + adapter_model.safetensors (PEFT's format), a copy of run.json,
@@ -145,7 +145,9 @@ class RunDirectory:
     def newest_intact(self) -> Path | None:
         """Return the newest checkpoint whose files are as they were written; None if there is none."""
         paths = map(self.checkpoint_path, reversed(self.checkpoints()))
-        return next((path for path in paths if files.damaged_file(path) is None), None)
+        with contextlib.suppress(OSError):
+            return next((path for path in paths if files.damaged_file(path) is None), None)
+        return None
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
@@ -194,9 +196,12 @@ class RunDirectory:
             UserError: the checkpoint does not fit the state.
         """
         path = self.checkpoint_path(step)
-        if damaged := files.damaged_file(path):
-            raise DamagedCheckpoint(f"{path} is damaged: its file {damaged} is missing or not as it was written.")
-        position = json_text.parse_json((path / _POSITION).read_bytes())
+        try:
+            if damaged := files.damaged_file(path):
+                raise DamagedCheckpoint(f"{path} is damaged: its file {damaged} is missing or not as it was written.")
+            position = json_text.parse_json((path / _POSITION).read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {files.reason(error)}; try again.") from error
         # Whatever is trained on: the whole state need not fit on a device.
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         named = {
@@ -225,17 +230,21 @@ class RunDirectory:
         Raises:
             UserError: with `strict`, the newest checkpoint is damaged; without, all are.
         """
+        damaged: dict[Path, DamagedCheckpoint] = {}
         for step in reversed(self.checkpoints()):
             try:
-                return step, *self.restore(step, abstract)
+                state, position = self.restore(step, abstract)
             except DamagedCheckpoint as error:
                 if strict:
                     raise UserError(f"{error} `strict_resume=False` resumes from the one before.") from error
-                path = self.checkpoint_path(step)
+                damaged[self.checkpoint_path(step)] = error
+                continue
+            for path, problem in damaged.items():
                 aside = path.with_name(path.name + _DAMAGED)
                 files.remove(aside)
                 os.replace(path, aside)
-                logger.warning("%s It is kept as %s, and the checkpoint before it is used.", error, aside.name)
+                logger.warning("%s It is kept as %s, and the checkpoint before it is used.", problem, aside.name)
+            return step, state, position
         raise UserError(
             f"`output_dir={self.path}` holds no checkpoint that is intact; `overwrite_output_dir` begins anew."
         )
@@ -284,25 +293,24 @@ def check_identity(config: TrainConfig, identity: Mapping[str, Any]) -> None:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """Return a directory's run.json, or a checkpoint's copy where that is damaged; {} if there is none.
+    """Return a directory's run.json, or a checkpoint's copy where that is damaged or missing; {} if there is none.
 
     Raises:
         UserError: a run.json that is damaged or another program's.
     """
     file = path / RUN_FILE
-    if not os.path.lexists(file):
-        return {}
     try:
         return files.read_checked_json(file)
     except (OSError, ValueError) as error:
-        for copy in (checkpoint / RUN_FILE for checkpoint in reversed(_numbered(path))):
-            with contextlib.suppress(OSError, ValueError):
-                record = files.read_checked_json(copy)
-                logger.warning("%s is damaged (%s); its copy %s is used.", file, files.reason(error), copy)
-                return record
-        raise UserError(
-            f"{file} is damaged or not of a run of this program ({files.reason(error)}); give another `output_dir`."
-        ) from error
+        damage = files.reason(error)
+    for copy in (checkpoint / RUN_FILE for checkpoint in reversed(_numbered(path))):
+        with contextlib.suppress(OSError, ValueError):
+            record = files.read_checked_json(copy)
+            logger.warning("%s cannot be used (%s); its copy %s is.", file, damage, copy)
+            return record
+    if os.path.lexists(file):
+        raise UserError(f"{file} is damaged or not of a run of this program ({damage}); give another `output_dir`.")
+    return {}
 
 
 def _numbered(path: Path) -> list[Path]:

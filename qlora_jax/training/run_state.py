@@ -82,12 +82,14 @@ def _counters(where: Mapping[str, Any]) -> Counters:
 
 
 def check_free_space(config: TrainConfig, model_config: models.DecoderConfig) -> None:
-    """Refuse an `output_dir` on whose disk not even one checkpoint has room; no weights are read.
+    """Refuse an `output_dir`, which must exist, on whose disk not even one checkpoint has room.
+
+    Of the model only its config is read. Nothing is said where `overwrite_output_dir` is still to free some.
 
     Raises:
         UserError: names what is needed and what is there.
     """
-    if not config.do_train:
+    if not config.do_train or config.overwrite_output_dir:
         return
     lora = setup.find_adapters(config, model_config).config
     trained = setup.declare_model(config, model_config, lora, jnp.float32).lora

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 
 
-def environment() -> dict[str, str]:
+def current_environment() -> dict[str, str]:
     """Return what is recorded when a run begins: versions of the libraries that compute, and the device."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "qlora-jax")}
     return {**versions, "device": jax.devices()[0].device_kind}
@@ -14,7 +14,7 @@ def environment() -> dict[str, str]:
 
 def changed_environment(before: Mapping[str, str]) -> list[str]:
     """Say of each part of the environment that is not as it was recorded that bits may differ."""
-    now = environment()
+    now = current_environment()
     return [
         f"this run began with {name} {before[name]} and goes on with {now[name]}: bits of its results may differ"
         for name in now
