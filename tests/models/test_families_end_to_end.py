@@ -6,7 +6,7 @@ import shutil
 import pytest
 from fixtures import families
 from fixtures.checkpoint_helpers import write_hf
-from fixtures.finetune_helpers import make_rows, make_tokenizer, write_jsonl
+from fixtures.finetune_helpers import make_rows, make_tokenizer, read_metrics, write_jsonl
 from random_weights import random_weights
 
 from qlora_jax import TrainConfig, finetune, load_adapter, models
@@ -18,7 +18,7 @@ MEASURED = ("seconds", "tokens_per_second")
 
 
 def metrics(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(directory)
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 

@@ -217,7 +217,7 @@ def sharded_against_replicated():
         lora = LoRAConfig(4, 8.0, 0.0, models.lora_modules(config, "all"))
         qlora = QLoRAConfig(QuantizationConfig(), jnp.float32, lora, rules=each)
         graphdef, _, _ = models.split_model(models.abstract_model(config, qlora))
-        placed = sharding.place(frozen, mesh, each)
+        placed = sharding.Devices(mesh, each).place(frozen)
 
         def local(trained, frozen, ids, graphdef=graphdef):
             def loss(trained):

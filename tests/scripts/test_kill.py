@@ -112,10 +112,10 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(place, doomed, grouped
     output = place / "stopped"
     stops = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        target = count_metrics(output) + rng.randint(2, 6)
+        target = count_metrics(output) + rng.randint(1, 4)
         process = start_child(resumable_flags(place, output.name, GROUPED_RUN), env=doomed)
         assert wait_until(process, lambda target=target: count_metrics(output) >= target)
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.02))
         process.send_signal(number)
         status, out, err = wait_for_child(process)
         assert status == 75, err
