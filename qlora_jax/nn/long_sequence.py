@@ -39,8 +39,8 @@ class Program:
     """The layers to execute; static.
 
     Attributes:
-        layer_at: layer_at(layer, tile, trainable, sliced, whole) -> (layer, dropout keys): the layer's module from its
-            slices of `trainable` and `sliced`, see `run`; one for each tile, whose dropout is its own.
+        layer_at: layer_at(layer, tile, trained, scanned, shared) -> (layer, dropout keys): the layer's module from its
+            slices of `trained` and `scanned`, see `run`; one for each tile, whose dropout is its own.
         segments: attentions of the layers, see `qlora_jax.nn.stack.Segment`.
         remat: `full`, `save_attention` or `offload`.
     """
@@ -51,15 +51,15 @@ class Program:
 
 
 def run(
-    program: Program, trainable: Any, sliced: Any, whole: Any, ctx: Any, masks: Any, h: Float[Array, "B S D"]
+    program: Program, trained: Any, scanned: Any, shared: Any, ctx: Any, masks: Any, h: Float[Array, "B S D"]
 ) -> Float[Array, "B S D"]:
     """Apply layers one after the other; the backward pass computes each again from what `remat` says is kept.
 
     Args:
         program: what to compute.
-        trainable: adapters, leading axis L.
-        sliced: without gradients, leading axis L.
-        whole: without gradients, given to every layer as it is.
+        trained: adapters, leading axis L.
+        scanned: without gradients, leading axis L.
+        shared: without gradients, given to every layer as it is.
         ctx: `qlora_jax.nn.stack.Context`; a gradient reaches the encoder's output, if there is one.
         masks: of each different attention.
         h: the first layer's input.
@@ -67,16 +67,16 @@ def run(
     batch, seq, width = h.shape
     rope = jax.tree.map(lambda x: x.reshape(batch * seq, *x.shape[2:]), ctx.rope)
     keys = tuple(masks)
-    frozen = _Frozen(sliced, whole, rope, tuple(masks[key] for key in keys))
-    out = _run(program, keys, batch, trainable, ctx.encoder, frozen, h.reshape(batch * seq, width))
+    frozen = _Frozen(scanned, shared, rope, tuple(masks[key] for key in keys))
+    out = _run(program, keys, batch, trained, ctx.encoder, frozen, h.reshape(batch * seq, width))
     return out.reshape(h.shape)
 
 
 class _Frozen(NamedTuple):
     """Arguments without gradients, see `run`; masks without their names."""
 
-    sliced: Any
-    whole: Any
+    scanned: Any
+    shared: Any
     rope: Any
     masks: Any
 
@@ -85,23 +85,23 @@ class _LayerState(NamedTuple):
     """Parts of one layer, without its adapters."""
 
     index: Any
-    sliced: Any
-    whole: Any
+    scanned: Any
+    shared: Any
     rope: Any
     masks: Any
     encoder: Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(program: Program, kinds: Any, batch: int, trainable: Any, encoder: Any, frozen: _Frozen, h: Array) -> Array:
-    return _forward_layers(program, kinds, batch, trainable, encoder, frozen, h)[0]
+def _run(program: Program, kinds: Any, batch: int, trained: Any, encoder: Any, frozen: _Frozen, h: Array) -> Array:
+    return _forward_layers(program, kinds, batch, trained, encoder, frozen, h)[0]
 
 
 def _forward(
-    program: Program, kinds: Any, batch: int, trainable: Any, encoder: Any, frozen: _Frozen, h: Array
+    program: Program, kinds: Any, batch: int, trained: Any, encoder: Any, frozen: _Frozen, h: Array
 ) -> tuple[Array, Any]:
-    out, saved = _forward_layers(program, kinds, batch, trainable, encoder, frozen, h, keep=True)
-    return out, (trainable, encoder, frozen, saved)
+    out, saved = _forward_layers(program, kinds, batch, trained, encoder, frozen, h, keep=True)
+    return out, (trained, encoder, frozen, saved)
 
 
 @jax.named_scope("layers")
@@ -109,7 +109,7 @@ def _forward_layers(
     program: Program,
     kinds: Any,
     batch: int,
-    trainable: Any,
+    trained: Any,
     encoder: Any,
     frozen: _Frozen,
     h: Array,
@@ -123,7 +123,7 @@ def _forward_layers(
             kept = []
             for j, attentions in enumerate(pattern):
                 index = start + repeat * len(pattern) + j
-                mine, state = _layer_state(index, trainable, encoder, frozen, kinds)
+                mine, state = _layer_state(index, trained, encoder, frozen, kinds)
                 layer = _TiledLayer(program, attentions, batch, mine, state)
                 out, attended = layer.forward(h)
                 if keep:
@@ -144,13 +144,13 @@ def _backward(
     batch: int,
     residuals: Any,
     d_out: Array,
-    for_trainable: Any,
+    for_trained: Any,
     for_encoder: Any,
     for_frozen: Any,
     for_h: Any,
 ) -> None:
-    trainable, encoder, frozen, saved = residuals
-    gradients = _Gradients(trainable, for_trainable)
+    trained, encoder, frozen, saved = residuals
+    gradients = _Gradients(trained, for_trained)
     carry: Any = (d_out, None if encoder is None else jnp.zeros(encoder.shape, jnp.float32))
     for (start, pattern, repeats), kept in reversed(list(zip(program.segments, saved, strict=True))):
 
@@ -159,7 +159,7 @@ def _backward(
             repeat = repeats - 1 - step
             for j, attentions in reversed(list(enumerate(pattern))):
                 index = start + repeat * len(pattern) + j
-                mine, state = _layer_state(index, trainable, encoder, frozen, kinds)
+                mine, state = _layer_state(index, trained, encoder, frozen, kinds)
                 inputs, attended = kept[j]
                 attended = None if attended is None else layer_slice(attended, repeat)
                 layer = _TiledLayer(program, attentions, batch, mine, state)
@@ -183,9 +183,9 @@ class _Gradients:
     Where the caller gave a place, no second copy of them exists; a matrix whose gradient nobody asked for is skipped.
     """
 
-    def __init__(self, trainable: Any, accumulators: Any):
+    def __init__(self, trained: Any, accumulators: Any):
         self._accumulators, self._structure = jax.tree.flatten(accumulators)
-        leaves = jax.tree.leaves(trainable)
+        leaves = jax.tree.leaves(trained)
         self._asked = [i for i, accumulator in enumerate(self._accumulators) if jax_internals.is_asked(accumulator)]
         self._given = [jax_internals.given_ref(self._accumulators[i]) for i in self._asked]
         self._totals = [
@@ -216,11 +216,11 @@ class _Gradients:
                 self._accumulators[i].accum(jax.freeze(total))
 
 
-def _layer_state(index: Array, trainable: Any, encoder: Any, frozen: _Frozen, kinds: Any) -> tuple[Any, _LayerState]:
+def _layer_state(index: Array, trained: Any, encoder: Any, frozen: _Frozen, kinds: Any) -> tuple[Any, _LayerState]:
     """A layer's adapters, and all else that it is made of."""
-    mine, sliced = layer_slice((trainable, frozen.sliced), index)
+    mine, scanned = layer_slice((trained, frozen.scanned), index)
     masks = dict(zip(kinds, frozen.masks, strict=True))
-    return mine, _LayerState(index, sliced, frozen.whole, frozen.rope, masks, encoder)
+    return mine, _LayerState(index, scanned, frozen.shared, frozen.rope, masks, encoder)
 
 
 class _TiledLayer:
@@ -231,7 +231,7 @@ class _TiledLayer:
         self._layer_at = program.layer_at
 
     def _layer(self, tile: Array | int, mine: Any) -> tuple[Any, Any]:
-        return self._layer_at(self.state.index, tile, mine, self.state.sliced, self.state.whole)
+        return self._layer_at(self.state.index, tile, mine, self.state.scanned, self.state.shared)
 
     # One tile: h [T, D], queries, keys, values and what was attended [T, heads, E].
 

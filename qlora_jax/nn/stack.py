@@ -275,18 +275,18 @@ class Stack:
         remat: Remat,
     ) -> Float[Array, "B S D"]:
         graphdef, *states = nnx.split(layers, Trainable, ...)
-        trainable, frozen = states
-        stacks, sliced = split_stacks(frozen)
+        trained, frozen = states
+        stacks, scanned = split_stacks(frozen)
 
-        def layer_at(index: Array, tile: Array | int, trainable: Any, sliced: Any, stacks: Any) -> tuple[Any, Any]:
-            own, key = sliced
+        def layer_at(index: Array, tile: Array | int, trained: Any, scanned: Any, stacks: Any) -> tuple[Any, Any]:
+            own, key = scanned
             keys = DropoutKeys(None if key is None else jax.random.fold_in(key, tile))
-            return nnx.merge(graphdef, trainable, own, layer_of(stacks, index, self.rules)), keys
+            return nnx.merge(graphdef, trained, own, layer_of(stacks, index, self.rules)), keys
 
         return long_sequence.run(
             long_sequence.Program(layer_at, self.segments, remat),
-            trainable,
-            (sliced, layer_keys),
+            trained,
+            (scanned, layer_keys),
             stacks,
             ctx,
             masks,

@@ -122,8 +122,8 @@ def time_step(
     """
     config = models.model_config(workload.contents)
     lora_config = LoRAConfig(rank, float(rank), 0.0, models.lora_modules(config, "all"))
-    precision = QLoRAConfig(quantization, dtype, lora_config, kernel)
-    graphdef, lora, frozen = models.split_model(models.abstract_model(config, precision))
+    qlora = QLoRAConfig(quantization, dtype, lora_config, kernel)
+    graphdef, lora, frozen = models.split_model(models.abstract_model(config, qlora))
     frozen = random_base(frozen)
     defaults = TrainConfig()
     optimizer = make_optimizer(defaults, steps, lora, dtype=dtype, limit=device_limit(jax.devices()[0]))

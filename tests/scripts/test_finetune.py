@@ -583,6 +583,21 @@ def test_the_state_that_is_saved_is_all_there_is():
     assert [field.name for field in dataclasses.fields(TrainState)] == ["lora", "opt_state", "step"]
 
 
+def test_secrets_are_written_nowhere(place, monkeypatch, capsys):
+    """Tokens in the environment, after a run and after one that is refused."""
+    secrets = {"HF_TOKEN": "hf_SeCrEtOne", "HUGGING_FACE_HUB_TOKEN": "hf_SeCrEtTwo", "WANDB_API_KEY": "SeCrEtThree"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    output = place / "secret"
+    flags = {"output_dir": output, "max_steps": 1, "eval_steps": 0, "report_to": "tensorboard"}
+    assert run_in_process(main_flags(place, **flags)) == 0
+    assert run_in_process(main_flags(place, **{**flags, "learning_rate": 1.0})) == 1
+    said = "".join(capsys.readouterr()).encode()
+    written = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    assert not any(b"SeCrEt" in content for content in [said, *written])
+
+
 @pytest.mark.e2e
 def test_compiled_programs_are_kept_for_the_next_run(place):
     """Also where entries of the directory are damaged, which costs their compilation."""
