@@ -228,7 +228,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_files_outside_a_directory_are_not_opened_for_its_digests(tmp_path, monkeypatch):
-    """What a stranger's SHA256SUMS lists."""
+    """Also where a stranger's SHA256SUMS lists them."""
     opened = []
     real = files.file_digest
     monkeypatch.setattr(files, "file_digest", lambda path: opened.append(path) or real(path))
