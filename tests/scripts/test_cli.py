@@ -40,6 +40,7 @@ from qlora_jax.commands.foreign_flags import FOREIGN_FLAGS
 from qlora_jax.device_memory import CONTEXT_BYTES
 from qlora_jax.environment import let_jax_fill_the_gpu, multiplies_bfloat16
 from qlora_jax.errors import UserError
+from qlora_jax.files import write_checked_json
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import IDLE, changed_fields, idle_notes
 
@@ -442,7 +443,7 @@ def finished(tmp_path):
     def write(flags=None, summary='{"steps": 7}'):
         (tmp_path / "adapter").mkdir(exist_ok=True)
         record = {"flags": dataclasses.asdict(config) if flags is None else flags, "facts": {"inputs": {}}}
-        (tmp_path / "run.json").write_text(json.dumps(record))
+        write_checked_json(tmp_path / "run.json", record)
         (tmp_path / "summary.json").write_text(summary)
 
     return config, write
