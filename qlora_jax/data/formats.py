@@ -16,7 +16,7 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant", "tool": "tool",
     "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-"""What ShareGPT's data sets say a turn is from, and the role that it is read as."""
+"""Name of a turn's author in ShareGPT's data sets -> role that the turn is read as."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of a message; the assistant's turns are trained."""

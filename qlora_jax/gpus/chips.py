@@ -201,7 +201,7 @@ _ALIASES = {
     "a100 40gb": "a100", "a100 sxm": "a100", "a100 80gb sxm": "a100-80gb", "h100 sxm": "h100", "h100 80gb": "h100",
     "rtx 3060 12gb": "rtx3060",
 }  # fmt: skip
-"""What else people call a GPU whose driver's name is longer."""
+"""Further names of GPUs, beside their titles -> name here."""
 
 
 def _key(name: str) -> str:

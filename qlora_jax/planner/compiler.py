@@ -222,8 +222,7 @@ def _declare(
 ) -> _Declared:
     """Declare a run's step for a GPU; without one, for this machine's CPU."""
     platform = None if chip is None else _PLATFORM
-    dtype = setup.compute_dtype(config, platform)
-    model = setup.declare_model(config, model_config, setup.find_adapters(config, model_config).config, dtype)
+    model = setup.declare(config, model_config, platform).parts
     devices = None if chip is None else Devices(gpus.mesh(chip), model.rules)
     step = setup.make_step(
         config,

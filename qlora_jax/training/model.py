@@ -10,7 +10,6 @@ import jax
 from flax import nnx
 
 from qlora_jax import kernels, models
-from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.loading import LoadedBase, load_base
 from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 from qlora_jax.nn.linear import LoRAConfig
@@ -47,16 +46,14 @@ class Model:
         save_adapter(directory, models.flatten(masters), described, self.base.config)
 
 
-def load_model(config: TrainConfig, path: Path, devices: Devices) -> Model:
-    """Load and quantise the base model onto the devices, and declare or read its adapters."""
-    dtype, model_config = setup.compute_dtype(config), resolve_config(path)
-    adapters = setup.find_adapters(config, model_config)
-    parts, start = setup.declare_model(config, model_config, adapters.config, dtype), None
+def load_model(config: TrainConfig, path: Path, declared: setup.Declared, devices: Devices) -> Model:
+    """Load and quantise the base of a declared model onto the devices."""
+    adapters, parts, start = declared.adapters, declared.parts, None
     with announced("loading the base model"):
         base = load_base(
             path,
             quantization=setup.quantization_config(config),
-            dtype=dtype,
+            dtype=setup.compute_dtype(config),
             shardings=models.flatten(devices.shardings(parts.frozen)),
         )
     if adapters.tensors is not None:

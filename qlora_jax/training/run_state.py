@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from qlora_jax import data, models
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.sharding import Devices
-from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
 from qlora_jax.training.run_directory import RunDirectory
@@ -81,18 +81,20 @@ def _counters(where: Mapping[str, Any]) -> Counters:
     return Counters(**{field.name: where[field.name] for field in dataclasses.fields(Counters)})
 
 
-def check_free_space(config: TrainConfig, model_config: models.DecoderConfig) -> None:
+def check_free_space(config: TrainConfig, trained: nnx.State) -> None:
     """Refuse an `output_dir`, which must exist, on whose disk not even one checkpoint has room.
 
-    Of the model only its config is read. Nothing is said where `overwrite_output_dir` is still to free some.
+    Nothing is said where `overwrite_output_dir` is still to free some.
+
+    Args:
+        config: of the run.
+        trained: what it trains, float32; shapes will do.
 
     Raises:
         UserError: names what is needed and what is there.
     """
     if not config.do_train or config.overwrite_output_dir:
         return
-    lora = setup.find_adapters(config, model_config).config
-    trained = setup.declare_model(config, model_config, lora, jnp.float32).lora
     # Adapters twice: in PEFT's format too.
     needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
     needed += make_optimizer(config, 1, trained, dtype=jnp.float32).state_bytes

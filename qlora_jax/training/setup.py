@@ -119,6 +119,25 @@ def declare_model(config: TrainConfig, model_config: models.DecoderConfig, lora:
     return ModelParts(graphdef, trainable, frozen, reference, rules)
 
 
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """The model and adapters of a run, before a weight of the base is read.
+
+    Attributes:
+        adapters: what it adapts, and what it starts from.
+        parts: its model; every leaf is a `jax.ShapeDtypeStruct`.
+    """
+
+    adapters: Adapters
+    parts: ModelParts
+
+
+def declare(config: TrainConfig, model_config: models.DecoderConfig, platform: str | None = None) -> Declared:
+    """Resolve a run's adapters and declare its model; `platform` and errors as for `compute_dtype`, `find_adapters`."""
+    adapters = find_adapters(config, model_config)
+    return Declared(adapters, declare_model(config, model_config, adapters.config, compute_dtype(config, platform)))
+
+
 def make_step(
     config: TrainConfig,
     model: ModelParts,

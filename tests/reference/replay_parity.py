@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from random_weights import random_adapter
 
+from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.peft import AdapterConfig, save_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.models import DecoderConfig, base_tensors
@@ -23,7 +24,7 @@ from qlora_jax.training.config import StepConfig, TrainConfig
 from qlora_jax.training.model import load_model
 from qlora_jax.training.run_state import initial_state
 from qlora_jax.training.schedule import make_optimizer
-from qlora_jax.training.setup import compute_dtype, make_devices
+from qlora_jax.training.setup import compute_dtype, declare, make_devices
 from qlora_jax.training.step import make_train_step
 
 
@@ -85,7 +86,7 @@ def replay(model: Path, rows_path: Path, run: dict, kernel: str = "auto") -> tup
             kernel=kernel,
         )
         devices = make_devices(config)
-        loaded = load_model(config, model, devices)
+        loaded = load_model(config, model, declare(config, resolve_config(model)), devices)
         optimizer = make_optimizer(config, len(batches), loaded.parts.lora, dtype=compute_dtype(config))
         state = initial_state(config, loaded, optimizer, devices).state
     step = make_train_step(loaded.parts.graphdef, optimizer, StepConfig(max_grad_norm=config.max_grad_norm))

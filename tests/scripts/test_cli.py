@@ -165,7 +165,7 @@ GUANACO_7B = """
 
 OF_THE_SCRIPT = ["data_seed", "evaluation_strategy", "dataloader_num_workers", "logging_strategy",
                  "remove_unused_columns", "do_mmlu_eval"]  # fmt: skip
-"""What it has that is no flag here, in its order."""
+"""Its flags that are none here, in its order."""
 
 
 def test_a_command_line_of_the_reference_program_is_taken_as_it_is(capsys):
