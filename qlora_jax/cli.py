@@ -19,7 +19,7 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu, let_jax_pin_the_hosts_memory
@@ -182,7 +182,13 @@ class _PrintVersion(argparse.Action):
 
 
 def parse_flags[T](
-    schema: type[T], argv: Sequence[str], *, prog: str, description: str, refusals: Sequence[str] = ()
+    schema: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    refusals: Sequence[str] = (),
+    check: Callable[[Any, frozenset[str]], Iterable[str]] = lambda values, given: (),
 ) -> tuple[T, frozenset[str]]:
     """Parse `argv` into `schema`.
 
@@ -193,13 +199,15 @@ def parse_flags[T](
         prog: the program's name in `--help`.
         description: first lines of `--help`.
         refusals: sentences about flags that were taken off `argv`, which are told with all others.
+        check: (values by field, names of the flags that were given) -> sentences about what is wrong beside what the
+            schema refuses; fields in backticks.
 
     Returns:
         The filled schema and the names of the flags that were given.
 
     Raises:
         UserError: everything that is wrong, a line each if it is more than one thing: unknown flags (with the nearest
-            match if one is near), values of a wrong type or choice, and what the schema refuses.
+            match if one is near), missing values, those of a wrong type or choice, what the schema and `check` refuse.
     """
     parser = _Parser(
         prog=prog,
@@ -213,6 +221,7 @@ def parse_flags[T](
     hints = typing.get_type_hints(schema)
     groups: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    valued: set[str] = set()
     wrong: list[str] = []
     for name, field in fields.items():
         if field.default is dataclasses.MISSING:
@@ -224,6 +233,8 @@ def parse_flags[T](
         shown = "" if field.default is None else f" (default: {field.default})"
         text = (field.metadata["help"] + shown).replace("%", "%%")
         option = _option(hints[name])
+        if "nargs" not in option:
+            valued.add(name)
         option["type"] = _collecting(option["type"], option.pop("choices", None), name, wrong)
         groups[group].add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **option)
         if hints[name] is bool:
@@ -244,21 +255,36 @@ def parse_flags[T](
         stem = (name[3:] if negated else name).replace("-", "_")
         return f"--{'no-' if negated else ''}{stem}{equals}{value}"
 
+    arguments: list[str] = []
+    unread: set[str] = set()
+    for flag_, *following in _flags_with_values([normalised(argument) for argument in argv]):
+        name = flag_.removeprefix("--")
+        if flag_.startswith("--") and name in valued and not following:  # argparse would end here
+            wrong.append(f"--{name}: expected one argument.")
+            unread.add(name)
+        else:
+            arguments += [flag_, *following]
     try:
-        found, rest = parser.parse_known_args([normalised(argument) for argument in argv])
+        found, rest = parser.parse_known_args(arguments)
     except UserError as error:
         raise _all_at_once([*refusals, *wrong, str(error)], prog) from error
     wrong = [*refusals, *wrong, *(_unexpected(group, fields) for group in _flags_with_values(rest))]
-    values = vars(found)
-    if _UNREADABLE in values.values():  # without it the others may contradict each other
-        raise _all_at_once(wrong, prog)
+    given = frozenset(vars(found))
+    unread |= {name for name, value in vars(found).items() if value is _UNREADABLE}
+    values = {name: value for name, value in vars(found).items() if name not in unread}
+    complaints: list[str] = []
     try:
         filled = schema(**values)
     except UserError as error:
-        raise _all_at_once([*wrong, with_dashes(str(error), spellings(schema))], prog) from error
+        complaints += error.sentences
+    defaults = {name: field.default for name, field in fields.items()}
+    complaints += check(types.SimpleNamespace(**{**defaults, **values}), given)
+    # What could not be read has its default here, which may contradict the rest as the value that was meant does not.
+    told = [text for text in dict.fromkeys(complaints) if unread.isdisjoint(name for name, _ in _FIELD.findall(text))]
+    wrong += [with_dashes(text, spellings(schema)) for text in told]
     if wrong:
         raise _all_at_once(wrong, prog)
-    return filled, frozenset(values)
+    return filled, given
 
 
 _UNREADABLE = object()

@@ -3,11 +3,10 @@
 import dataclasses
 import resource
 import sys
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Sequence, Set
+from typing import Any, Literal
 
 from qlora_jax.cli import argument, command, flag, parse_flags, spellings
-from qlora_jax.errors import UserError
 
 DESCRIPTION = "Quantise a model once: safetensors directory, hub id or GGUF file to a directory that finetune loads."
 
@@ -29,13 +28,16 @@ class ConvertFlags:
 
 def main(argv: Sequence[str], *, prog: str = "qlora-jax convert") -> int:
     """Convert and print what was written."""
-    flags, given = parse_flags(ConvertFlags, argv, prog=prog, description=DESCRIPTION)
-    for name in sorted(given & {"block_size", "double_quant"}):
-        if flags.quant_type not in ("nf4", "fp4"):
-            raise UserError(f"--{name} has no effect with --quant_type {flags.quant_type}; leave it out.")
+    flags, _ = parse_flags(ConvertFlags, argv, prog=prog, description=DESCRIPTION, check=refusals)
     with command(spellings(ConvertFlags)):
         convert_model(flags)
     return 0
+
+
+def refusals(values: Any, given: Set[str]) -> list[str]:
+    """List a sentence for every flag that has no effect beside the others."""
+    idle = [] if values.quant_type in ("nf4", "fp4") else sorted(given & {"block_size", "double_quant"})
+    return [f"`{name}` has no effect with `quant_type={values.quant_type}`; leave it out." for name in idle]
 
 
 def convert_model(flags: ConvertFlags) -> None:

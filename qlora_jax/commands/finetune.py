@@ -22,10 +22,9 @@ from qlora_jax.cli import (
 )
 from qlora_jax.commands.foreign_flags import FOREIGN_FLAGS
 from qlora_jax.environment import keep_compiled_programs, multiplies_bfloat16
-from qlora_jax.errors import UserError
 from qlora_jax.files import read_checked_json, user_path
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.idle_fields import changed_fields, check_idle, idle_fields, idle_notes
+from qlora_jax.training.idle_fields import changed_fields, idle_fields, idle_notes, idle_refusals
 from qlora_jax.training.inputs import input_files
 from qlora_jax.training.signals import StoppedAtOnce
 
@@ -82,9 +81,9 @@ def configure(argv: Sequence[str], prog: str) -> tuple[TrainConfig, Flags]:
     spelling = spellings(Flags)
     pasted = without_foreign_flags(argv, FOREIGN_FLAGS)
     refusals = [with_dashes(text, spelling) for text in pasted.refusals]
-    flags, given = parse_flags(Flags, pasted.argv, prog=prog, description=DESCRIPTION, refusals=refusals)
-    if flags.gpu is not None and not flags.plan:
-        raise UserError("--gpu names the GPU to plan for; give --plan too.")
+    flags, given = parse_flags(
+        Flags, pasted.argv, prog=prog, description=DESCRIPTION, refusals=refusals, check=contradictions
+    )
     config = TrainConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainConfig)})
     for note in [*(with_dashes(text, spelling) for text in pasted.notes), *notes_on(config, given)]:
         print(note)
@@ -104,17 +103,19 @@ def configure(argv: Sequence[str], prog: str) -> tuple[TrainConfig, Flags]:
     return dataclasses.replace(config, **example), flags
 
 
-def notes_on(config: TrainConfig, given: Set[str]) -> list[str]:
-    """List a line for every flag that was given with its default and has no effect; the library tells the others.
+def contradictions(values: Any, given: Set[str]) -> list[str]:
+    """List a sentence for every flag that says another thing than the rest, be it with its default.
 
-    Raises:
-        UserError: one that says another thing than the rest, such as --gradient_checkpointing with --remat none.
+    Such as --gradient_checkpointing with --remat none.
     """
+    without_a_plan = values.gpu is not None and not values.plan
+    gpu = ["`gpu` names the GPU to plan for; give `plan` too."] if without_a_plan else []
+    return gpu + idle_refusals(values, given)
+
+
+def notes_on(config: TrainConfig, given: Set[str]) -> list[str]:
+    """List a line for every flag that was given with its default and has no effect; the library tells the others."""
     spelling = spellings(TrainConfig)
-    try:
-        check_idle(config, given)
-    except UserError as error:
-        raise UserError(with_dashes(str(error), spelling)) from error
     return [with_dashes(note, spelling) for note in idle_notes(config, given - changed_fields(config))]
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from qlora_jax.cli import argument, command, flag, parse_flags, spellings, with_dashes
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
-from qlora_jax.training.idle_fields import check_idle, idle_notes
+from qlora_jax.training.idle_fields import idle_notes, idle_refusals
 
 if TYPE_CHECKING:
     from qlora_jax.planner.planning import Advice
@@ -45,24 +46,27 @@ def schema() -> type[Any]:
 def main(argv: Sequence[str], *, prog: str = "qlora-jax plan") -> int:
     """Plan and print."""
     flags: Any
-    flags, given = parse_flags(schema(), argv, prog=prog, description=DESCRIPTION)
+    flags, given = parse_flags(schema(), argv, prog=prog, description=DESCRIPTION, check=refusals)
     spelling = {**spellings(TrainConfig), **spellings(type(flags)), "per_device_train_batch_size": "--batch"}
     with command(spelling):
-        shared = {name: getattr(flags, name) for name in STEP_FLAGS}
-        config = TrainConfig(**shared, per_device_train_batch_size=flags.batch)
-        check_idle(config, given)
+        config = run_config(flags)
         for note in idle_notes(config, given):
             print(f"Note: {with_dashes(note, spelling)}", file=sys.stderr)
         return plan_step(flags, config)
 
 
+def run_config(flags: Any) -> TrainConfig:
+    """Return the configuration of the run that the flags are of."""
+    shared = {name: getattr(flags, name) for name in STEP_FLAGS}
+    return TrainConfig(**shared, per_device_train_batch_size=flags.batch)
+
+
 def plan_step(flags: Any, config: TrainConfig) -> int:
     """Plan for one GPU or for all, and print."""
     from qlora_jax.checkpoints.hub import resolve_config
-    from qlora_jax.gpus import CHIPS, chip_named
+    from qlora_jax.gpus import chip_named
     from qlora_jax.planner import comparison
 
-    check(flags, tuple(CHIPS))
     request = comparison.Request(
         model=flags.model,
         model_config=resolve_config(flags.model),
@@ -102,16 +106,22 @@ def advised_flags(advice: "Advice") -> str:
     return " ".join(f"--{name} {value}" for name, value in settings.items())
 
 
-def check(flags: Any, gpus: Sequence[str]) -> None:
-    """Refuse flags that cannot be used, or not together.
+def refusals(values: Any, given: Set[str]) -> list[str]:
+    """List a sentence for every flag that cannot be used, or not beside the others."""
+    found: list[str] = []
+    try:
+        run_config(values)
+    except UserError as error:
+        found += (text.replace("`per_device_train_batch_size=", "`batch=") for text in error.sentences)
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    found += idle_refusals(types.SimpleNamespace(**{**defaults, **vars(values)}), given)
+    for name in ("seq", "dataset_tokens", "dataset_rows", "host_memory_gb"):
+        if (value := getattr(values, name)) is not None and value <= 0:
+            found.append(f"`{name}={value}`: must be positive.")
+    if values.dataset_tokens is not None and values.dataset_rows is not None:
+        found.append("`dataset_tokens` and `dataset_rows` say the same thing: give one of them.")
+    if (values.gpu is None) != values.all_gpus:
+        from qlora_jax.gpus import CHIPS  # which loads JAX
 
-    Raises:
-        UserError: names the first of them.
-    """
-    for name in ("seq", "batch", "dataset_tokens", "dataset_rows", "host_memory_gb"):
-        if (value := getattr(flags, name)) is not None and value <= 0:
-            raise UserError(f"--{name} {value}: must be positive.")
-    if flags.dataset_tokens is not None and flags.dataset_rows is not None:
-        raise UserError("--dataset_tokens and --dataset_rows say the same thing: give one of them.")
-    if (flags.gpu is None) != flags.all_gpus:
-        raise UserError(f"Give --gpu NAME, one of {', '.join(gpus)}, or --all_gpus.")
+        found.append(f"Give `gpu=NAME`, one of {', '.join(CHIPS)}, or `all_gpus`.")
+    return found

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from qlora_jax.choices import Kernel, OnBadRow, Remat
 from qlora_jax.cli import flag, names_where
 from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
-from qlora_jax.errors import UserError
-from qlora_jax.training.idle_fields import changed_fields, check_idle
+from qlora_jax.errors import refuse_all
+from qlora_jax.training.idle_fields import changed_fields, idle_refusals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,43 @@ class StepConfig:
     seed: int = 0
     max_grad_norm: float = 0.0
     micro_batches: int = 1
+
+
+_AT_LEAST_ONE = frozenset((
+    "lora_r", "source_max_len", "target_max_len", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_steps", "per_device_eval_batch_size", "max_new_tokens", "logging_steps", "save_steps", "save_total_limit",
+    "max_train_samples", "max_eval_samples", "sequence_length",
+))  # fmt: skip
+_NOT_NEGATIVE = frozenset((
+    "weight_decay", "max_grad_norm", "eval_steps", "top_k", "eval_dataset_size", "warmup_steps", "seed",
+))  # fmt: skip
+_POSITIVE = frozenset(("learning_rate", "lora_alpha", "adam_epsilon", "temperature", "num_train_epochs"))
+_BELOW_ONE = frozenset(("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio"))
+
+
+def _complaint(name: str, value: Any) -> str | None:
+    """Say what the value of a field of `TrainConfig` has to be, if it is not; None if it is, or is not given."""
+    if name == "bits" and value not in (4, 8, 16):
+        return "choose 4, 8 or 16"
+    if name == "block_size" and (not 32 <= value <= 4096 or value & (value - 1)):
+        return "choose a power of two from 32 to 4096"
+    if name == "top_p" and not 0 < value <= 1:
+        return "must be above 0 and at most 1"
+    if name in _BELOW_ONE and not 0 <= value < 1:
+        return "must be at least 0 and below 1"
+    if not isinstance(value, int | float):
+        return None
+    if name in _AT_LEAST_ONE and value < 1:
+        return "must be at least 1"
+    if name in _POSITIVE and not value > 0:
+        return "must be positive"
+    if name in _NOT_NEGATIVE and value < 0:
+        return "must not be negative"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be finite"
+    if isinstance(value, int) and value >= 2**31:
+        return "must be below 2147483648"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,45 +272,18 @@ class TrainConfig:
     run_name: str | None = flag(None, "Name of the run in W&B.", group="output", resume="free")
 
     def __post_init__(self) -> None:
-        """Reject values that no run could use, or that have no effect beside others; UserError names the field."""
-        if self.bits not in (4, 8, 16):
-            raise UserError(f"`bits={self.bits}`: choose 4, 8 or 16.")
-        if self.block_size < 32 or self.block_size > 4096 or self.block_size & (self.block_size - 1):
-            raise UserError(f"`block_size={self.block_size}`: choose a power of two from 32 to 4096.")
-        positive = (
-            "lora_r", "source_max_len", "target_max_len", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "max_steps", "per_device_eval_batch_size", "max_new_tokens", "logging_steps", "save_steps",
-            "save_total_limit",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"`{name}={getattr(self, name)}`: must be at least 1.")
-        for name in ("max_train_samples", "max_eval_samples", "sequence_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"`{name}={getattr(self, name)}`: must be at least 1.")
-        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
-            raise UserError(f"`num_train_epochs={self.num_train_epochs}`: must be positive.")
-        for name in ("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"`{name}={getattr(self, name)}`: must be at least 0 and below 1.")
-        for name in ("learning_rate", "lora_alpha", "adam_epsilon", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"`{name}={getattr(self, name)}`: must be positive.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"`top_p={self.top_p}`: must be above 0 and at most 1.")
-        not_negative = (
-            "weight_decay", "max_grad_norm", "eval_steps", "top_k", "eval_dataset_size", "warmup_steps", "seed",
-        )  # fmt: skip
-        for name in not_negative:
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise UserError(f"`{name}={getattr(self, name)}`: must not be negative.")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"`{field.name}={value}`: must be finite.")
-            if isinstance(value, int) and value >= 2**31:
-                raise UserError(f"`{field.name}={value}`: must be below 2147483648.")
-        check_idle(self, changed_fields(self))
+        """Reject values that no run could use, or that have no effect beside others; UserError names every field."""
+        refuse_all(self.refusals())
+
+    def refusals(self) -> list[str]:
+        """List a sentence for every field with such a value."""
+        changed = changed_fields(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        wrong = ((name, value, _complaint(name, value)) for name, value in values.items())
+        return [
+            *(f"`{name}={value}`: {complaint}." for name, value, complaint in wrong if complaint is not None),
+            *idle_refusals(self, changed, changed),
+        ]
 
     @property
     def remat_policy(self) -> Remat:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 from qlora_jax.defaults import DEFAULT_DATASET
-from qlora_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +32,8 @@ _ONE = "leave out one of them"
 _ADD = "give that too, or leave it out"
 
 IDLE = (
-    Idle(("quant_type", "double_quant", "block_size"), lambda c: c.bits != 4, "with `bits={bits}`"),
-    Idle(("kernel",), lambda c: c.bits != 4, "with `bits={bits}`", refused="never"),
+    Idle(("quant_type", "double_quant", "block_size"), lambda c: c.bits in (8, 16), "with `bits={bits}`"),
+    Idle(("kernel",), lambda c: c.bits in (8, 16), "with `bits={bits}`", refused="never"),
     Idle(
         ("lora_r", "lora_alpha", "lora_modules"), lambda c: c.adapter is not None, "with `adapter`, which has its own",
         refused="never",
@@ -86,20 +85,23 @@ def idle_fields(config: Any) -> frozenset[str]:
     return frozenset(name for rule in IDLE if rule.when(config) for name in rule.fields)
 
 
-def check_idle(config: Any, given: Collection[str]) -> None:
-    """Refuse fields that were given, have no effect, and say another thing than the rest.
+def idle_refusals(config: Any, given: Collection[str], changed: Collection[str] = ()) -> list[str]:
+    """List a sentence for every field that has no effect and says another thing than the rest.
 
-    Raises:
-        UserError: names the fields.
+    Args:
+        config: values by field.
+        given: fields that were given, be it with their defaults.
+        changed: those among them that do not have their defaults.
     """
-    changed = changed_fields(config)
-    for rule, name, text in _idle(config, given):
-        if rule.refused == "given" or (rule.refused == "changed" and name in changed):
-            raise UserError(f"`{name}={getattr(config, name)}` has no effect {text}; {rule.advice}.")
+    return [
+        f"`{name}={getattr(config, name)}` has no effect {text}; {rule.advice}."
+        for rule, name, text in _idle(config, given)
+        if rule.refused == "given" or (rule.refused == "changed" and name in changed)
+    ]
 
 
 def idle_notes(config: Any, given: Collection[str]) -> list[str]:
-    """List a sentence for every field that was given and has no effect; of a configuration that `check_idle` passes."""
+    """List a sentence for every field that was given and has no effect; of a configuration without `idle_refusals`."""
     return list({name: f"`{name}` has no effect {text}." for _, name, text in _idle(config, given)}.values())
 
 

@@ -134,10 +134,31 @@ def test_errors_name_the_flag(argv, message):
                 "--quant_type: invalid choice: 'int4' (choose from 'nf4', 'fp4').",
                 "unknown flag --merge.",
                 "unknown flag --no-merge.",
+                "--bits 3: choose 4, 8 or 16.",
             ],
         ),
         ("--merge --bits 3", ["unknown flag --merge.", "--bits 3: choose 4, 8 or 16."]),
-        ("--merge --max_steps", ["--max_steps: expected one argument."]),
+        ("--merge --max_steps", ["--max_steps: expected one argument.", "unknown flag --merge."]),
+        (
+            "--seed -1 --top_p 2 --lora_r 0 --max_steps 5 --num_train_epochs 2 --temperature 0.7",
+            [
+                "--lora_r 0: must be at least 1.",
+                "--seed -1: must not be negative.",
+                "--top_p 2.0: must be above 0 and at most 1.",
+                "--max_steps 5 has no effect with --num_train_epochs 2.0; leave out one of them.",
+                "--temperature 0.7 has no effect without --do_sample; give that too, or leave it out.",
+                "--top_p 2.0 has no effect without --do_sample; give that too, or leave it out.",
+            ],
+        ),
+        # What could not be read contradicts nothing.
+        ("--packing maybe --sequence_length 64", ["--packing: expected True or False, not 'maybe'."]),
+        (
+            "--sequence_length 64 --optim",
+            [
+                "--optim: expected one argument.",
+                "--sequence_length 64 has no effect without --packing; give that too, or leave it out.",
+            ],
+        ),
     ],
 )
 def test_everything_that_is_wrong_is_told_at_once(argv, lines):
@@ -149,6 +170,41 @@ def test_everything_that_is_wrong_is_told_at_once(argv, lines):
     else:
         assert first == f"{len(lines)} things are wrong with the flags; see finetune.py --help."
         assert rest == [f"  {line}" for line in lines]
+
+
+def test_what_contradicts_by_being_given_is_told_with_the_rest():
+    with pytest.raises(UserError) as error:
+        finetune_command.configure("--gpu h100 --gradient_checkpointing --remat none --lora_r 0".split(), "finetune.py")
+    assert str(error.value).splitlines()[1:] == [
+        "  --lora_r 0: must be at least 1.",
+        "  --gpu names the GPU to plan for; give --plan too.",
+        "  --gradient_checkpointing True has no effect with --remat none, which says the opposite; leave "
+        "out one of them.",
+    ]
+
+
+def test_three_wrong_flags_are_told_in_no_time_without_jax():
+    program = """
+import sys
+from qlora_jax import commands
+try:
+    commands.entry()
+finally:
+    assert "jax" not in sys.modules and "numpy" not in sys.modules
+"""
+    argv = "finetune --bits 3 --sequence_length 64 --lora_modulez all".split()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "error: 3 things are wrong with the flags; see qlora-jax finetune --help.",
+        "  unknown flag --lora_modulez. Did you mean --lora_modules?",
+        "  --bits 3: choose 4, 8 or 16.",
+        "  --sequence_length 64 has no effect without --packing; give that too, or leave it out.",
+    ]
+    # Of the processor: a busy machine does not count.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 GUANACO_7B = """
