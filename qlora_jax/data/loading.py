@@ -17,7 +17,7 @@ import numpy as np
 
 from qlora_jax.choices import OnBadRow
 from qlora_jax.data.chat_template import TemplateUnusable
-from qlora_jax.data.hub import load_from_hub
+from qlora_jax.data.hub import load_from_hub, split_names_on_hub
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
 from qlora_jax.files import user_path
@@ -152,7 +152,7 @@ def split_names(dataset: str, *, field: str = "dataset") -> tuple[str, ...]:
     if where is None:
         return ("train", "heldout")
     if isinstance(where, str):
-        return tuple(map(str, load_from_hub(where, None, _told(dataset, where, field))))
+        return split_names_on_hub(where, _told(dataset, where, field))
     return tuple(dict.fromkeys(_split_files(where).values())) if where.is_dir() else ()
 
 

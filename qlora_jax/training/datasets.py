@@ -9,6 +9,7 @@ import jax
 
 from qlora_jax import data
 from qlora_jax.checkpoints.hub import resolve_config
+from qlora_jax.data.hub import ask_anew
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import objective_of
@@ -53,6 +54,7 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
         "fields": objective.fields,
     }
 
+    ask_anew()  # a run before this one may have been without a network
     rows, held_out, notes = _load_rows(config)
     examples, report = objective.examples(rows, tokenizer, config)
     _check_tokens(examples, tokenizer, vocabulary)

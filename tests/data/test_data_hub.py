@@ -8,8 +8,10 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from qlora_jax.data import load_rows, split_names
+from qlora_jax.data import hub, load_rows, split_names
 from qlora_jax.errors import UserError
+from qlora_jax.training import datasets
+from qlora_jax.training.config import TrainConfig
 
 SPLITS = {"train": [{"instruction": "a", "output": "b"}], "test": [{"instruction": "c", "output": "d"}] * 2}
 
@@ -19,25 +21,31 @@ class FakeLibrary:
 
     def __init__(self):
         self.config = SimpleNamespace(HF_HUB_OFFLINE=False)
-        self.asked, self.cached = [], True
+        self.asked, self.probed, self.cached = [], [], True
 
     def load_dataset(self, name, *, split):
         self.asked.append((name, split, self.config.HF_HUB_OFFLINE))
         if self.config.HF_HUB_OFFLINE and not self.cached:
             raise ConnectionError("Couldn't reach it\nat all")
-        if split is None:
-            return SPLITS
         if split not in SPLITS:
             raise ValueError(f'Unknown split "{split}".\nShould be one of {list(SPLITS)}.')
         return SPLITS[split]
+
+    def get_dataset_split_names(self, name):
+        self.asked.append((name, "names", self.config.HF_HUB_OFFLINE))
+        if self.config.HF_HUB_OFFLINE and not self.cached:
+            raise ConnectionError("Couldn't reach it")
+        return list(SPLITS)
 
 
 @pytest.fixture
 def library(monkeypatch):
     fake = FakeLibrary()
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: None)
-    return fake
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: fake.probed.append(name))
+    hub.ask_anew()
+    yield fake
+    hub.ask_anew()
 
 
 def answering(monkeypatch, error):
@@ -60,8 +68,41 @@ def test_short_names_are_mapped(library):
     assert library.asked == [
         ("tatsu-lab/alpaca", "train", False),
         ("yahma/alpaca-cleaned", "test", False),
-        ("someone/some.set", None, False),
+        ("someone/some.set", "names", False),
     ]
+
+
+def test_the_hub_is_probed_once_for_each_data_set(library, monkeypatch):
+    assert split_names("a/b") == ("train", "test")
+    load_rows("a/b")
+    load_rows("a/b", split="test")
+    load_rows("c/d")
+    assert library.probed == ["a/b", "c/d"]
+    answering(monkeypatch, ConnectionResetError())
+    load_rows("a/b")
+    assert library.asked[-1] == ("a/b", "train", False)
+    hub.ask_anew()
+    load_rows("a/b")
+    assert library.asked[-1] == ("a/b", "train", True)
+
+
+def test_a_run_asks_the_hub_anew(monkeypatch):
+    probed = []
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, timeout: probed.append(name))
+    monkeypatch.setattr(datasets, "_load_rows", lambda config: hub._unreachable("a/b", "") or 1 / 0)
+    for runs in (1, 2):
+        with pytest.raises(ZeroDivisionError):
+            datasets.load_datasets(TrainConfig(), SimpleNamespace(name_or_path="", pad_token_id=0))
+        assert len(probed) == runs
+
+
+def test_out_of_reach_the_splits_are_those_of_the_cache(library, monkeypatch):
+    answering(monkeypatch, ConnectionResetError())
+    assert split_names("a/b") == ("train", "test")
+    assert library.asked == [("a/b", "names", True)]
+    library.cached = False
+    with pytest.raises(UserError, match=r"^`dataset=a/b`: no such file here, and the .* nor is the data set in its"):
+        split_names("a/b")
 
 
 def test_a_split_that_is_not_there_is_told_with_those_that_are(library):
