@@ -4,8 +4,15 @@ Sheets: NVIDIA A100 data sheet (2020, 2021 for 80 GB); RTX A6000 data sheet (202
 the A10G (for AWS, 2021); "NVIDIA Ampere GA102 GPU Architecture" (3090); "NVIDIA Ada GPU Architecture" (4090, 4080); L4
 and L40S data sheets (2023); "NVIDIA H100 Tensor Core GPU Architecture" and the H100 and H200 data sheets (SXM modules);
 HGX B200 data sheet (2024); "NVIDIA RTX Blackwell GPU Architecture" (5090, 5080); product pages of the GeForce RTX 3060
-(12 GB) and 4070, whose tensor figures follow from SMs and clock as in those papers; PCI Express base specifications 4.0
-and 5.0. Tensor figures are dense: half of what a sheet prints "with sparsity".
+(12 GB) and 4070; PCI Express base specifications 4.0 and 5.0. Tensor figures are dense: half of what a sheet prints
+"with sparsity".
+
+What those do not print:
+- A10: SMs and clock; 9,216 cores at 1695 MHz are listed elsewhere (72 SMs), and make the 31.2 TFLOP/s that it prints.
+- A10G: SMs and L2 as the driver reports them (80, 6 MiB; 22,587 MiB of memory are free for programs); the clock is the
+  one at which 80 SMs make the 35 TFLOP/s that it prints, and they make the 70 of its tensor cores at half rate.
+- RTX 3060 and 4070: bandwidth (192 bits of 15 and 21 Gbit/s), L2 and exact clock as in tables of reviews, where the
+  pages round to 1.78 and 2.48 GHz; the tensor figures follow from SMs and clock as in the papers about their kin.
 """
 
 import dataclasses
