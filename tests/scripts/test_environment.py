@@ -1,4 +1,4 @@
-"""How a command sets up its process for JAX."""
+"""The set-up of a command's process for JAX."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a command prints: the library's log and errors with flags for fields, and the report of a run."""
+"""Output of a command: the library's log and errors with flags for fields, and the report of a run."""
 
 import dataclasses
 import logging
