@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from qlora_jax.environment import keep_off_cuda_without_a_gpu, let_jax_fill_the_gpu, let_jax_pin_the_hosts_memory
 from qlora_jax.errors import UserError
+from qlora_jax.repeating import Repeated
 
 
 def flag(
@@ -402,27 +403,19 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
 
-@contextlib.contextmanager
-def _signs_of_life(lines: _Lines, silence: float) -> Iterator[None]:
+def _signs_of_life(lines: _Lines, silence: float) -> Repeated:
     """Print a line on stdout whenever neither a line nor a progress bar has been seen for `silence` seconds."""
-    ended, begin = threading.Event(), time.monotonic()
+    begin = time.monotonic()
 
     def watch() -> None:
-        while not ended.wait(silence / 10):
-            now, bars = time.monotonic(), sys.modules.get("tqdm")
-            if bars and len(bars.tqdm._instances):  # a bar is redrawn by itself
-                lines.last = now
-            elif now - lines.last >= silence:
-                lines.last = now
-                print(f"still at work, {now - begin:.0f} s so far", flush=True)
+        now, bars = time.monotonic(), sys.modules.get("tqdm")
+        if bars and len(bars.tqdm._instances):  # a bar is redrawn by itself
+            lines.last = now
+        elif now - lines.last >= silence:
+            lines.last = now
+            print(f"still at work, {now - begin:.0f} s so far", flush=True)
 
-    thread = threading.Thread(target=watch, name="signs-of-life", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return Repeated(watch, silence / 10, name="signs-of-life")
 
 
 @contextlib.contextmanager

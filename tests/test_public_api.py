@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest floor first. A module imports from its own room and from the floors below it.
 FLOORS = (
-    ("choices", "defaults", "device_memory", "errors", "extras", "formatting"),
+    ("choices", "defaults", "device_memory", "errors", "extras", "formatting", "repeating"),
     ("environment", "files", "gpus", "quantization"),
     ("cli", "kernels"),
     ("json_text", "sharding"),

@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
 from tqdm import tqdm
+
+from qlora_jax.repeating import Repeated
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +28,15 @@ def announced(doing: str, *, at_once: bool = True, interval: float = REMINDER_SE
     if not logger.isEnabledFor(logging.INFO):
         yield
         return
-    begin, ended = time.perf_counter(), threading.Event()
+    begin = time.perf_counter()
     if at_once:
         logger.info("%s ...", doing)
 
     def remind() -> None:
-        while not ended.wait(interval):
-            logger.info("%s ... %.0f s so far", doing, time.perf_counter() - begin)
+        logger.info("%s ... %.0f s so far", doing, time.perf_counter() - begin)
 
-    thread = threading.Thread(target=remind, name="reminder", daemon=True)
-    thread.start()
-    try:
+    with Repeated(remind, interval, name="reminder"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 class ProgressBar:
@@ -62,14 +57,7 @@ class ProgressBar:
             miniters=1,
             disable=not shown,
         )
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._redraw, args=(interval,), name="progress-bar", daemon=True)
-        if shown:
-            self._thread.start()
-
-    def _redraw(self, interval: float) -> None:
-        while not self._closed.wait(interval):
-            self._bar.refresh()
+        self._redrawn = Repeated(self._bar.refresh, interval, name="progress-bar") if shown else None
 
     def show(self, step: int, **values: str) -> None:
         """Move to a step and show its values."""
@@ -78,7 +66,6 @@ class ProgressBar:
 
     def close(self) -> None:
         """Leave the last line on the screen."""
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._redrawn is not None:
+            self._redrawn.close()
         self._bar.close()
