@@ -253,14 +253,13 @@ class RunDirectory:
 def check_output_dir(config: TrainConfig) -> None:
     """Refuse an `output_dir` of another run, or one in which this run would overwrite what other programs wrote.
 
-    Everything under the names that a run writes must be proven by its run.json to be a run's own.
+    Everything under the names that a run writes must be proven by its run.json to be a run's own. That it is no file is
+    for `files.exclusive` to say, which a run enters first.
 
     Raises:
         UserError: names what is in the way.
     """
     path = Path(config.output_dir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"`output_dir={path}` is a file; give a directory.")
     record = _read_record(path)
     checkpoints = _numbered(path)
     if not record and any(map(_is_own, checkpoints)):
