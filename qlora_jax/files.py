@@ -247,14 +247,14 @@ def read_checked_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON object, or not with the contents that were written.
+        ValueError: it is no JSON object, or not with the contents that were written; says so of "it", the file.
     """
     try:
         value = json.loads(path.read_bytes())
     except RecursionError:  # brackets in place of its contents
         value = None
     if isinstance(value, dict) and _DIGEST not in value:
-        raise ValueError(f"it has no {_DIGEST}, as those of earlier versions")
+        raise ValueError(f"it has no {_DIGEST}: an earlier version of qlora-jax, or another program, wrote it")
     if not isinstance(value, dict) or value.pop(_DIGEST) != _json_digest(value):
         raise ValueError(f"its contents do not match its {_DIGEST}")
     return value

@@ -27,6 +27,7 @@ from qlora_jax.training.inputs import input_files
 from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
 from qlora_jax.training.progress import announced
 from qlora_jax.training.reporting import MetricsLog, check_reporters, plot_losses, read_metrics
+from qlora_jax.training.results import SUMMARY_FILE, write_summary
 from qlora_jax.training.run_directory import RunDirectory, check_identity, check_output_dir
 from qlora_jax.training.run_environment import changed_environment, current_environment
 from qlora_jax.training.run_state import check_free_space, initial_state, refuse_finished, restored_state
@@ -65,7 +66,7 @@ def finetune(config: TrainConfig) -> Result:
     with contextlib.ExitStack() as stack:
         # Resolve: what can be refused is refused before anything large is read.
         stack.enter_context(exclusive(output, f"`output_dir={output}`"))
-        check_output_dir(config)
+        record = check_output_dir(config)
         for note in idle_notes(config, changed_fields(config)):
             logger.info("%s", note)
         prompts = read_prompts(config)
@@ -80,7 +81,7 @@ def finetune(config: TrainConfig) -> Result:
         for report in datasets.reports:
             logger.info("%s", report)
         identity = _data_identity(datasets, tokenizer)
-        check_identity(config, identity)
+        check_identity(config, record, identity)
         refuse_finished(config, datasets.total_steps)
 
         # Model: the frozen base on the devices, and the shapes of what is trained.
@@ -95,7 +96,7 @@ def finetune(config: TrainConfig) -> Result:
             "environment": current_environment(),
             "inputs": input_files(config),
         }
-        directory = RunDirectory.open(config, identity | _model_identity(config, model), facts)
+        directory = RunDirectory.open(config, identity | _model_identity(config, model), facts, record)
         stack.enter_context(kernels.pinned(kernels.choices_from_json(directory.facts["kernels"])))
         for line in kernels.describe(kernel_choices(config, model, rows[:1])):
             logger.info("%s", line)
@@ -111,7 +112,7 @@ def finetune(config: TrainConfig) -> Result:
                 logger.warning("%s", warning)
         else:
             start = initial_state(config, model, optimizer, devices)
-        directory.summary_file.unlink(missing_ok=True)  # of a shorter run that this one continues
+        (directory.path / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run that this one continues
 
         # Loop, between the answers before and after it. TensorBoard and W&B hold lines back until they are closed.
         log = stack.enter_context(contextlib.closing(MetricsLog(directory.path, config, start.step)))
@@ -137,7 +138,7 @@ def finetune(config: TrainConfig) -> Result:
         summary = summarize(trainer, answers)
         directory.write_json("answers.json", [answer._asdict() for answer in answers])
         plot_losses(read_metrics(log.path), directory.path / "loss.png")
-        directory.write_json(directory.summary_file.name, summary)
+        write_summary(directory.path, summary)
         return Result(summary, answers, interrupted=False)
 
 

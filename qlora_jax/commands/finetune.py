@@ -1,7 +1,6 @@
 """`qlora-jax finetune`: flags to a run, and what the run came to."""
 
 import dataclasses
-import json
 import shlex
 import sys
 import textwrap
@@ -26,6 +25,7 @@ from qlora_jax.files import read_checked_json, user_path
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, idle_fields, idle_notes, idle_refusals
 from qlora_jax.training.inputs import input_files
+from qlora_jax.training.results import SUMMARY_FILE, changed_results, read_summary
 from qlora_jax.training.signals import StoppedAtOnce
 
 DESCRIPTION = """Fine-tune a language model with QLoRA: frozen 4-bit base weights, LoRA adapters as the only trainable
@@ -232,12 +232,16 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax finetune") -> int:
         if flags.plan:
             plan_run(config, flags.gpu)
             return 0
-        steps = finished_steps(config)
-        if steps is not None:
+        summary = finished_summary(config)
+        if summary is not None:
             print(
-                f"already done: {config.output_dir} holds this run, finished after {steps:,} steps; "
+                f"already done: {config.output_dir} holds this run, finished after {summary['steps']:,} steps; "
                 "--overwrite_output_dir trains again"
             )
+            directory = user_path(config.output_dir)
+            hint = f"delete {directory / SUMMARY_FILE} and run the same command again to have it made again"
+            for name in changed_results(directory, summary):
+                print(f"warning: {directory / name} is missing or not as it was written; {hint}", file=sys.stderr)
             return 0
         keep_compiled_programs(flags.compilation_cache)
         return train(config, prog)
@@ -270,8 +274,8 @@ def train(config: TrainConfig, prog: str) -> int:
     return 0
 
 
-def finished_steps(config: TrainConfig) -> int | None:
-    """Return the steps of the finished run of exactly this configuration in `output_dir`; None if there is none.
+def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the summary of the finished run of exactly this configuration in `output_dir`; None if there is none.
 
     It reads what the run wrote and loads neither JAX nor the model nor the data, which are told by size and time of
     their files. Whatever cannot be read is no finished run here: the run itself says what is wrong.
@@ -282,12 +286,12 @@ def finished_steps(config: TrainConfig) -> int | None:
     try:
         record = read_checked_json(directory / "run.json")
         flags, inputs = record["flags"], record["facts"]["inputs"]
-        steps = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["steps"]
+        summary = read_summary(directory)
         # A flag that is younger than the run had its default.
         same = all(flags.get(name, default) == value for name, value, default in _values(config))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return steps if same and inputs == input_files(config) and isinstance(steps, int) else None
+    return summary if same and inputs == input_files(config) else None
 
 
 def _values(config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:

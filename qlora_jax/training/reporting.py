@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,6 +113,10 @@ class MetricsLog:
                 self._board.add_scalar(name, value, line["step"])
         if self._wandb is not None:
             self._wandb.log(values, step=line["step"])
+
+    def flush_to_disk(self) -> None:
+        """Wait until all lines are on disk: a checkpoint's must not be lost where the checkpoint is not."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close every sink."""

@@ -29,6 +29,7 @@ from qlora_jax.checkpoints.quiet import quiet_orbax
 from qlora_jax.errors import UserError
 from qlora_jax.optimizers import OPTIMIZERS
 from qlora_jax.training.config import FREE_FLAGS, TrainConfig
+from qlora_jax.training.results import SUMMARY_FILE
 from qlora_jax.training.step import TrainState
 
 RUN_FILE = "run.json"
@@ -37,7 +38,7 @@ _DAMAGED = ".damaged"
 logger = logging.getLogger(__name__)
 _POSITION = "position.json"
 # Names that every run writes, and those that some runs write; run.json proves which are a run's own.
-_FILES = ("metrics.jsonl", "answers.json", "answers_before.json", "summary.json", "loss.png")
+_FILES = ("metrics.jsonl", "answers.json", "answers_before.json", SUMMARY_FILE, "loss.png")
 _DIRECTORIES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "adapter": lambda flags: flags.get("do_train", True),
     "tensorboard": lambda flags: flags.get("report_to") in ("tensorboard", "all"),
@@ -83,7 +84,11 @@ class RunDirectory:
 
     @classmethod
     def open(
-        cls, config: TrainConfig, identity: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+        cls,
+        config: TrainConfig,
+        identity: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> "RunDirectory":
         """Create the directory, or take up the run that is in it.
 
@@ -91,34 +96,34 @@ class RunDirectory:
             config: of the run.
             identity: whatever else must be the same to resume (data fingerprint, devices); JSON values.
             facts: JSON values to record if a run begins; a run that is resumed keeps its own.
+            record: what `check_output_dir` returned, if it was called.
 
         Raises:
             UserError: the directory holds another run's checkpoints (names what differs), or content of another
                 program under a name that this run writes.
         """
-        check_output_dir(config)
+        before = check_output_dir(config) if record is None else record
         directory = cls(Path(config.output_dir), config.save_total_limit)
         if config.overwrite_output_dir:
-            directory.clear()
+            directory.clear(before)
+            before = {}
         flags, recorded = dataclasses.asdict(config), dict(facts or {})
-        before = _read_record(directory.path)
         if directory.checkpoints():
             _refuse_other_run(directory.path, _changed_identity(before, identity))
             recorded |= before.get("facts", {})
         wrote = sorted(_own_directories(before) | _own_directories({"flags": flags}))
-        record = {"flags": flags, "identity": dict(identity), "facts": recorded, "wrote": wrote}
+        made = {"flags": flags, "identity": dict(identity), "facts": recorded, "wrote": wrote}
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
-            files.write_checked_json(directory.path / RUN_FILE, record)
+            files.write_checked_json(directory.path / RUN_FILE, made)
         except OSError as error:
             raise UserError(f"`output_dir={directory.path}` cannot be written: {error.strerror}.") from error
         for leftover in directory.path.glob(".checkpoint-*"):
             files.remove(leftover)
         return dataclasses.replace(directory, facts=recorded)
 
-    def clear(self) -> None:
-        """Delete the run that run.json belongs to, and nothing else; run.json last."""
-        record = _read_record(self.path)
+    def clear(self, record: Mapping[str, Any]) -> None:
+        """Delete the run whose run.json holds `record`, and nothing else; run.json last."""
         if not record:
             return
         own = [self.checkpoint_path(step) for step in self.checkpoints()]
@@ -132,11 +137,6 @@ class RunDirectory:
         """Return the steps of the complete checkpoints, oldest first."""
         found = (int(entry.name.removeprefix("checkpoint-")) for entry in _numbered(self.path) if _is_own(entry))
         return sorted(found)
-
-    @property
-    def summary_file(self) -> Path:
-        """The file whose presence says that the run is finished."""
-        return self.path / "summary.json"
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file; it is whole or absent."""
@@ -250,11 +250,14 @@ class RunDirectory:
         )
 
 
-def check_output_dir(config: TrainConfig) -> None:
+def check_output_dir(config: TrainConfig) -> Mapping[str, Any]:
     """Refuse an `output_dir` of another run, or one in which this run would overwrite what other programs wrote.
 
     Everything under the names that a run writes must be proven by its run.json to be a run's own. That it is no file is
     for `files.exclusive` to say, which a run enters first.
+
+    Returns:
+        The contents of run.json; {} if there is none.
 
     Raises:
         UserError: names what is in the way.
@@ -278,17 +281,23 @@ def check_output_dir(config: TrainConfig) -> None:
         )
     if not config.overwrite_output_dir and any(map(_is_own, checkpoints)):
         _refuse_other_run(path, _changed_flags(record, dataclasses.asdict(config)))
+    return record
 
 
-def check_identity(config: TrainConfig, identity: Mapping[str, Any]) -> None:
+def check_identity(config: TrainConfig, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Refuse an `output_dir` whose run has another identity in any of these respects; see `RunDirectory.open`.
+
+    Args:
+        config: of the run.
+        record: what `check_output_dir` returned.
+        identity: some of what must be the same to resume.
 
     Raises:
         UserError: names what differs.
     """
     path = Path(config.output_dir)
     if not config.overwrite_output_dir and any(map(_is_own, _numbered(path))):
-        _refuse_other_run(path, _changed_identity(_read_record(path), identity))
+        _refuse_other_run(path, _changed_identity(record, identity))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -308,7 +317,10 @@ def _read_record(path: Path) -> dict[str, Any]:
             logger.warning("%s cannot be used (%s); its copy %s is.", file, damage, copy)
             return record
     if os.path.lexists(file):
-        raise UserError(f"{file} is damaged or not of a run of this program ({damage}); give another `output_dir`.")
+        raise UserError(
+            f"{file} is damaged or not of a run of this version of qlora-jax ({damage}); give another `output_dir`, or "
+            "go on with the version that began the run."
+        )
     return {}
 
 

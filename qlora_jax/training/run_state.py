@@ -16,6 +16,7 @@ from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.sharding import Devices
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
+from qlora_jax.training.results import read_summary
 from qlora_jax.training.run_directory import RunDirectory
 from qlora_jax.training.schedule import make_optimizer
 from qlora_jax.training.step import TrainState
@@ -107,10 +108,10 @@ def check_free_space(config: TrainConfig, trained: nnx.State) -> None:
 
 
 def refuse_finished(config: TrainConfig, total_steps: int) -> None:
-    """Raise UserError if the run in `output_dir` is finished, or longer than this one."""
+    """Raise UserError if the run in `output_dir` is finished, or longer than this one, or if its summary is damaged."""
     directory = RunDirectory(Path(config.output_dir))
     step = 0 if config.overwrite_output_dir else max(directory.checkpoints(), default=0)
-    if step > total_steps or (step and step == total_steps and directory.summary_file.exists()):
+    if step > total_steps or (step and step == total_steps and read_summary(directory.path) is not None):
         raise UserError(
             f"`output_dir={config.output_dir}` holds a finished run of {step} steps; give another `output_dir`, or "
             "`overwrite_output_dir` to delete it."

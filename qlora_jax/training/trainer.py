@@ -135,6 +135,7 @@ class Trainer:
         with self._training_paused():
             masters = self.masters
             gathered = self.programs.train.optimizer.gather(self.state.opt_state)
+            self.log.flush_to_disk()
             return self.directory.save(
                 step,
                 TrainState(masters, gathered, self.state.step),

@@ -11,8 +11,10 @@ import pytest
 
 from qlora_jax.cli import run, sigterm_as_ctrl_c
 from qlora_jax.commands import finetune as finetune_command
+from qlora_jax.errors import UserError
 from qlora_jax.files import write_checked_json
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.results import read_summary, write_summary
 
 
 def test_a_full_disk_is_one_line(capsys):
@@ -50,32 +52,50 @@ def finished(tmp_path):
     """The configuration of a run that is finished, and a function that writes its files."""
     config = TrainConfig(output_dir=str(tmp_path), learning_rate=3e-4)
 
-    def write(flags=None, summary='{"steps": 7}'):
+    def write(flags=None):
         (tmp_path / "adapter").mkdir(exist_ok=True)
         record = {"flags": dataclasses.asdict(config) if flags is None else flags, "facts": {"inputs": {}}}
         write_checked_json(tmp_path / "run.json", record)
-        (tmp_path / "summary.json").write_text(summary)
+        (tmp_path / "answers.json").write_text("[]")
+        write_summary(tmp_path, {"steps": 7})
 
     return config, write
 
 
 def test_a_finished_run_is_known_by_its_files(finished, tmp_path):
     config, write = finished
-    assert finetune_command.finished_steps(config) is None
+    assert finetune_command.finished_summary(config) is None
     write()
-    assert finetune_command.finished_steps(config) == 7
+    assert finetune_command.finished_summary(config)["steps"] == 7
     write({"learning_rate": 3e-4})  # of a version without the other flags
-    assert finetune_command.finished_steps(config) == 7
+    assert finetune_command.finished_summary(config)["steps"] == 7
     for change in ({"learning_rate": 1e-4}, {"prompts": "more"}, {"overwrite_output_dir": True}, {"do_train": False}):
-        assert finetune_command.finished_steps(dataclasses.replace(config, **change)) is None
-    for damaged in ("", "[]", '{"steps": null}', "{}", "[" * 100_000):
-        write(summary=damaged)
-        assert finetune_command.finished_steps(config) is None
+        assert finetune_command.finished_summary(dataclasses.replace(config, **change)) is None
+    for damaged in ("", "[]", '{"steps": 7}', "{}", "[" * 100_000):
+        write()
+        (tmp_path / "summary.json").write_text(damaged)
+        assert finetune_command.finished_summary(config) is None
+        with pytest.raises(UserError, match=r"summary\.json is damaged .*; delete it and run the same command again"):
+            read_summary(tmp_path)
     write([])
-    assert finetune_command.finished_steps(config) is None
+    assert finetune_command.finished_summary(config) is None
     write()
     (tmp_path / "adapter").rmdir()
-    assert finetune_command.finished_steps(config) is None
+    assert finetune_command.finished_summary(config) is None
+
+
+def test_results_that_have_changed_since_are_named(finished, tmp_path, monkeypatch, capsys):
+    config, write = finished
+    write()
+    monkeypatch.setattr(finetune_command, "configure", lambda *_: (config, SimpleNamespace(plan=False)))
+    assert finetune_command.main([]) == 0
+    said = capsys.readouterr()
+    assert "already done" in said.out and not said.err
+    (tmp_path / "answers.json").write_text("[ ]")
+    assert finetune_command.main([]) == 0
+    said = capsys.readouterr()
+    assert "already done" in said.out
+    assert said.err.startswith(f"warning: {tmp_path}/answers.json is missing or not as it was written; delete ")
 
 
 def test_a_reader_that_leaves_ends_it_quietly():

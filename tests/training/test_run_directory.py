@@ -293,7 +293,7 @@ HUGGING_FACE = ("checkpoint-500", "adapter", "wandb", "trainer_state.json")
         (("adapter",), "holds adapter, not written"),
         (("metrics.jsonl",), "holds metrics.jsonl, not written"),
         (("tensorboard",), "holds tensorboard, not written"),
-        (("run.json",), r"run\.json is damaged or not of a run of this program"),
+        (("run.json",), r"run\.json is damaged or not of a run of this version of qlora-jax"),
     ],
 )
 def test_what_other_programs_wrote_is_neither_deleted_nor_overwritten(tmp_path, names, said, overwrite):
@@ -419,13 +419,22 @@ def test_a_damaged_record(tmp_path, caplog, content):
     record = (run.path / "run.json").read_bytes()
     (run.path / "run.json").write_bytes(content)
     assert open_run(tmp_path).checkpoints() == [1]
-    assert "run.json cannot be used (" in caplog.text and "its copy" in caplog.text
+    assert caplog.text.count("run.json cannot be used (") == 1 and "its copy" in caplog.text
     assert (run.path / "run.json").read_bytes() == record
     (run.path / "run.json").write_bytes(content)
     (run.path / "checkpoint-000001" / "run.json").unlink()
-    with pytest.raises(UserError, match=r"run\.json is damaged or not of a run of this program"):
+    with pytest.raises(UserError, match=r"run\.json is damaged or not of a run of this version"):
         open_run(tmp_path)
     assert run.checkpoints() == [1]
+
+
+def test_a_record_without_a_digest(tmp_path):
+    run = open_run(tmp_path)
+    write_json(run.path / "run.json", {"flags": {}, "identity": {}})
+    with pytest.raises(
+        UserError, match=r"run\.json .*an earlier version of qlora-jax.*go on with the version"
+    ):
+        open_run(tmp_path)
 
 
 def test_any_flipped_bit_is_noticed(tmp_path):
