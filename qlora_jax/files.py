@@ -253,11 +253,19 @@ def read_checked_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except RecursionError:  # brackets in place of its contents
         value = None
-    if isinstance(value, dict) and _DIGEST not in value:
+    return checked_contents(value)
+
+
+def checked_contents(value: Any) -> dict[str, Any]:
+    """Return what was given to `write_checked_json`, from what was parsed of the file; ValueError as there."""
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    if _DIGEST not in value:
         raise ValueError(f"it has no {_DIGEST}: an earlier version of qlora-jax, or another program, wrote it")
-    if not isinstance(value, dict) or value.pop(_DIGEST) != _json_digest(value):
+    contents = {name: field for name, field in value.items() if name != _DIGEST}
+    if value[_DIGEST] != _json_digest(contents):
         raise ValueError(f"its contents do not match its {_DIGEST}")
-    return value
+    return contents
 
 
 def _json_digest(value: Mapping[str, Any]) -> str:

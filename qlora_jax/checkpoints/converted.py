@@ -62,10 +62,11 @@ class ConvertedBase:
     def digest(self) -> str | None:
         """The base model's digest, see `digest_of_all`; None if the conversion recorded none."""
         digests = {
-            (tensor.path, None if tensor.first_layer is None else tensor.first_layer + i): digest
+            (tensor.path, layer): digest
             for part in self._manifest.parts
             for tensor in part.tensors
-            for i, digest in enumerate(tensor.digests)
+            # Format 1 had no digests.
+            for layer, digest in zip(tensor.indices, tensor.digests, strict=False)
         }
         return digest_of_all(digests) if digests else None
 
@@ -75,7 +76,7 @@ class ConvertedBase:
         Raises:
             UserError: `specs`, the base tensors of the model, are not those stored, or a part cannot be read.
         """
-        stored = self._manifest.layers()
+        stored = self._manifest.layers
         expected: dict[TensorPath, set[int | None]] = {}
         for spec in specs:
             expected.setdefault(spec.path, set()).add(spec.layer)

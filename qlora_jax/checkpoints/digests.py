@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.checkpoints.manifest import layer_indices
 from qlora_jax.checkpoints.streaming import TensorPath
 
 # Hashing runs beside quantising, which takes longer; chunks in work are kept in memory.
@@ -56,8 +57,9 @@ class Digests:
         self._in_work.append(self._pool.submit(self._digest, path, first_layer, leaves))
 
     def _digest(self, path: TensorPath, first_layer: int | None, leaves: Sequence[Any]) -> None:
-        for i, digest in enumerate(layer_digests(first_layer, leaves)):
-            self.of_layer[path, None if first_layer is None else first_layer + i] = digest
+        digests = layer_digests(first_layer, leaves)
+        for layer, digest in zip(layer_indices(first_layer, len(digests)), digests, strict=True):
+            self.of_layer[path, layer] = digest
 
 
 def digest_of_all(digests: Mapping[tuple[TensorPath, int | None], str]) -> str:

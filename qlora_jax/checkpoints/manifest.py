@@ -5,14 +5,16 @@ on, with layers that follow each other in one path of the model stacked on axis 
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from qlora_jax.checkpoints.model_files import is_inside, read_json_object
+from qlora_jax.checkpoints.model_files import is_inside, json_object, read_limited
 from qlora_jax.errors import UserError
-from qlora_jax.files import read_checked_json
+from qlora_jax.files import checked_contents
 from qlora_jax.json_text import parse_typed
 from qlora_jax.quantization import QuantizationConfig
 
@@ -58,6 +60,11 @@ _NOTHING_ELSE = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+def layer_indices(first_layer: int | None, layers: int) -> Sequence[int | None]:
+    """List the indices of layers that follow each other; [None] for a tensor that is not stacked."""
+    return [None] if first_layer is None else range(first_layer, first_layer + layers)
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """Layers of one path of the model in one part.
@@ -83,6 +90,11 @@ class StoredTensor:
         if len(self.digests) not in (0, self.layers):
             raise ValueError("should have a digest for each layer")
 
+    @property
+    def indices(self) -> Sequence[int | None]:
+        """Indices of its layers, see `layer_indices`."""
+        return layer_indices(self.first_layer, self.layers)
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -101,6 +113,11 @@ class Part:
     files: dict[Annotated[str, AfterValidator(_inside)], _Count]
     tensors: tuple[StoredTensor, ...]
     digests: dict[Annotated[str, AfterValidator(_inside)], str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a file without a digest beside others that have one, which would be read unchecked."""
+        if self.digests and self.digests.keys() != self.files.keys():
+            raise ValueError("should have a digest for each of its files")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +150,15 @@ class Manifest:
         """Make the JSON object of the file."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
 
-    def layers(self) -> dict[tuple[str, ...], set[int | None]]:
-        """Collect the stored layers of every path, {None} for a path that is not stacked.
-
-        Raises:
-            ValueError: a layer is stored twice.
-        """
+    @functools.cached_property
+    def layers(self) -> Mapping[tuple[str, ...], set[int | None]]:
+        """The stored layers of every path, {None} for a path that is not stacked; ValueError if one is stored twice."""
         found: dict[tuple[str, ...], set[int | None]] = {}
         for tensor in (tensor for part in self.parts for tensor in part.tensors):
             layers = found.setdefault(tensor.path, set())
-            first = tensor.first_layer
-            new: set[int | None] = {None} if first is None else set(range(first, first + tensor.layers))
-            if layers & new:
+            if not layers.isdisjoint(tensor.indices):
                 raise ValueError(f"{'.'.join(tensor.path)} is stored twice")
-            layers |= new
+            layers.update(tensor.indices)
         return found
 
 
@@ -162,7 +174,8 @@ def read_manifest(directory: Path) -> Manifest:
         UserError: the file is missing, malformed, or of another format version.
     """
     file = directory / MANIFEST_NAME
-    content = read_json_object(file, CONVERT_AGAIN)
+    raw = read_limited(file, CONVERT_AGAIN)
+    content = json_object(raw, file)
     version = content.get("format_version")
     if content.get("format") != FORMAT or version not in (1, FORMAT_VERSION):
         raise UserError(
@@ -171,12 +184,12 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if version != 1:
         try:
-            read_checked_json(file)
-        except (OSError, ValueError) as error:
+            checked_contents(content)
+        except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); {CONVERT_AGAIN}.") from None
-    manifest: Manifest = parse_typed(file.read_bytes(), _MANIFEST, f"{file}: ")
+    manifest: Manifest = parse_typed(raw, _MANIFEST, f"{file}: ")
     try:
-        manifest.layers()
+        _ = manifest.layers
     except ValueError as error:
         raise UserError(f"{file}: {error}; {CONVERT_AGAIN}.") from None
     return manifest

@@ -53,17 +53,26 @@ def is_inside(name: str) -> bool:
 
 
 def read_json_object(file: Path, hint: str) -> dict[str, Any]:
-    """Parse a JSON object; `UserError` names the file (and says `hint`) when it is missing, too large or malformed."""
+    """Read a JSON object with `read_limited` and `json_object`."""
+    return json_object(read_limited(file, hint), file)
+
+
+def read_limited(file: Path, hint: str) -> bytes:
+    """Read a file of up to `MAX_BYTES`; `UserError` names it, and says `hint`, when it is missing or larger."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{file} is larger than the {MAX_BYTES} bytes that are read of such a file; {hint}.")
-        content = parse_json(file.read_bytes())
+        return file.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {hint}.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except UserError:
-        raise
+
+
+def json_object(raw: bytes, file: Path) -> dict[str, Any]:
+    """Parse the contents of a file as a JSON object; `UserError` names the file when they are none."""
+    try:
+        content = parse_json(raw)
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); {DOWNLOAD_AGAIN}.") from None
     if not isinstance(content, dict):

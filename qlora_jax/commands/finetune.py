@@ -21,6 +21,7 @@ from qlora_jax.cli import (
 )
 from qlora_jax.commands.foreign_flags import FOREIGN_FLAGS
 from qlora_jax.environment import keep_compiled_programs, multiplies_bfloat16
+from qlora_jax.errors import UserError
 from qlora_jax.files import read_checked_json, user_path
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, idle_fields, idle_notes, idle_refusals

@@ -25,6 +25,7 @@ from fixtures.checkpoint_helpers import (
     write_large_hf,
 )
 from fixtures.tiny_configs import BIASED_LLAMA, TINY_CONVERTED
+from orbax.checkpoint import v1 as ocp
 
 from qlora_jax import cli, models
 from qlora_jax.checkpoints import conversion, loading
@@ -36,7 +37,7 @@ from qlora_jax.checkpoints.streaming import check_source, inventory
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.commands.convert import main
 from qlora_jax.errors import UserError
-from qlora_jax.files import file_digest, read_checked_json, write_checked_json
+from qlora_jax.files import file_digest, file_sizes, read_checked_json, write_checked_json
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize
 
@@ -302,6 +303,43 @@ def test_so_are_other_tensors(tmp_path: Path, name: str, value: float):
         load_base(source, quantization=NF4, dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("quantization", "path", "leaf"),
+    [
+        (NF4, ("embed_tokens", "weight"), None),
+        (NF4, ("layers", "mlp", "up_proj", "weight"), "nested_absmax"),
+        (NF4, ("layers", "mlp", "up_proj", "weight"), "offset"),
+        (CONFIGS[1], ("layers", "self_attn", "q_proj", "weight"), "absmax"),
+        (CONFIGS[2], ("layers", "self_attn", "q_proj", "weight"), "absmax"),
+        (CONFIGS[3], ("layers", "self_attn", "q_proj", "weight"), None),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_so_are_those_of_a_conversion(
+    tmp_path: Path,
+    source: Path,
+    quantization: QuantizationConfig,
+    path: tuple[str, ...],
+    leaf: str | None,
+    value: float,
+):
+    """With digests that fit, as of a program that wrote them so."""
+    directory = convert(source, tmp_path / "out", quantization, "bfloat16").directory
+    part = directory / "part-00000"
+    tree = jax.tree.map(lambda array: np.array(array), ocp.load(part))
+    holder = functools.reduce(lambda node, name: node[name], path if leaf else path[:-1], tree)
+    holder[leaf or path[-1]].reshape(-1)[-1] = value
+    shutil.rmtree(part)
+    conversion._save_tree(part, tree)
+    manifest = read_checked_json(directory / MANIFEST_NAME)
+    (described,) = manifest["parts"]
+    described["files"] = file_sizes(part)
+    described["digests"] = {name: file_digest(part / name) for name in described["files"]}
+    write_checked_json(directory / MANIFEST_NAME, manifest)
+    with pytest.raises(UserError, match=rf"tensor {'.'.join(path)} in .*part-00000 holds NaN or infinity"):
+        load_base(directory, quantization=quantization, dtype="bfloat16")
+
+
 def test_overflow_of_float16_is_named(tmp_path: Path):
     name = "model.embed_tokens.weight"
     source = write_model(tmp_path, **{name: np.full(hf_shapes(BIASED_LLAMA)[name], 1e5).astype("bfloat16")})
@@ -380,6 +418,8 @@ def test_damaged_conversion(tmp_path: Path, converted: Conversion):
         tensors = [{**tensor, **(change if i == layered else {})} for i, tensor in enumerate(bare)]
         refused(rf"qlora_jax\.json.*{message}", parts=[{**part, "tensors": tensors}])
     refused(r"qlora_jax\.json: .* is stored twice", parts=[{**part, "tensors": part["tensors"] * 2}])
+    undigested = dict(list(part["digests"].items())[1:])
+    refused(r"parts\.0.* should have a digest for each of its files", parts=[{**part, "digests": undigested}])
     empty = {**part, "files": {}, "digests": {}}
     refused(r"bad/part-00000 is damaged or missing", parts=[empty], files={"part-00000": None})
 

@@ -431,9 +431,7 @@ def test_a_damaged_record(tmp_path, caplog, content):
 def test_a_record_without_a_digest(tmp_path):
     run = open_run(tmp_path)
     write_json(run.path / "run.json", {"flags": {}, "identity": {}})
-    with pytest.raises(
-        UserError, match=r"run\.json .*an earlier version of qlora-jax.*go on with the version"
-    ):
+    with pytest.raises(UserError, match=r"run\.json .*an earlier version of qlora-jax.*go on with the version"):
         open_run(tmp_path)
 
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import threading
 import time
@@ -200,6 +201,15 @@ def test_the_rate_is_that_of_training_alone(tmp_path, make_trainer, saved, synch
     # The seconds of the run are all of them.
     assert lines[-1]["seconds"] > COMPILATION + 3 * EVALUATION + 3 * SAVING
     assert sorted(saved) == [3, 6, 9, 12]
+
+
+def test_lines_are_on_disk_before_the_checkpoint_that_refers_to_them(tmp_path, make_trainer, monkeypatch):
+    trainer = make_trainer()
+    order = []
+    monkeypatch.setattr(os, "fsync", lambda _: order.append(read_metrics(trainer.log.path)[-1]["step"]))
+    monkeypatch.setattr(RunDirectory, "save", lambda _, step, *rest: order.append(f"saved {step}"))
+    assert trainer.train()
+    assert order == [3, "saved 3", 6, "saved 6", 9, "saved 9", 12, "saved 12"]
 
 
 def test_evaluation_reports_means(tmp_path, make_trainer, saved):
