@@ -231,3 +231,12 @@ def test_the_library_names_fields_not_flags(module):
         if flag in names
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_errors_end_with_a_full_stop(module):
+    calls = [node for node in ast.walk(tree_of(SOURCES[module])) if isinstance(node, ast.Call)]
+    texts = [call.args[0] for call in calls if ast.unparse(call.func) == "UserError"]
+    ends = [text.values[-1] if isinstance(text, ast.JoinedStr) else text for text in texts]
+    found = [end for end in ends if isinstance(end, ast.Constant) and not end.value.endswith(".")]
+    assert not found, "\n".join(f"{module}:{end.lineno}: ...{end.value}" for end in found)

@@ -217,7 +217,7 @@ class Batches:
         if epoch < 0 or not 0 <= index < len(self._order(epoch)):
             raise UserError(
                 f"the saved data position (epoch {epoch}, row {index}) does not exist in this data set of "
-                f"{len(self._order(max(epoch, 0)))} rows an epoch; resume with the data and settings of its start"
+                f"{len(self._order(max(epoch, 0)))} rows an epoch; resume with the data and settings of its start."
             )
         self._epoch, self._index = epoch, index
 
@@ -330,19 +330,19 @@ def _checked_lengths(
     examples: Sequence[Example], batch_size: int, mode: str, sequence_length: int | None
 ) -> np.ndarray:
     if not examples:
-        raise UserError("there are no examples to make batches of")
+        raise UserError("there are no examples to make batches of.")
     if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, not {batch_size}")
+        raise UserError(f"the batch size must be at least 1, not {batch_size}.")
     if mode not in ("packing", "group_by_length", "plain"):
-        raise UserError(f"batching mode '{mode}' is unknown; use packing, group_by_length or plain")
+        raise UserError(f"batching mode '{mode}' is unknown; use packing, group_by_length or plain.")
     lengths = np.array([len(example) for example in examples], np.int64)
     if mode == "packing" and sequence_length is None:
-        raise UserError("packing needs a sequence length")
+        raise UserError("packing needs a sequence length.")
     if sequence_length is not None and lengths.max() > sequence_length:
         longest = examples[int(lengths.argmax())]
         raise UserError(
             f"{longest.example_id or 'an example'} has {len(longest)} tokens, more than the sequence length "
-            f"{sequence_length}; cut it when tokenizing (max_length) or raise the sequence length"
+            f"{sequence_length}; cut it when tokenizing (max_length) or raise the sequence length."
         )
     return lengths
 
@@ -370,7 +370,7 @@ def _pack(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndar
 def _checked_fields(fields: Sequence[Field], mode: str) -> tuple[Field, ...]:
     for field in fields:
         if mode == "packing" and field.axes == "B":
-            raise UserError(f"`packing`: '{field.name}' has one value a row, but packed rows hold several")
+            raise UserError(f"`packing`: '{field.name}' has one value a row, but packed rows hold several.")
     return tuple(fields)
 
 

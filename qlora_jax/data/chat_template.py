@@ -43,7 +43,9 @@ def render(
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
-        raise UserError(f"{position}: the tokenizer's chat template cannot be used: {error}") from error
+        raise UserError(
+            f"{position}: the tokenizer's chat template cannot be used: {str(error).rstrip('.')}."
+        ) from error
     request = {
         "template": template,
         "variables": {
@@ -55,7 +57,8 @@ def render(
     }
     answer = _child().ask(json.dumps(request, default=lambda value: f"<{type(value).__name__}>"), position)
     if "error" in answer:
-        raise UserError(f"{position}: the tokenizer's chat template refuses the messages: {answer['error']}")
+        refusal = str(answer["error"]).rstrip(".")
+        raise UserError(f"{position}: the tokenizer's chat template refuses the messages: {refusal}.")
     rendered: list[str] = answer["rendered"]
     return rendered
 

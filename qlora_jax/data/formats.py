@@ -105,14 +105,14 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
         else:
             raise UserError(
                 f"{rows.source}: the columns {_names(present)} fit no format; name one with `dataset_format` "
-                f"({'; '.join(f'{f.name}: {_names(f.columns[0])}' for f in FORMATS.values())}) or rename the columns"
+                f"({'; '.join(f'{f.name}: {_names(f.columns[0])}' for f in FORMATS.values())}) or rename the columns."
             )
     elif dataset_format in FORMATS:
         chosen = FORMATS[dataset_format]
     elif dataset_format in NOT_YET_SUPPORTED:
-        raise UserError(f"`dataset_format={dataset_format}` is not supported yet; use one of {_names(FORMATS)}")
+        raise UserError(f"`dataset_format={dataset_format}` is not supported yet; use one of {_names(FORMATS)}.")
     else:
-        raise UserError(f"`dataset_format={dataset_format}` is unknown; use one of {_names(FORMATS)}")
+        raise UserError(f"`dataset_format={dataset_format}` is unknown; use one of {_names(FORMATS)}.")
     columns = next((c for c in chosen.columns if set(c) <= present.keys()), chosen.columns[0])
     unused = tuple(column for column in present if column not in columns + chosen.optional)
     choice = ChosenFormat(chosen, dataset_format is None, columns, unused)
@@ -120,7 +120,7 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
         column = next(column for column in columns if column not in rows.rows[0])
         raise UserError(
             f"{rows.positions[0]}: column '{column}' is missing, and no row has all that format '{chosen.name}' needs "
-            f"({_names(columns)}); the row has {_names(rows.rows[0])}"
+            f"({_names(columns)}); the row has {_names(rows.rows[0])}."
         )
     return choice
 
@@ -147,12 +147,12 @@ def _text(row: Mapping[str, Any], column: str, position: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise UserError(f"{position}: column '{column}' must be text, not {kind}")
+        raise UserError(f"{position}: column '{column}' must be text, not {kind}.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         where = f"{position}: column '{column}'"
-        raise UserError(f"{where} has half of a surrogate pair at character {error.start}") from None
+        raise UserError(f"{where} has half of a surrogate pair at character {error.start}.") from None
     return value
 
 
@@ -188,10 +188,10 @@ def _read_messages(row: Mapping[str, Any], position: str) -> list[Message]:
     read: list[Message] = []
     for number, message in enumerate(_turns(row, "messages", position), start=1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise UserError(f"{position}: message {number} must be an object with 'role' and 'content'")
+            raise UserError(f"{position}: message {number} must be an object with 'role' and 'content'.")
         if message["role"] not in ROLES:
             role = reprlib.repr(message["role"])
-            raise UserError(f"{position}: message {number} has role {role}; use one of {_names(ROLES)}")
+            raise UserError(f"{position}: message {number} has role {role}; use one of {_names(ROLES)}.")
         where = f"{position}, message {number}"
         if isinstance(message["content"], list):
             message = {**message, "content": _joined_parts(message["content"], where)}
@@ -206,10 +206,10 @@ def _read_sharegpt(row: Mapping[str, Any], position: str) -> list[Message]:
         read.append({"role": "system", "content": _text(row, "system", position)})
     for number, turn in enumerate(_turns(row, "conversations", position), start=1):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise UserError(f"{position}: turn {number} must be an object with 'from' and 'value'")
+            raise UserError(f"{position}: turn {number} must be an object with 'from' and 'value'.")
         role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
-            raise UserError(f"{position}: turn {number} is from {turn['from']!r}; use one of {_names(SHAREGPT_ROLES)}")
+            raise UserError(f"{position}: turn {number} is from {turn['from']!r}; use one of {_names(SHAREGPT_ROLES)}.")
         read.append({"role": role, "content": _text(turn, "value", f"{position}, turn {number}")})
     return read
 
@@ -217,7 +217,7 @@ def _read_sharegpt(row: Mapping[str, Any], position: str) -> list[Message]:
 def _turns(row: Mapping[str, Any], column: str, position: str) -> list[Any]:
     turns = row[column]
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{position}: column '{column}' must be a list of messages with at least one in it")
+        raise UserError(f"{position}: column '{column}' must be a list of messages with at least one in it.")
     return turns
 
 
@@ -229,7 +229,7 @@ def _joined_parts(parts: list[Any], position: str) -> str:
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
             what = f"of type {kind!r}" if isinstance(part, dict) and kind != "text" else "no text"
             raise UserError(
-                f'{position}: part {number} of its content is {what}; only {{"type": "text", "text": ...}} can be read'
+                f'{position}: part {number} of its content is {what}; only {{"type": "text", "text": ...}} can be read.'
             )
         texts.append(part["text"])
     return "".join(texts)

@@ -54,7 +54,8 @@ class Rows:
         positions: origin of each row, e.g. "train.jsonl line 17"; lines, items and rows count from 1.
         source: name of the data set.
         notes: decisions taken while reading, for people.
-        bad: what is wrong with each row that could not be read; begins with its origin.
+        bad: what is wrong with each row that could not be read; begins with its origin and has no full stop, for it is
+            told in lists and in parentheses.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -91,15 +92,15 @@ def collected(bad: list[str]) -> Iterator[None]:
     except TemplateUnusable:
         raise
     except UserError as error:
-        bad.append(str(error))
+        bad.append(str(error).removesuffix("."))
 
 
 def bad_rows(bad: Sequence[str]) -> UserError:
     """Make the error about rows that cannot be used, which tells about the first twenty of them."""
     if len(bad) == 1:
-        return UserError(f"{bad[0].removesuffix('.')}; mend it, or leave such rows out with `on_bad_row=skip`.")
-    more = f"\n  and {len(bad) - _BAD_SHOWN} more" if len(bad) > _BAD_SHOWN else ""
-    told = "\n  ".join(bad[:_BAD_SHOWN])
+        return UserError(f"{bad[0]}; mend it, or leave such rows out with `on_bad_row=skip`.")
+    more = f"\n  and {len(bad) - _BAD_SHOWN} more." if len(bad) > _BAD_SHOWN else ""
+    told = "\n  ".join(f"{message}." for message in bad[:_BAD_SHOWN])
     return UserError(
         f"{len(bad)} rows cannot be used; mend them, or leave such rows out with `on_bad_row=skip`:\n  {told}{more}"
     )
@@ -138,7 +139,7 @@ def _load(dataset: str, split: str, field: str) -> Rows:
     if where.is_dir():
         return _load_directory(where, split)
     if split != "train":
-        raise UserError(f"{where} is a single file and has no split '{split}'; its rows are the split 'train'")
+        raise UserError(f"{where} is a single file and has no split '{split}'; its rows are the split 'train'.")
     return _load_file(where)
 
 
@@ -173,16 +174,16 @@ def _located(dataset: str, field: str) -> Path | str | None:
         return None
     if dataset in NOT_YET_SUPPORTED:
         raise UserError(
-            f"`{field}={dataset}` is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id"
+            f"`{field}={dataset}` is not supported yet; use one of {', '.join(HUB_NAMES)}, a local file or a hub id."
         )
     path = user_path(dataset)
     if path.is_dir() or path.is_file():
         return path
     if path.suffix.lower() in _READERS or path.is_absolute() or dataset.startswith((".", "~")):
-        raise UserError(f"`{field}={dataset}`: there is no such file or directory")
+        raise UserError(f"`{field}={dataset}`: there is no such file or directory.")
     hub_id = HUB_NAMES.get(dataset, dataset)
     if not _HUB_ID.match(hub_id):
-        raise UserError(f"`{field}={dataset}` is neither a file, a directory nor the id of a data set on the hub")
+        raise UserError(f"`{field}={dataset}` is neither a file, a directory nor the id of a data set on the hub.")
     return hub_id
 
 
@@ -197,21 +198,21 @@ def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple
         UserError: a given size is negative or leaves no row to train on.
     """
     n = len(rows)
-    read = f" that can be read ({rows.bad[0].removesuffix('.')})" if rows.bad else ""
+    read = f" that can be read ({rows.bad[0]})" if rows.bad else ""
     if eval_dataset_size is None:
         if n < 2:
             raise UserError(
-                f"{rows.source} has {n} row{read}, too few to hold any out for evaluation; give `eval_dataset_size=0`"
+                f"{rows.source} has {n} row{read}, too few to hold any out for evaluation; give `eval_dataset_size=0`."
             )
         size = REFERENCE_EVAL_SIZE if n >= 2 * REFERENCE_EVAL_SIZE else max(1, n // 10)
         why = "the default" if size == REFERENCE_EVAL_SIZE else f"a tenth, since {n} rows are few"
     else:
         size, why = eval_dataset_size, "`eval_dataset_size`"
         if size < 0:
-            raise UserError(f"`eval_dataset_size={size}` is negative")
+            raise UserError(f"`eval_dataset_size={size}` is negative.")
         if size >= n:
             raise UserError(
-                f"`eval_dataset_size={size}` leaves nothing to train on: {rows.source} has {n} rows{read}; give fewer"
+                f"`eval_dataset_size={size}` leaves nothing to train on: {rows.source} has {n} rows{read}; give fewer."
             )
     order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x5EED]))).permutation(n)
     held_out, kept = np.sort(order[:size]), np.sort(order[size:])
@@ -221,7 +222,7 @@ def split_rows(rows: Rows, eval_dataset_size: int | None, *, seed: int) -> tuple
 
 def _load_default(split: str) -> Rows:
     if split != "train" and split not in _HELD_OUT_SPLITS:
-        raise UserError(f"the default data set has no split '{split}'; it has train and {', '.join(_HELD_OUT_SPLITS)}")
+        raise UserError(f"the default data set has no split '{split}'; it has train and {', '.join(_HELD_OUT_SPLITS)}.")
     name = "default_train.jsonl" if split == "train" else "default_heldout.jsonl"
     with resources.as_file(resources.files("qlora_jax.data") / name) as path:
         return dataclasses.replace(_load_file(path), source=f"default ({name})")
@@ -230,16 +231,16 @@ def _load_default(split: str) -> Rows:
 def _load_file(path: Path) -> Rows:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path}: unknown kind of data file; use {', '.join(_READERS)}")
+        raise UserError(f"{path}: unknown kind of data file; use {', '.join(_READERS)}.")
     found = _Found()
     try:
         reader(path, found)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not found.rows:
-        raise bad_rows(found.bad) if found.bad else UserError(f"{path} holds no rows")
+        raise bad_rows(found.bad) if found.bad else UserError(f"{path} holds no rows.")
     return Rows(found.rows, found.positions, str(path), tuple(found.notes), tuple(found.bad))
 
 
@@ -271,18 +272,20 @@ def _load_directory(directory: Path, split: str) -> Rows:
     visible = _visible_files(directory)
     data_files = [p for p in visible if p.suffix.lower() in _READERS]
     if not data_files:
-        raise UserError(f"{directory} holds no data file ({', '.join(_READERS)})")
+        raise UserError(f"{directory} holds no data file ({', '.join(_READERS)}).")
     named = _split_files(directory)
     if named:
         chosen = [p for p in data_files if named.get(p) == split]
         if not chosen:
             raise UserError(
-                f"{directory} has no file of split '{split}'; it has {', '.join(sorted(p.name for p in named))}"
+                f"{directory} has no file of split '{split}'; it has {', '.join(sorted(p.name for p in named))}."
             )
     elif split == "train":
         chosen = data_files
     else:
-        raise UserError(f"{directory} has no split '{split}': no file is named after one, so all are the split 'train'")
+        raise UserError(
+            f"{directory} has no split '{split}': no file is named after one, so all are the split 'train'."
+        )
     parts = [_load_file(p) for p in chosen]
     notes = [f"{directory}: read {', '.join(p.name for p in chosen)}"]
     others = [p.name for p in named if p not in chosen]
@@ -307,13 +310,13 @@ def _told(dataset: str, hub_id: str, field: str) -> str:
 def _load_hub(hub_id: str, split: str, told: str) -> Rows:
     rows = [dict(row) for row in load_from_hub(hub_id, split, told)]
     if not rows:
-        raise UserError(f"the hub's data set '{hub_id}' holds no rows in split '{split}'")
+        raise UserError(f"the hub's data set '{hub_id}' holds no rows in split '{split}'.")
     return Rows(rows, [f"{hub_id} {split} row {i}" for i in range(1, len(rows) + 1)], f"{hub_id} ({split})")
 
 
 def _as_row(value: Any, position: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{position}: a row must be an object with named columns, not {_json_kind(value)}")
+        raise UserError(f"{position}: a row must be an object with named columns, not {_json_kind(value)}.")
     return value
 
 
@@ -336,7 +339,7 @@ def _parse_row(line: bytes, position: str) -> dict[str, Any]:
         value = parse_json(line)
     except ValueError as error:
         _, reason = _json_mistake(error)
-        raise UserError(f"{position}: not valid JSON ({reason})") from error
+        raise UserError(f"{position}: not valid JSON ({reason}).") from error
     return _as_row(value, position)
 
 
@@ -356,11 +359,11 @@ def _read_json(path: Path, found: _Found) -> None:
     except ValueError as error:
         hint = "; JSON lines belong in a .jsonl file" if "trailing characters" in str(error) else ""
         line, reason = _json_mistake(error)
-        raise UserError(f"{path} line {line}: not valid JSON ({reason}){hint}") from error
+        raise UserError(f"{path} line {line}: not valid JSON ({reason}){hint}.") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
-        raise UserError(f'{path} must hold a list of objects, or an object whose "data" is one')
+        raise UserError(f'{path} must hold a list of objects, or an object whose "data" is one.')
     for number, value in enumerate(content, start=1):
         with collected(found.bad):
             found.add(_as_row(value, f"{path} item {number}"), f"{path.name} item {number}")
@@ -386,7 +389,7 @@ def _read_delimited(path: Path, found: _Found, delimiter: str) -> None:
                 else:
                     found.add(dict(zip(header, cells, strict=True)), f"{path.name} line {line}")
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: {error}") from error
+        raise UserError(f"{path} line {reader.line_num}: {error}.") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -394,7 +397,7 @@ def _read_delimited(path: Path, found: _Found, delimiter: str) -> None:
 def _refuse_twice(columns: Sequence[str], position: str) -> None:
     twice = sorted(name for name, count in Counter(columns).items() if count > 1)
     if twice:
-        raise UserError(f"{position}: column {reprlib.repr(twice[0])} appears twice in the header")
+        raise UserError(f"{position}: column {reprlib.repr(twice[0])} appears twice in the header.")
 
 
 def _read_csv(path: Path, found: _Found) -> None:
@@ -414,11 +417,11 @@ def _read_parquet(path: Path, found: _Found) -> None:
         size, rows = path.stat().st_size, file.metadata.num_rows
         # Runs of equal values take no room in a file, and all of it in memory.
         if rows > 8 * size:
-            raise UserError(f"{path} says that it has {rows} rows in {size} bytes, which no text takes")
+            raise UserError(f"{path} says that it has {rows} rows in {size} bytes, which no text takes.")
         _refuse_twice(file.schema_arrow.names, str(path))
         table = file.read()
     except pa.ArrowException as error:
-        raise UserError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:200]}).") from error
     columns: dict[str, list[Any]] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         try:

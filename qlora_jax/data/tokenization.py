@@ -173,7 +173,7 @@ def tokenize_rows(
         if value < 1:
             raise UserError(f"`{name}={value}`: must be at least 1.")
     if max_length is not None and max_length < 2:
-        raise UserError(f"the sequence length must be at least 2, not {max_length}")
+        raise UserError(f"the sequence length must be at least 2, not {max_length}.")
     _check_tokenizer(tokenizer)
     chosen = choose_format(rows, dataset_format)
     read = len(rows) + len(rows.bad)
@@ -211,7 +211,7 @@ def tokenize_rows(
     if not examples:
         raise UserError(
             f"{rows.source}: none of the {len(rows)} rows trains on anything ({report.untrained}); check the columns, "
-            "`source_max_len` and `target_max_len`"
+            "`source_max_len` and `target_max_len`."
         )
     return examples, report
 
@@ -246,7 +246,7 @@ def _read_rows(
     if chosen.format.chat and not tokenizer.chat_template:
         raise UserError(
             f"{rows.source} holds chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
-            "model, or data of another `dataset_format`"
+            "model, or data of another `dataset_format`."
         )
     special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
     bad: list[str] = list(rows.bad)
@@ -266,10 +266,10 @@ def _read_rows(
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"the tokenizer {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed"
+            f"the tokenizer {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed."
         )
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, so the model could not learn to stop; set its 'eos_token'")
+        raise UserError("the tokenizer has no EOS token, so the model could not learn to stop; set its 'eos_token'.")
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
@@ -404,7 +404,7 @@ def _conversation(
     rendering that includes it. That needs each rendering to be a prefix of the next, which is checked.
     """
     if messages[0]["role"] == "assistant":
-        raise UserError(f"{position}: the conversation starts with the assistant; put a user message before it")
+        raise UserError(f"{position}: the conversation starts with the assistant; put a user message before it.")
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     asked = [(len(messages), False), *(each for i in answers for each in ((i, True), (i + 1, False)))]
     full, *others = render(tokenizer, messages, asked, position)
@@ -415,7 +415,7 @@ def _conversation(
                 raise UserError(
                     f"{position}: the tokenizer's chat template renders the conversation up to message {i + 1} "
                     "differently than within the whole, so the assistant's tokens cannot be located; use a template "
-                    "that only appends, or split the row into single exchanges"
+                    "that only appends, or split the row into single exchanges."
                 )
         turn = after[len(before) :].rstrip()
         if turn.endswith(special):

@@ -401,9 +401,9 @@ def test_bad_rows_are_told_together_or_left_out_and_counted(tokenizer):
         tokenize_rows(rows, tokenizer=tokenizer)
     assert str(error.value).splitlines() == [
         "3 rows cannot be used; mend them, or leave such rows out with `on_bad_row=skip`:",
-        "  rows.jsonl line 9: not valid JSON",
-        "  rows.jsonl line 2: column 'input' must be text, not int",
-        "  rows.jsonl line 3: column 'output' has half of a surrogate pair at character 0",
+        "  rows.jsonl line 9: not valid JSON.",
+        "  rows.jsonl line 2: column 'input' must be text, not int.",
+        "  rows.jsonl line 3: column 'output' has half of a surrogate pair at character 0.",
     ]
     examples, report = tokenize_rows(rows, tokenizer=tokenizer, on_bad_row="skip")
     assert [example.example_id for example in examples] == ["rows.jsonl line 1"]

@@ -250,7 +250,7 @@ def test_the_first_twenty_bad_rows_are_told_at_once(tmp_path):
         load_rows(str(file))
     first, *told = str(error.value).splitlines()
     assert first == "26 rows cannot be used; mend them, or leave such rows out with `on_bad_row=skip`:"
-    assert len(told) == 21 and told[-1] == "  and 6 more"
+    assert len(told) == 21 and told[-1] == "  and 6 more."
     for line, number, message in zip(
         told, range(2, 22), ("hex escape", "not a list", "recursion limit", "number out of range", "EOF"), strict=False
     ):
