@@ -383,6 +383,11 @@ def with_dashes(text: str, spelling: Mapping[str, str]) -> str:
     return _FIELD.sub(written, text)
 
 
+def _bar_class() -> Any:
+    """Return tqdm's class; None if it is not loaded, and so there is no bar, or another thread is loading it."""
+    return getattr(sys.modules.get("tqdm"), "tqdm", None)
+
+
 class _Lines(logging.Handler):
     """Print log records as plain lines, above any progress bar: warnings on stderr, the rest on stdout."""
 
@@ -394,10 +399,10 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.last = time.monotonic()
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        bars = sys.modules.get("tqdm")  # not loaded: there is no bar
+        bar = _bar_class()
         try:
             text = with_dashes(record.getMessage(), self.spelling)
-            bars.tqdm.write(text, file=stream) if bars else print(text, file=stream)
+            bar.write(text, file=stream) if bar else print(text, file=stream)
             stream.flush()
         except Exception:  # as every handler does: logging must not end a run
             self.handleError(record)
@@ -408,8 +413,8 @@ def _signs_of_life(lines: _Lines, silence: float) -> Repeated:
     begin = time.monotonic()
 
     def watch() -> None:
-        now, bars = time.monotonic(), sys.modules.get("tqdm")
-        if bars and len(bars.tqdm._instances):  # a bar is redrawn by itself
+        now, bar = time.monotonic(), _bar_class()
+        if bar and len(bar._instances):  # a bar is redrawn by itself
             lines.last = now
         elif now - lines.last >= silence:
             lines.last = now

@@ -5,6 +5,7 @@ import logging
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -80,6 +81,12 @@ def test_long_silence_is_broken(capsys, monkeypatch):
         time.sleep(0.3)
         logger.info("a line")
     assert capsys.readouterr().out == "a line\n"
+    monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))  # another thread is importing it
+    with command({}, silence=0.05):
+        time.sleep(0.3)
+        logger.info("a line")
+    printed = capsys.readouterr()
+    assert "a line\n" in printed.out and "still at work" in printed.out and not printed.err
     monkeypatch.delitem(sys.modules, "tqdm")
     with command({}, silence=5.0):
         time.sleep(0.3)
