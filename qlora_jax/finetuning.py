@@ -14,7 +14,6 @@ from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer, tokenizer_digest
 from qlora_jax.device_memory import device_limit, pinned_limit
 from qlora_jax.errors import UserError
-from qlora_jax.files import exclusive, user_path
 from qlora_jax.planner.advice import planned_advice
 from qlora_jax.planner.planning import Advice, Planner, StepPlan
 from qlora_jax.training import setup
@@ -25,10 +24,11 @@ from qlora_jax.training.failures import advised_out_of_memory
 from qlora_jax.training.idle_fields import changed_fields, idle_notes
 from qlora_jax.training.inputs import input_files
 from qlora_jax.training.model import Model, kernel_choices, load_model, product_rows
+from qlora_jax.training.ownership import Claim, check_identity, claimed
 from qlora_jax.training.progress import announced
 from qlora_jax.training.reporting import MetricsLog, check_reporters, plot_losses, read_metrics
 from qlora_jax.training.results import SUMMARY_FILE, write_summary
-from qlora_jax.training.run_directory import RunDirectory, check_identity, check_output_dir
+from qlora_jax.training.run_directory import RunDirectory
 from qlora_jax.training.run_environment import changed_environment, current_environment
 from qlora_jax.training.run_state import check_free_space, initial_state, refuse_finished, restored_state
 from qlora_jax.training.summary import summarize
@@ -59,14 +59,17 @@ def finetune(config: TrainConfig) -> Result:
         UserError: bad input, told in one sentence; NonFiniteLoss if training diverged, OutOfMemory if a step did not
             fit.
     """
-    kernels.check_implementation(config.kernel)
-    check_reporters(config)
-    output = user_path(config.output_dir)
-    config = dataclasses.replace(config, output_dir=str(output))
+    with claimed(config) as claim:
+        return finetune_in(claim)
+
+
+def finetune_in(claim: Claim) -> Result:
+    """Run `finetune` in a directory that is claimed already."""
+    config = claim.config
     with contextlib.ExitStack() as stack:
         # Resolve: what can be refused is refused before anything large is read.
-        stack.enter_context(exclusive(output, f"`output_dir={output}`"))
-        record = check_output_dir(config)
+        kernels.check_implementation(config.kernel)
+        check_reporters(config)
         for note in idle_notes(config, changed_fields(config)):
             logger.info("%s", note)
         prompts = read_prompts(config)
@@ -81,7 +84,7 @@ def finetune(config: TrainConfig) -> Result:
         for report in datasets.reports:
             logger.info("%s", report)
         identity = _data_identity(datasets, tokenizer)
-        check_identity(config, record, identity)
+        check_identity(config, claim.record, identity)
         refuse_finished(config, datasets.total_steps)
 
         # Model: the frozen base on the devices, and the shapes of what is trained.
@@ -96,7 +99,7 @@ def finetune(config: TrainConfig) -> Result:
             "environment": current_environment(),
             "inputs": input_files(config),
         }
-        directory = RunDirectory.open(config, identity | _model_identity(config, model), facts, record)
+        directory = RunDirectory.open(config, identity | _model_identity(config, model), facts, claim.record)
         stack.enter_context(kernels.pinned(kernels.choices_from_json(directory.facts["kernels"])))
         for line in kernels.describe(kernel_choices(config, model, rows[:1])):
             logger.info("%s", line)

@@ -26,6 +26,7 @@ from qlora_jax.files import read_checked_json, user_path
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.idle_fields import changed_fields, idle_fields, idle_notes, idle_refusals
 from qlora_jax.training.inputs import input_files
+from qlora_jax.training.ownership import claimed
 from qlora_jax.training.results import SUMMARY_FILE, changed_results, read_summary
 from qlora_jax.training.signals import StoppedAtOnce
 
@@ -256,10 +257,11 @@ def train(config: TrainConfig, prog: str) -> int:
     """
     try:
         with sigterm_as_ctrl_c():
-            # Imported once the flags are known to be good: loading JAX takes seconds.
-            from qlora_jax.finetuning import finetune
+            with claimed(config) as claim:
+                # Imported once flags and directory are known to be good: loading JAX takes seconds.
+                from qlora_jax.finetuning import finetune_in
 
-            result = finetune(config)
+                result = finetune_in(claim)
     except StoppedAtOnce:
         raise
     except KeyboardInterrupt:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,23 +26,23 @@ from orbax.checkpoint import v1 as ocp
 from qlora_jax import files, json_text
 from qlora_jax.checkpoints.quiet import quiet_orbax
 from qlora_jax.errors import UserError
-from qlora_jax.optimizers import OPTIMIZERS
-from qlora_jax.training.config import FREE_FLAGS, TrainConfig
-from qlora_jax.training.results import SUMMARY_FILE
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.ownership import (
+    POSITION_FILE,
+    RESULT_FILES,
+    RUN_FILE,
+    changed_identity,
+    check_output_dir,
+    is_checkpoint_name,
+    is_own,
+    numbered,
+    own_directories,
+    refuse_other_run,
+)
 from qlora_jax.training.step import TrainState
 
-RUN_FILE = "run.json"
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"
 logger = logging.getLogger(__name__)
-_POSITION = "position.json"
-# Names that every run writes, and those that some runs write; run.json proves which are a run's own.
-_FILES = ("metrics.jsonl", "answers.json", "answers_before.json", SUMMARY_FILE, "loss.png")
-_DIRECTORIES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
-    "adapter": lambda flags: flags.get("do_train", True),
-    "tensorboard": lambda flags: flags.get("report_to") in ("tensorboard", "all"),
-    "wandb": lambda flags: flags.get("report_to") in ("wandb", "all"),
-}
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -109,9 +108,9 @@ class RunDirectory:
             before = {}
         flags, recorded = dataclasses.asdict(config), dict(facts or {})
         if directory.checkpoints():
-            _refuse_other_run(directory.path, _changed_identity(before, identity))
+            refuse_other_run(directory.path, changed_identity(before, identity))
             recorded |= before.get("facts", {})
-        wrote = sorted(_own_directories(before) | _own_directories({"flags": flags}))
+        wrote = sorted(own_directories(before) | own_directories({"flags": flags}))
         made = {"flags": flags, "identity": dict(identity), "facts": recorded, "wrote": wrote}
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
@@ -128,14 +127,14 @@ class RunDirectory:
             return
         own = [self.checkpoint_path(step) for step in self.checkpoints()]
         own += self.path.glob(".checkpoint-*")
-        own += (entry for entry in self.path.glob(f"checkpoint-*{_DAMAGED}") if _CHECKPOINT.fullmatch(entry.stem))
-        own += (self.path / name for name in (*sorted(_own_directories(record)), *_FILES, RUN_FILE))
+        own += (entry for entry in self.path.glob(f"checkpoint-*{_DAMAGED}") if is_checkpoint_name(entry.stem))
+        own += (self.path / name for name in (*sorted(own_directories(record)), *RESULT_FILES, RUN_FILE))
         for entry in own:
             files.remove(entry)
 
     def checkpoints(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
-        found = (int(entry.name.removeprefix("checkpoint-")) for entry in _numbered(self.path) if _is_own(entry))
+        found = (int(entry.name.removeprefix("checkpoint-")) for entry in numbered(self.path) if is_own(entry))
         return sorted(found)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -174,7 +173,7 @@ class RunDirectory:
                 named = jax.device_put(_by_name(state), jax.local_devices(backend="cpu")[0])
                 ocp.save((temporary / "state").absolute(), named)
                 write_adapter(temporary)
-                files.write_json(temporary / _POSITION, position)
+                files.write_json(temporary / POSITION_FILE, position)
                 shutil.copyfile(self.path / RUN_FILE, temporary / RUN_FILE)
                 files.write_checksums(temporary)
         for old in self.checkpoints()[: -self.save_total_limit]:
@@ -199,7 +198,7 @@ class RunDirectory:
         try:
             if damaged := files.damaged_file(path):
                 raise DamagedCheckpoint(f"{path} is damaged: its file {damaged} is missing or not as it was written.")
-            position = json_text.parse_json((path / _POSITION).read_bytes())
+            position = json_text.parse_json((path / POSITION_FILE).read_bytes())
         except OSError as error:
             raise UserError(f"{path} cannot be read: {files.reason(error)}; try again.") from error
         # Whatever is trained on: the whole state need not fit on a device.
@@ -248,141 +247,3 @@ class RunDirectory:
         raise UserError(
             f"`output_dir={self.path}` holds no checkpoint that is intact; `overwrite_output_dir` begins anew."
         )
-
-
-def check_output_dir(config: TrainConfig) -> Mapping[str, Any]:
-    """Refuse an `output_dir` of another run, or one in which this run would overwrite what other programs wrote.
-
-    Everything under the names that a run writes must be proven by its run.json to be a run's own. That it is no file is
-    for `files.exclusive` to say, which a run enters first.
-
-    Returns:
-        The contents of run.json; {} if there is none.
-
-    Raises:
-        UserError: names what is in the way.
-    """
-    path = Path(config.output_dir)
-    record = _read_record(path)
-    checkpoints = _numbered(path)
-    if not record and any(map(_is_own, checkpoints)):
-        raise UserError(
-            f"`output_dir={path}` holds checkpoints without a {RUN_FILE}, so that nothing says whose they are; give "
-            "another `output_dir`."
-        )
-    foreign = [entry.name for entry in checkpoints if not _is_own(entry)]
-    names = set(_FILES) if not record else set()
-    names |= _own_directories({"flags": dataclasses.asdict(config)}) - _own_directories(record)
-    foreign += sorted(name for name in names if os.path.lexists(path / name))
-    if foreign:
-        raise UserError(
-            f"`output_dir={path}` holds {', '.join(foreign)}, not written by a run of this program, which would "
-            "overwrite it; give another `output_dir`."
-        )
-    if not config.overwrite_output_dir and any(map(_is_own, checkpoints)):
-        _refuse_other_run(path, _changed_flags(record, dataclasses.asdict(config)))
-    return record
-
-
-def check_identity(config: TrainConfig, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Refuse an `output_dir` whose run has another identity in any of these respects; see `RunDirectory.open`.
-
-    Args:
-        config: of the run.
-        record: what `check_output_dir` returned.
-        identity: some of what must be the same to resume.
-
-    Raises:
-        UserError: names what differs.
-    """
-    path = Path(config.output_dir)
-    if not config.overwrite_output_dir and any(map(_is_own, _numbered(path))):
-        _refuse_other_run(path, _changed_identity(record, identity))
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """Return a directory's run.json, or a checkpoint's copy where that is damaged or missing; {} if there is none.
-
-    Raises:
-        UserError: a run.json that is damaged or another program's.
-    """
-    file = path / RUN_FILE
-    try:
-        return files.read_checked_json(file)
-    except (OSError, ValueError) as error:
-        damage = files.reason(error)
-    for copy in (checkpoint / RUN_FILE for checkpoint in reversed(_numbered(path))):
-        with contextlib.suppress(OSError, ValueError):
-            record = files.read_checked_json(copy)
-            logger.warning("%s cannot be used (%s); its copy %s is.", file, damage, copy)
-            return record
-    if os.path.lexists(file):
-        raise UserError(
-            f"{file} is damaged or not of a run of this version of qlora-jax ({damage}); give another `output_dir`, or "
-            "go on with the version that began the run."
-        )
-    return {}
-
-
-def _numbered(path: Path) -> list[Path]:
-    """Return everything called checkpoint-N in a directory."""
-    return sorted(entry for entry in path.iterdir() if _CHECKPOINT.fullmatch(entry.name)) if path.is_dir() else []
-
-
-def _is_own(checkpoint: Path) -> bool:
-    """Tell if a run of this program wrote a checkpoint: others number theirs in the same way."""
-    return any((checkpoint / name).is_file() for name in (_POSITION, RUN_FILE))
-
-
-def _own_directories(record: Mapping[str, Any]) -> set[str]:
-    """Return the directories that the runs recorded in a run.json may have written."""
-    if not record:
-        return set()
-    flags = record["flags"]
-    return {name for name, writes in _DIRECTORIES.items() if writes(flags)} | set(record.get("wrote", ()))
-
-
-def _refuse_other_run(path: Path, changed: list[str]) -> None:
-    if changed:
-        raise UserError(
-            f"`output_dir={path}` holds the checkpoints of another run ({'; '.join(changed)}); give another "
-            "`output_dir`, the same settings to resume it, or `overwrite_output_dir` to delete it."
-        )
-
-
-def _changed_flags(before: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
-    """Name the settings that keep a run from continuing the recorded one, a phrase each."""
-    # A field that is younger than the run had its default.
-    flags_before = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | before["flags"]
-    return [
-        f"`{name}` was {flags_before.get(name)!r}, now {value!r}"
-        for name, value in flags.items()
-        if name not in FREE_FLAGS
-        and flags_before.get(name) != value
-        and not _may_extend(name, flags_before)
-        and not (name == "optim" and _same_rule(value, flags_before.get(name)))
-    ]
-
-
-def _changed_identity(before: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
-    """Name what else does, a phrase each."""
-    recorded = before["identity"]
-    return [
-        f"{name} was {recorded.get(name)!r}, now {value!r}"
-        for name, value in identity.items()
-        if recorded.get(name) != value
-    ]
-
-
-def _same_rule(optim: Any, other: Any) -> bool:
-    """Tell if two optimizers differ in paging only, which moves their state and changes no bit of it."""
-    rules = {OPTIMIZERS[name].transformation if name in OPTIMIZERS else None for name in (optim, other)}
-    return len(rules) == 1 and None not in rules
-
-
-def _may_extend(name: str, flags: Mapping[str, Any]) -> bool:
-    """Tell if the run may be made longer: a constant schedule with a fixed warm-up does not depend on its steps."""
-    fixed = flags.get("lr_scheduler_type") == "constant" and (
-        flags.get("warmup_steps") is not None or flags.get("warmup_ratio") == 0
-    )
-    return fixed and name in ("max_steps", "num_train_epochs")

@@ -28,16 +28,18 @@ def test_a_full_disk_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_outside_the_training_steps_is_resumable(handlers, number, monkeypatch, capsys):
-    def finetune(config):
+def test_a_signal_outside_the_training_steps_is_resumable(handlers, number, monkeypatch, capsys, tmp_path):
+    def finetune_in(claim):
         signal.raise_signal(number)
 
-    monkeypatch.setitem(sys.modules, "qlora_jax.finetuning", SimpleNamespace(finetune=finetune))
-    assert finetune_command.train(TrainConfig(), "finetune.py") == 75
+    monkeypatch.setitem(sys.modules, "qlora_jax.finetuning", SimpleNamespace(finetune_in=finetune_in))
+    output_dir = str(tmp_path / "run")
+    assert finetune_command.train(TrainConfig(output_dir=output_dir), "finetune.py") == 75
     assert "run the same command again" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with pytest.raises(KeyboardInterrupt):  # which is status 130: there is nothing to resume
-        finetune_command.train(TrainConfig(do_train=False), "finetune.py")
+        finetune_command.train(TrainConfig(do_train=False, output_dir=output_dir), "finetune.py")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_parent_ignores_stays_ignored(handlers):

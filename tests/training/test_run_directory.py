@@ -19,7 +19,8 @@ from qlora_jax.errors import UserError
 from qlora_jax.files import read_checked_json, write_checked_json, write_json
 from qlora_jax.training import run_directory
 from qlora_jax.training.config import FREE_FLAGS, TrainConfig
-from qlora_jax.training.run_directory import RunDirectory, check_output_dir
+from qlora_jax.training.ownership import check_output_dir
+from qlora_jax.training.run_directory import RunDirectory
 from qlora_jax.training.step import TrainState
 
 IDENTITY = {"data": "abc", "devices": 1}
