@@ -47,7 +47,7 @@ from qlora_jax.training.reporting import read_metrics as intact_metrics  # noqa:
 INCIDENTS = ("kill", "stop", "race", "full disk", "left alone")
 # Only these sentences may keep a run from going on.
 HOPELESS = (
-    "is damaged or not of a run of this program",
+    "is damaged or not of a run of this version",
     "holds no checkpoint that is intact",
     "holds checkpoints without a run.json",
     "not written by a run of this program",
@@ -181,11 +181,13 @@ def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return status, err
 
 
-def soak(rounds: int, seed: int, place: Path) -> collections.Counter[str]:
+def soak(rounds: int, seed: int, place: Path, *, report: bool = False) -> collections.Counter[str]:
     """Do that many rounds in an empty directory; AssertionError names the first difference."""
     soaked = Soak(make_resumable(place), random.Random(seed))
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         soaked.round()
+        if report and done % 10 == 0:
+            print(f"{done} rounds: {dict(soaked.counts)}", flush=True)
     return soaked.counts
 
 
@@ -196,7 +198,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        counts = soak(args.rounds, args.seed, Path(place))
+        counts = soak(args.rounds, args.seed, Path(place), report=True)
     print(f"{args.rounds} rounds, seed {args.seed}, 0 differences: {dict(counts)}")
 
 
