@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_exactly
@@ -37,6 +37,9 @@ _INTEGERS = {
 }
 # Rows dequantised at a time: bounds the temporaries of `gguf.quants` whatever the tensor's size.
 _CHUNK_ELEMENTS = 1 << 22
+# What a header may hold; parsed, it takes less than 1 GiB. The largest vocabularies have 650,000 tokens and merges.
+_MOST_PARTS = 3 << 20
+_MOST_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -191,12 +194,17 @@ class _Bytes:
     """The file as plain arrays: slices of a memmap are made in Python, which is most of `GGUFReader`'s time.
 
     A slice past the end is an error, for the reader would take what there is, and count on through absent elements.
+    Slices are counted: the reader keeps an array of each, a string or a number of a few bytes.
     """
 
     def __init__(self, mapped: np.ndarray):
         self._array = np.asarray(mapped)
+        self._parts = 0
 
     def __getitem__(self, part: slice) -> np.ndarray:
+        self._parts += 1
+        if self._parts > _MOST_PARTS:
+            raise EOFError(f"its header has more than {_MOST_PARTS} parts")
         if part.stop > len(self._array):
             raise EOFError(f"its {len(self._array)} bytes end before its header or tensors do")
         return self._array[part]
@@ -210,6 +218,27 @@ class _Reader(GGUFReader):
     @data.setter
     def data(self, mapped: np.ndarray) -> None:
         self._bytes = _Bytes(mapped)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: Any) -> tuple[int, list[Any], list[int], list[Any]]:
+        """Take an array of numbers as one part, of strings as one each: the package makes more, and takes longer."""
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        item, count, start = GGUFValueType(kind[0]), int(length[0]), orig_offs + 12
+        if count > _MOST_ELEMENTS:
+            raise ValueError(f"its header has an array of {count} elements, more than {_MOST_ELEMENTS}")
+        types = [GGUFValueType.ARRAY, item]
+        if item in self.gguf_scalar_to_np:
+            values = self._get(start, self.gguf_scalar_to_np[item], count)
+            return 12 + values.nbytes, [kind, length, values], [2], types
+        if item != GGUFValueType.STRING or self.byte_order == "S":
+            return super()._get_field_parts(orig_offs, raw_type)
+        parts, offset = [kind, length], start
+        for _ in range(count):
+            end = offset + 8 + int.from_bytes(self.data[offset : offset + 8].tobytes(), "little")
+            parts.append(self.data[offset + 8 : end])
+            offset = end
+        return offset - orig_offs, parts, list(range(2, 2 + count)), types
 
 
 @functools.lru_cache(maxsize=2)

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_jax.checkpoints.gguf_file import read_metadata
-from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_json_object
+from qlora_jax.checkpoints.model_files import COMPANION_FILES, DOWNLOAD_AGAIN, read_json_object
 from qlora_jax.environment import import_transformers
 from qlora_jax.errors import UserError
 from qlora_jax.files import reason
 
 if TYPE_CHECKING:
     import transformers
+
+# The largest known is that of Gemma 3, 33 MB; parsed, one takes up to 15 times its size in memory.
+_MOST_TOKENIZER_BYTES = 48 * 2**20
+_TOKENIZER_FILES = tuple(name for name in COMPANION_FILES if name not in ("config.json", "generation_config.json"))
 
 # GGUF token types (llama.cpp's enum llama_token_type).
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
@@ -189,6 +193,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> "trans
 def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a model directory or a .gguf file.")
+    for name in _TOKENIZER_FILES:
+        if (path / name).is_file() and (path / name).stat().st_size > _MOST_TOKENIZER_BYTES:
+            raise UserError(
+                f"{path / name} is larger than the {_MOST_TOKENIZER_BYTES} bytes that are read of such a file; "
+                f"{DOWNLOAD_AGAIN}."
+            )
     library = import_transformers()
     whole = (path / "tokenizer.json").is_file()
     if not whole:

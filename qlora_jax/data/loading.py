@@ -21,7 +21,7 @@ from qlora_jax.data.hub import load_from_hub, split_names_on_hub
 from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
 from qlora_jax.files import user_path
-from qlora_jax.json_text import parse_json
+from qlora_jax.json_text import MAX_BYTES, parse_json
 
 HUB_NAMES = {
     "alpaca": "tatsu-lab/alpaca",
@@ -37,6 +37,12 @@ REFERENCE_EVAL_SIZE = 1024
 """Rows held out when `eval_dataset_size` is not given, as in the reference program."""
 
 _BAD_SHOWN = 20
+
+# A row takes up to 400 bytes of memory besides its text and a cell up to 100, however short they are in the file.
+_MOST_SMALL_VALUES, _SMALL_BYTES = 1 << 20, 16
+# Compressed text may take 32 times its file, or 128 MiB. Few rows are unpacked at a time: a large value that a
+# dictionary holds once may be that of every row.
+_MOST_UNPACKED, _UNPACKED_RATIO, _UNPACKED_ROWS = 1 << 27, 32, 64
 
 _HELD_OUT_SPLITS = ("heldout", "eval", "validation", "test")
 # What a data set is evaluated on: the first of these that it has.
@@ -232,7 +238,7 @@ def _load_file(path: Path) -> Rows:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: unknown kind of data file; use {', '.join(_READERS)}.")
-    found = _Found()
+    found = _Found(path, path.stat().st_size)
     try:
         reader(path, found)
     except UnicodeDecodeError as error:
@@ -246,16 +252,35 @@ def _load_file(path: Path) -> Rows:
 
 @dataclass
 class _Found:
-    """Rows of a file as they are read; attributes as of `Rows`."""
+    """Rows of a file as they are read; attributes as of `Rows`.
 
+    Attributes:
+        path: of the file.
+        nbytes: its size; of a compressed one, of what was unpacked so far.
+        values: cells read so far, and rows.
+    """
+
+    path: Path
+    nbytes: int
+    values: int = 0
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     positions: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     bad: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, row: dict[str, Any], position: str) -> None:
+        self.values += 1 + len(row)
+        self.check(self.values)
         self.rows.append(row)
         self.positions.append(position)
+
+    def check(self, values: int) -> None:
+        """Refuse a file with many values and little text, which would take many times its size in memory."""
+        if values > _MOST_SMALL_VALUES and values * _SMALL_BYTES > self.nbytes:
+            raise UserError(
+                f"{self.path} holds over {values} values of less than {_SMALL_BYTES} bytes on average, which no text "
+                "does; mend it, or split it into smaller files."
+            )
 
 
 def _visible_files(directory: Path) -> list[Path]:
@@ -327,7 +352,12 @@ def _json_kind(value: Any) -> str:
 
 def _read_jsonl(path: Path, found: _Found) -> None:
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), start=1):
+            if len(line) > MAX_BYTES:
+                raise UserError(
+                    f"{path} line {number}: longer than the {MAX_BYTES} bytes that a row may have; split it."
+                )
+            found.check(number)
             if not line.strip():
                 continue
             with collected(found.bad):
@@ -354,6 +384,7 @@ def _read_json(path: Path, found: _Found) -> None:
     text = path.read_bytes()
     if not text.strip():
         return
+    found.check(sum(map(text.count, (b",", b"[", b"{", b":"))))
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -379,6 +410,7 @@ def _read_delimited(path: Path, found: _Found, delimiter: str) -> None:
             first_line = 1
             for cells in reader:
                 line, first_line = first_line, reader.line_num + 1
+                found.check(found.values + len(cells))
                 if not cells:
                     continue
                 if header is None:
@@ -412,6 +444,9 @@ def _read_parquet(path: Path, found: _Found) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def too_large(unpacked: int) -> UserError:
+        return UserError(f"{path} unpacks to {unpacked} bytes or more, over {most}, the most for its size; split it.")
+
     try:
         file = pq.ParquetFile(path)
         size, rows = path.stat().st_size, file.metadata.num_rows
@@ -419,17 +454,42 @@ def _read_parquet(path: Path, found: _Found) -> None:
         if rows > 8 * size:
             raise UserError(f"{path} says that it has {rows} rows in {size} bytes, which no text takes.")
         _refuse_twice(file.schema_arrow.names, str(path))
-        table = file.read()
+        most = max(_MOST_UNPACKED, _UNPACKED_RATIO * size)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        chunks = [group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)]
+        if sum(chunks) > most:
+            raise too_large(sum(chunks))
+        found.nbytes = 0
+        left_out: set[str] = set()
+        for batch in file.iter_batches(_UNPACKED_ROWS):
+            found.nbytes += batch.nbytes
+            if found.nbytes > most:
+                raise too_large(found.nbytes)
+            _add_batch(batch, found, left_out)
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:200]}).") from error
+    for row in found.rows if left_out else ():
+        for name in left_out:
+            row.pop(name, None)
+
+
+def _add_batch(batch: Any, found: _Found, left_out: set[str]) -> None:
+    """Add the rows of a part of a parquet file, without the columns that cannot be read."""
+    import pyarrow as pa
+
     columns: dict[str, list[Any]] = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in left_out:
+            continue
         try:
             columns[name] = column.to_pylist()
         except (pa.ArrowException, OverflowError, ValueError) as error:  # a date that Python does not have
-            found.notes.append(f"{path}: column {name!r} is left out, for it cannot be read ({error})")
-    for number in range(table.num_rows):
-        found.add({name: values[number] for name, values in columns.items()}, f"{path.name} row {number + 1}")
+            found.notes.append(f"{found.path}: column {name!r} is left out, for it cannot be read ({error})")
+            left_out.add(name)
+    first = len(found.rows) + 1
+    for number in range(batch.num_rows):
+        row = {name: values[number] for name, values in columns.items()}
+        found.add(row, f"{found.path.name} row {first + number}")
 
 
 _READERS: dict[str, Callable[[Path, _Found], None]] = {
