@@ -354,9 +354,7 @@ def _read_jsonl(path: Path, found: _Found) -> None:
     with path.open("rb") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), start=1):
             if len(line) > MAX_BYTES:
-                raise UserError(
-                    f"{path} line {number}: longer than the {MAX_BYTES} bytes that a row may have; split it."
-                )
+                raise UserError(f"{path} line {number}: longer than {MAX_BYTES} bytes, the most for a row; split it.")
             found.check(number)
             if not line.strip():
                 continue
