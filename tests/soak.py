@@ -128,7 +128,7 @@ class Soak:
             return _ended(first)
         second = _ended(self._start())
         outcomes = [_ended(first), second]
-        refused = [outcome for outcome in outcomes if "is in use by process" in outcome[1]]
+        refused = [outcome for outcome in outcomes if "is in use by " in outcome[1]]
         assert len(refused) < 2, outcomes
         return next(outcome for outcome in outcomes if outcome not in refused)
 
