@@ -52,6 +52,6 @@ def _after(dy: jax.Array, w: Weight) -> tuple[jax.Array, Weight]:
         return dy, dataclasses.replace(w, layer=layer)
     if not isinstance(w, QuantizedTensor):
         return dy, w
-    name = "offset" if w.double_quant else "absmax"
+    name = next(name for name in ("offset", "scale_map", "absmax") if getattr(w, name) is not None)
     dy, waited = jax.lax.optimization_barrier((dy, getattr(w, name)))
     return dy, dataclasses.replace(w, **{name: waited})

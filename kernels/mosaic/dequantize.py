@@ -40,11 +40,11 @@ def dequantize(w: PackedWeight, dtype: Any, *, execution: Execution = GPU) -> ja
     primitives = execution.primitives
 
     def kernel(codes: Any, *refs: Any) -> None:
-        *scale_refs, layer_ref, out, w_tile, dynamic_map = refs
+        *scale_refs, layer_ref, out, w_tile, scale_map = refs
         layer = layer_ref[0]
         row = lax.min(lax.axis_index("n") * rows, n - rows)
         first = lax.min(lax.axis_index("k") * steps, column_tiles - steps)
-        scales = primitives.Scales.of(weight_format, tile, layer, scale_refs, dynamic_map)
+        scales = primitives.Scales.of(weight_format, tile, layer, scale_refs, scale_map)
 
         def body(indices: Any, codes_tile: Any, scale: Any) -> Any:
             (step,) = indices
@@ -57,7 +57,7 @@ def dequantize(w: PackedWeight, dtype: Any, *, execution: Execution = GPU) -> ja
             plgpu.store(out.at[pl.ds(row, rows), pl.ds(column, columns)], values, optimized=False)
             return scales.finish(upcoming)
 
-        primitives.barrier()  # the dynamic map is in place
+        primitives.barrier()  # the map of scales is in place
         plgpu.emit_pipeline(
             body,
             grid=(steps,),

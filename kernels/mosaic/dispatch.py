@@ -15,7 +15,7 @@ from qlora_jax.kernels.mosaic.kernel import GPU, Execution, Kernel
 from qlora_jax.kernels.mosaic.packed_weight import PackedWeight
 from qlora_jax.kernels.product import Product
 from qlora_jax.kernels.weights import StackedWeight, Weight
-from qlora_jax.quantization import QuantizedTensor
+from qlora_jax.quantization import FORMATS, QuantizedTensor
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 # The least N that every tile fits into.
@@ -59,7 +59,7 @@ def unsupported_reason(w: Weight, dtype: Any) -> str | None:
     """Return why the kernels cannot take a weight and dtype of activations: the end of a sentence; None if they can."""
     if not isinstance(w, QuantizedTensor | StackedWeight):
         return "the weight is not quantized"
-    if w.quant_type not in ("nf4", "fp4"):
+    if FORMATS[w.quant_type].bits != 4:
         return f"the weight is {w.quant_type}, not 4-bit"
     if dtype not in DTYPES:
         return f"the activations are {jnp.dtype(dtype).name}, not bfloat16 or float16"

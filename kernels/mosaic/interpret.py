@@ -10,19 +10,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.kernels.mosaic import scales, tiles
 from qlora_jax.kernels.mosaic.kernel import Execution
-from qlora_jax.quantization.blockwise import lookup
+from qlora_jax.quantization.blockwise import lookup, power_of_two
 
 
 class Scales(scales.Scales):
-    """`scales.Scales` for interpret mode; scales are float32 [rows, columns / 64, scales per group] of a tile."""
+    """`scales.Scales` for interpret mode; scales and minima of a tile are float32 [rows, groups, scales per group]."""
 
     @staticmethod
     def _of_layer(ref: Any, layer: Any) -> Any:
         return ref[layer]
 
     @staticmethod
-    def _publish(dynamic_map: Any, scratch: Any) -> None:
-        scratch[...] = dynamic_map[...]
+    def _publish(scale_map: Any, scratch: Any) -> None:
+        scratch[...] = scale_map[...]
 
     def fetch(self, row: Any, column: Any) -> tuple[jax.Array, ...]:
         """See `scales.Scales.fetch`."""
@@ -31,19 +31,28 @@ class Scales(scales.Scales):
         r = jnp.arange(rows)[:, None, None] + row
         c = _first_columns(self.weight_format, columns // tiles.GROUP, column)[None, :, None]
         block = (r * self.weight_format.n_inputs + c) // size + jnp.arange(per_group)
-        if not self.weight_format.double_quant:
-            return (self.absmax[block],)
-        return self.absmax[block], self.nested[block >> 8]
+        read = tuple(ref[block] for ref in self.stored)
+        return (*read, self.nested[block >> 8]) if self.weight_format.double_quant else read
 
-    def finish(self, read: tuple[jax.Array, ...]) -> jax.Array:
+    def finish(self, read: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """See `scales.Scales.finish`."""
-        if not self.weight_format.double_quant:
-            return read[0]
-        codes, nested = read
-        table = self.dynamic_map[...]
-        # An exact product by 1 keeps XLA from contracting product and sum, see `quantization.block_scales`.
-        product = jnp.where(codes == 255, nested, table[codes.astype(jnp.int32)] * nested)
-        return product + self.offset
+        absmax, *rest = read
+        if self.weight_format.double_quant:
+            (nested,) = rest
+            table = self.scale_map[...]
+            # An exact product by 1 keeps XLA from contracting product and sum, see `quantization.block_scales`.
+            product = jnp.where(absmax == 255, nested, table[absmax.astype(jnp.int32)] * nested)
+            return (product + self.offset,)
+        kind = self.weight_format.format
+        if kind.scale == "e4m3":
+            return (self.scale_map[...][absmax.astype(jnp.int32)],)
+        if kind.scale == "e8m0":
+            return (power_of_two(absmax),)
+        scales = absmax.astype(jnp.float32)
+        if kind.minimum == "none":
+            return (scales,)
+        minimum = rest[0].astype(jnp.float32)
+        return scales, -minimum * scales if kind.minimum == "zero_point" else minimum
 
 
 def _first_columns(weight_format: tiles.WeightFormat, groups: int, column: Any) -> jax.Array:
@@ -51,13 +60,17 @@ def _first_columns(weight_format: tiles.WeightFormat, groups: int, column: Any) 
     return jnp.minimum(column + jnp.arange(groups) * tiles.GROUP, weight_format.n_inputs - tiles.GROUP)
 
 
-def _dequantized(weight_format: tiles.WeightFormat, packed: jax.Array, scales: jax.Array) -> jax.Array:
-    """Weights [*scales.shape, codes a scale] of packed codes and scales [rows, groups, scales_per_group]."""
-    code = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(*scales.shape, -1)
-    return (lookup(code, weight_format.quant_type) * scales[..., None]).astype(weight_format.dtype)
+def _dequantized(weight_format: tiles.WeightFormat, packed: jax.Array, scales: tuple[jax.Array, ...]) -> jax.Array:
+    """Weights [rows, groups, scales_per_group, codes a scale] of packed codes and of `Scales.finish`' result."""
+    scale, *minimum = (each[..., None] for each in scales)
+    code = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(*scale.shape[:-1], -1)
+    values = lookup(code, weight_format.quant_type) * scale
+    for each in minimum:
+        values = values + each
+    return values.astype(weight_format.dtype)
 
 
-def dequantize_tile(weight_format: tiles.WeightFormat, codes: Any, scales: jax.Array, out: Any) -> None:
+def dequantize_tile(weight_format: tiles.WeightFormat, codes: Any, scales: tuple[jax.Array, ...], out: Any) -> None:
     """`warpgroup.dequantize_tile` for interpret mode."""
     out[...] = _dequantized(weight_format, codes[...], scales).reshape(out.shape)
 
@@ -94,7 +107,12 @@ def zero_fragments(m_tiles: int) -> jax.Array:
 
 
 def multiply_codes(
-    weight_format: tiles.WeightFormat, acc: jax.Array, words: jax.Array, scales: jax.Array, x: Any, column: Any
+    weight_format: tiles.WeightFormat,
+    acc: jax.Array,
+    words: jax.Array,
+    scales: tuple[jax.Array, ...],
+    x: Any,
+    column: Any,
 ) -> jax.Array:
     """See `warpgroup.multiply_codes`."""
     w = _dequantized(weight_format, words, scales).reshape(16, -1)

@@ -89,11 +89,11 @@ def matmul(
     primitives = execution.primitives
 
     def kernel(x_ref: Any, codes: Any, *refs: Any) -> None:
-        *scale_refs, layer_ref, out, w_tile, dynamic_map = refs
+        *scale_refs, layer_ref, out, w_tile, scale_map = refs
         layer = layer_ref[0]
         m0, n0 = tiling.output_tile_origin(lax.axis_index("tile"))
         weight_tile_origin = functools.partial(tiling.weight_tile_origin, n0=n0)
-        scales = primitives.Scales.of(weight_format, weight_tile, layer, scale_refs, dynamic_map)
+        scales = primitives.Scales.of(weight_format, weight_tile, layer, scale_refs, scale_map)
 
         def body(indices: Any, x_tile: Any, codes_tile: Any, carry: Any) -> Any:
             (step,) = indices
@@ -109,7 +109,7 @@ def matmul(
             row, column = weight_tile_origin(step)
             return row, column // 2
 
-        primitives.barrier()  # the dynamic map is in place
+        primitives.barrier()  # the map of scales is in place
         zero = primitives.zero_accumulator((block_m, block_n), x.dtype, config.m_warps)
         first = scales.finish(scales.fetch(*weight_tile_origin(jnp.int32(0))))
         in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.kernels.mosaic import tiles
-from qlora_jax.quantization import QuantizedTensor
+from qlora_jax.quantization import FORMATS, QuantizedTensor
 from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, dynamic_map
 
 
@@ -17,10 +17,11 @@ class PackedWeight:
 
     Attributes:
         codes: uint8 [L, N, K / 2].
-        scales: (absmax uint8 [L, N K / block_size], nested_absmax float32 [L, ...], offset float32 [L], dynamic map
-            float32 [256]) with double quantization, else (absmax float32 [L, N K / block_size],).
+        scales: stored scales [L, N K / block_size], then what the format has: nested_absmax float32 [L, ...], offset
+            float32 [L] and the dynamic map float32 [1, 256] (double quantization); minima, as the scales; scale_map
+            float32 [L, 256] ("e4m3").
         layer: int32 [1].
-        quant_type: "nf4" or "fp4".
+        quant_type: a 4-bit type of `quantization.FORMATS`.
         block_size: elements of one scale.
         n_rows: N before `with_rows`.
     """
@@ -43,7 +44,11 @@ class PackedWeight:
 
         scales: tuple[jax.Array, ...] = (view(w.absmax, -1),)
         if w.double_quant:
-            scales = (*scales, view(w.nested_absmax, -1), view(w.offset), jnp.asarray(dynamic_map()))
+            scales = (*scales, view(w.nested_absmax, -1), view(w.offset), jnp.asarray(dynamic_map())[None])
+        if w.minimum is not None:
+            scales = (*scales, view(w.minimum, -1))
+        if w.scale_map is not None:
+            scales = (*scales, view(w.scale_map, 256))
         layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
         return cls(view(w.codes, n, k // 2), scales, layer, w.quant_type, w.block_size, n)
 
@@ -62,8 +67,10 @@ class PackedWeight:
         # Rounded up: rows of padding may end within a block, whose scale every kernel reads.
         blocks = -(-rows * k // self.block_size)
         absmax, *rest = self.scales
-        if rest:
+        if self.double_quant:
             rest[0] = pad(rest[0], -(-blocks // NESTED_BLOCK_SIZE))
+        elif FORMATS[self.quant_type].minimum != "none":
+            rest[0] = pad(rest[0], blocks)
         return dataclasses.replace(self, codes=pad(self.codes, rows), scales=(pad(absmax, blocks), *rest))
 
     @property
@@ -74,7 +81,7 @@ class PackedWeight:
     @property
     def double_quant(self) -> bool:
         """True if the scales are quantized."""
-        return len(self.scales) > 1
+        return len(self.scales) == 4
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:

@@ -2,12 +2,14 @@
 
 A thread dequantizes groups of 64 codes, one block of the default size:
 
-    table[c] = bf16(float32 codebook[c] * float32 absmax)     16 FMUL, 8 CVT, 8 PRMT that part high and low bytes
+    table[c] = bf16(float32 codebook[c] * float32 scale)      16 FMUL, 8 CVT, 8 PRMT that part high and low bytes
     value    = table[code]                                    byte permutes (PRMT), four codes at a time
 
 A PRMT selects four of eight bytes by the four low nibbles of a register, and packed codes *are* nibbles: the word as
 it lies in memory is the selector. Entries 0-7 and 8-15 are looked up apart and a third PRMT chooses between them by the
-top bits of the codes: 21 instructions for 8 codes. Each product is rounded once, as bitsandbytes rounds it.
+top bits of the codes: 21 instructions for 8 codes. Each product is rounded once, as bitsandbytes rounds it. A minimum
+turns the 16 FMUL into 16 FFMA; blocks of 32 have two tables a group, half an instruction more for each weight, and
+blocks of 16 four.
 """
 
 from collections.abc import Sequence
@@ -47,22 +49,32 @@ def asm(text: str, results: list[ir.Type], operands: list[ir.Value], constraints
     return [llvm.extractvalue(result, value, [i]) for i, result in enumerate(results)]
 
 
-def scaled_codebook(scale: ir.Value, quant_type: str, dtype: Any) -> list[ir.Value]:
-    """Codebook times scale, 16 products of 16 bits, as eight registers: low bytes of entries 0-3 ... 12-15, then high.
+def scaled_codebook(scale: ir.Value, minimum: ir.Value | None, quant_type: str, dtype: Any) -> list[ir.Value]:
+    """Codebook times scale, plus a minimum: 16 values of 16 bits.
 
-    One asm block, so that nothing contracts, reorders or flushes the products.
+    As eight registers: low bytes of entries 0-3 ... 12-15, then high. One asm block, so that nothing contracts,
+    reorders or flushes the products. With a minimum they are exact (`quantization.FORMATS`), so that fusing rounds as
+    often.
     """
     kind = "bf16x2" if jnp.dtype(dtype) == jnp.bfloat16 else "f16x2"
     lines = ["{ .reg .f32 e<16>; .reg .b32 p<8>;"]
     for i, bits in enumerate(TABLES[quant_type].view(np.uint32)):
-        lines.append(f"mul.rn.f32 e{i}, $8, 0f{bits:08X};")
+        product = f"$8, 0f{bits:08X}"
+        lines.append(f"mul.rn.f32 e{i}, {product};" if minimum is None else f"fma.rn.f32 e{i}, {product}, $9;")
     for i in range(8):
         lines.append(f"cvt.rn.{kind}.f32 p{i}, e{2 * i + 1}, e{2 * i};")
     for i in range(4):
         lines.append(f"prmt.b32 ${i}, p{2 * i}, p{2 * i + 1}, 0x6420;")
         lines.append(f"prmt.b32 ${4 + i}, p{2 * i}, p{2 * i + 1}, 0x7531;")
+    operands = [scale] if minimum is None else [scale, minimum]
     # Outputs are written before the last input is read: "early clobber".
-    return asm(" ".join([*lines, "}"]), [i32()] * 8, [scale], ",".join(["=&r"] * 8 + ["f"]))
+    return asm(" ".join([*lines, "}"]), [i32()] * 8, operands, ",".join(["=&r"] * 8 + ["f"] * len(operands)))
+
+
+def codebook_of(weight_format: tiles.WeightFormat, scales: Sequence[Any], register: int, index: int) -> list[ir.Value]:
+    """Build the table of a block, whose scale and minimum are element `index` of a register of the arrays `scales`."""
+    scale, *minimum = (llvm.extractelement(each.registers[register], const(index)) for each in scales)
+    return scaled_codebook(scale, minimum[0] if minimum else None, weight_format.quant_type, weight_format.dtype)
 
 
 _LOOK_UP = """{{ .reg .b32 la, lb, ha, hb, l, h;

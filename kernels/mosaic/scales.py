@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from qlora_jax.kernels.mosaic import ptx, tiles
 
 def fetch_scales(
     weight_format: tiles.WeightFormat,
-    absmax: Any,
+    stored: Sequence[Any],
     nested: Any,
     row: Any,
     column: Any,
@@ -29,7 +29,7 @@ def fetch_scales(
 
     Args:
         weight_format: of the weight.
-        absmax: ref [N K / block_size], uint8 codes or float32 scales; N K < 2^32.
+        stored: refs [N K / block_size] of the stored scales and, of a format that has them, of the minima; N K < 2^32.
         nested: ref [N K / block_size / 256 or more] float32 (double quantization), else None.
         row: first row of the tile.
         column: first column of the tile, in elements, a multiple of 64.
@@ -37,7 +37,8 @@ def fetch_scales(
         fragments: groups are assigned to threads by `ptx.groups_of_fragments`, not by `ptx.groups_of_thread`.
 
     Returns:
-        Arrays in `scale_layout`: elements of absmax as int32 bits, and of nested as float32.
+        Arrays in `scale_layout`: stored scales as the bits of an int32, with minima in its upper half, and of nested
+        as float32.
     """
     rows, columns = tile
     n_groups = rows * columns // tiles.GROUP
@@ -63,44 +64,51 @@ def fetch_scales(
     def read(ref: ir.Value, index: ir.Value, dtype: ir.Type) -> ir.Value:
         return llvm.load(dtype, mgpu.utils.getelementptr(ptx.global_pointer(ref), [index], dtype))
 
-    f32, u8 = ir.F32Type.get, functools.partial(ir.IntegerType.get_signless, 8)
+    def bits(ref: ir.Value, index: ir.Value) -> ir.Value:
+        width = ir.MemRefType(ref.type).element_type.width
+        value = read(ref, index, ir.IntegerType.get_signless(width))
+        return value if width == 32 else arith.extui(ptx.i32(), value)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar), return_type=raw)
-    def read_absmax(_: Any, ref: ir.Value, row: Any, column: Any) -> mgpu.FragmentedArray:
-        values = []
-        for blocks in indices(row, column):
-            if weight_format.double_quant:
-                values.append([arith.extui(ptx.i32(), read(ref, block, u8())) for block in blocks])
-            else:
-                values.append([arith.bitcast(ptx.i32(), read(ref, block, f32())) for block in blocks])
-        return ptx.array([ptx.pack(scales, ptx.i32()) for scales in values], layout, signed=True)
+    refs = [plgpu.RefType()] * len(stored)
+
+    @plgpu.inline_mgpu(arg_types=(scalar, scalar, *refs), return_type=raw)
+    def read_stored(_: Any, row: Any, column: Any, absmax: ir.Value, *minimum: ir.Value) -> mgpu.FragmentedArray:
+        def one(block: ir.Value) -> ir.Value:
+            value = bits(absmax, block)
+            for ref in minimum:
+                value = arith.ori(value, arith.shli(bits(ref, block), ptx.const(16)))
+            return value
+
+        values = [ptx.pack([one(block) for block in blocks], ptx.i32()) for blocks in indices(row, column)]
+        return ptx.array(values, layout, signed=True)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar), return_type=floats)
     def read_nested(_: Any, ref: ir.Value, row: Any, column: Any) -> mgpu.FragmentedArray:
+        f32 = ir.F32Type.get()
         values = [
-            [read(ref, arith.shrui(block, ptx.const(8)), f32()) for block in blocks] for blocks in indices(row, column)
+            [read(ref, arith.shrui(block, ptx.const(8)), f32) for block in blocks] for blocks in indices(row, column)
         ]
-        return ptx.array([ptx.pack(scales, f32()) for scales in values], layout, signed=None)
+        return ptx.array([ptx.pack(scales, f32) for scales in values], layout, signed=None)
 
-    codes = read_absmax(absmax, row, column)
+    codes = read_stored(row, column, *stored)
     return (codes, read_nested(nested, row, column)) if weight_format.double_quant else (codes,)
 
 
 def finish_scales(
-    weight_format: tiles.WeightFormat, groups: int, read: tuple[jax.Array, ...], dynamic_map: Any, offset: Any
-) -> jax.Array:
-    """Return float32 scales in `scale_layout` from the result of `fetch_scales`.
+    weight_format: tiles.WeightFormat, groups: int, read: tuple[jax.Array, ...], scale_map: Any, offset: Any
+) -> tuple[jax.Array, ...]:
+    """Return scales and, of a format that has them, minima, float32 in `scale_layout`, from `fetch_scales`' result.
 
     Args:
         weight_format: of the weight.
         groups: groups of 64 codes in the tile.
         read: arrays of `fetch_scales`.
-        dynamic_map: shared-memory ref float32 [256] (double quantization), else None.
+        scale_map: shared-memory ref float32 [256] (double quantization and "e4m3"), else None.
         offset: float32 scalar (double quantization), else None.
     """
     layout = weight_format.scale_layout(groups)
     floats = plgpu.ShapeDtypeStruct((groups * weight_format.scales_per_group,), jnp.float32, layout=layout)
-    f32 = ir.F32Type.get
+    f32, kind = ir.F32Type.get, weight_format.format
 
     def each(function: Callable[..., ir.Value], *arrays: Any) -> mgpu.FragmentedArray:
         vectors = []
@@ -111,29 +119,59 @@ def finish_scales(
             vectors.append(ptx.pack([function(*operands) for operands in scalars], f32()))
         return ptx.array(vectors, layout, signed=None)
 
-    if not weight_format.double_quant:
-
-        @plgpu.inline_mgpu(arg_types=(layout,), return_type=floats)
-        def as_floats(_: Any, bits: Any) -> mgpu.FragmentedArray:
-            return each(lambda bits: arith.bitcast(f32(), bits), bits)
-
-        return as_floats(*read)
+    def entry(scale_map: ir.Value, code: ir.Value) -> ir.Value:
+        return llvm.load(f32(), mgpu.utils.getelementptr(mgpu.utils.memref_ptr(scale_map), [code], f32()))
 
     scalar = plgpu.Layout.WG_SPLAT(())
+    if weight_format.double_quant:
 
-    @plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType(), scalar), return_type=floats)
-    def dequantize(_: Any, codes: Any, nested: Any, dynamic_map: ir.Value, offset: Any) -> mgpu.FragmentedArray:
-        pointer = mgpu.utils.memref_ptr(dynamic_map)
+        @plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType(), scalar), return_type=floats)
+        def dequantize(_: Any, codes: Any, nested: Any, dynamic_map: ir.Value, offset: Any) -> mgpu.FragmentedArray:
+            def scale(code: ir.Value, nested: ir.Value) -> ir.Value:
+                # As text, so that product and sum are not contracted to one fused operation with another rounding.
+                text = "{ .reg .f32 p; mul.rn.f32 p, $1, $2; add.rn.f32 $0, p, $3; }"
+                operands = [entry(dynamic_map, code), nested, offset.registers.item()]
+                return ptx.asm(text, [f32()], operands, "=f,f,f,f")[0]
 
-        def scale(code: ir.Value, nested: ir.Value) -> ir.Value:
-            entry = llvm.load(f32(), mgpu.utils.getelementptr(pointer, [code], f32()))
-            # As text, so that product and sum are not contracted to one fused operation with another rounding.
-            text = "{ .reg .f32 p; mul.rn.f32 p, $1, $2; add.rn.f32 $0, p, $3; }"
-            return ptx.asm(text, [f32()], [entry, nested, offset.registers.item()], "=f,f,f,f")[0]
+            return each(scale, codes, nested)
 
-        return each(scale, codes, nested)
+        return (dequantize(*read, scale_map, offset),)
 
-    return dequantize(*read, dynamic_map, offset)
+    if kind.scale == "e4m3":
+
+        @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=floats)
+        def look_up(_: Any, codes: Any, scale_map: ir.Value) -> mgpu.FragmentedArray:
+            return each(functools.partial(entry, scale_map), codes)
+
+        return (look_up(*read, scale_map),)
+
+    def half(bits: ir.Value) -> ir.Value:
+        """The float16 number in the lower half of 32 bits."""
+        lower = arith.trunci(ir.IntegerType.get_signless(16), bits)
+        return arith.extf(f32(), arith.bitcast(ir.F16Type.get(), lower))
+
+    def scale_of(bits: ir.Value) -> ir.Value:
+        if kind.scale == "float16":
+            return half(bits)
+        if kind.scale == "e8m0":
+            smallest = arith.cmpi(arith.CmpIPredicate.eq, bits, ptx.const(0))  # 2^-127 has no exponent of its own
+            bits = arith.select(smallest, ptx.const(1 << 22), arith.shli(bits, ptx.const(23)))
+        return arith.bitcast(f32(), bits)
+
+    def minimum_of(bits: ir.Value) -> ir.Value:
+        upper = arith.shrui(bits, ptx.const(16))
+        if kind.minimum == "zero_point":
+            return arith.negf(arith.mulf(arith.uitofp(f32(), upper), half(bits)))
+        return half(upper)
+
+    def finished(function: Callable[[ir.Value], ir.Value]) -> jax.Array:
+        @plgpu.inline_mgpu(arg_types=(layout,), return_type=floats)
+        def finish(_: Any, bits: Any) -> mgpu.FragmentedArray:
+            return each(function, bits)
+
+        return finish(*read)
+
+    return (finished(scale_of),) if kind.minimum == "none" else (finished(scale_of), finished(minimum_of))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,17 +181,18 @@ class Scales:
     Attributes:
         weight_format: of the weight.
         tile: (rows, columns) of a tile.
-        absmax, nested: refs in global memory of this layer's scales (nested None without double quantization).
-        dynamic_map: shared-memory ref float32 [256], or None.
-        offset: float32 scalar, or None.
+        stored: refs in global memory of this layer's stored scales and, of a format that has them, minima.
+        nested: ref of this layer's nested scales (double quantization), or None.
+        scale_map: shared-memory ref float32 [256] (double quantization and "e4m3"), or None.
+        offset: float32 scalar (double quantization), or None.
         fragments: see `fetch_scales`.
     """
 
     weight_format: tiles.WeightFormat
     tile: tuple[int, int]
-    absmax: Any
+    stored: tuple[Any, ...]
     nested: Any
-    dynamic_map: Any
+    scale_map: Any
     offset: Any
     fragments: bool = False
 
@@ -169,29 +208,32 @@ class Scales:
         fragments: bool = False,
     ) -> "Scales":
         """Take a kernel's scale operands (`PackedWeight.scales`); the next barrier publishes the map in `scratch`."""
-        if not weight_format.double_quant:
-            (absmax,) = refs
-            return cls(weight_format, tile, cls._of_layer(absmax, layer), None, None, None, fragments)
-        absmax, nested, offset, dynamic_map = refs
-        cls._publish(dynamic_map, scratch)
-        absmax, nested = cls._of_layer(absmax, layer), cls._of_layer(nested, layer)
-        return cls(weight_format, tile, absmax, nested, scratch, offset[layer], fragments)
+        of_layer = functools.partial(cls._of_layer, layer=layer)
+        if weight_format.double_quant:
+            absmax, nested, offset, dynamic_map = refs
+            cls._publish(cls._of_layer(dynamic_map, 0), scratch)
+            return cls(weight_format, tile, (of_layer(absmax),), of_layer(nested), scratch, offset[layer], fragments)
+        if weight_format.format.scale == "e4m3":
+            absmax, scale_map = refs
+            cls._publish(of_layer(scale_map), scratch)
+            return cls(weight_format, tile, (of_layer(absmax),), None, scratch, None, fragments)
+        return cls(weight_format, tile, tuple(map(of_layer, refs)), None, None, None, fragments)
 
     @staticmethod
     def _of_layer(ref: Any, layer: Any) -> Any:
         return ref.at[layer]
 
     @staticmethod
-    def _publish(dynamic_map: Any, scratch: Any) -> None:
-        scratch[...] = plgpu.load(dynamic_map, layout=plgpu.Layout.WG_STRIDED((256,), vec_size=2))
+    def _publish(scale_map: Any, scratch: Any) -> None:
+        scratch[...] = plgpu.load(scale_map, layout=plgpu.Layout.WG_STRIDED((256,), vec_size=2))
 
     def fetch(self, row: Any, column: Any) -> tuple[jax.Array, ...]:
         """Start reading the scales of the tile at (row, column)."""
         return fetch_scales(
-            self.weight_format, self.absmax, self.nested, row, column, self.tile, fragments=self.fragments
+            self.weight_format, self.stored, self.nested, row, column, self.tile, fragments=self.fragments
         )
 
-    def finish(self, read: tuple[jax.Array, ...]) -> jax.Array:
+    def finish(self, read: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Dequantize the result of `fetch`."""
         groups = self.tile[0] * self.tile[1] // tiles.GROUP
-        return finish_scales(self.weight_format, groups, read, self.dynamic_map, self.offset)
+        return finish_scales(self.weight_format, groups, read, self.scale_map, self.offset)

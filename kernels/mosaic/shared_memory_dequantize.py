@@ -6,12 +6,12 @@ import jax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from qlora_jax.kernels.mosaic import ptx, tiles
 
 
-def dequantize_tile(weight_format: tiles.WeightFormat, codes: Any, scales: jax.Array, out: Any) -> None:
+def dequantize_tile(weight_format: tiles.WeightFormat, codes: Any, scales: tuple[jax.Array, ...], out: Any) -> None:
     """Dequantize a tile of codes in shared memory into a 16-bit tile in shared memory, by one warpgroup.
 
     The caller puts barriers between the writer of `codes`, this, and the readers of `out`.
@@ -19,7 +19,7 @@ def dequantize_tile(weight_format: tiles.WeightFormat, codes: Any, scales: jax.A
     Args:
         weight_format: of the weight.
         codes: uint8 [rows, columns / 2] with transforms `swizzle_of(columns / 2)`.
-        scales: float32 in `scale_layout(rows * columns / 64)`.
+        scales: result of `scales.finish_scales`: scales and, of a format that has them, minima.
         out: weight_format.dtype [rows, columns] with `tile_transforms`.
     """
     rows, columns = out.shape
@@ -30,11 +30,11 @@ def dequantize_tile(weight_format: tiles.WeightFormat, codes: Any, scales: jax.A
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(tiles.swizzle_of(row_bytes)),
-            layout,
             plgpu.RefType(tiles.tile_transforms(weight_format.dtype)),
+            *[layout] * len(scales),
         )
     )
-    def dequantize(_: Any, codes: ir.Value, scales: Any, out: ir.Value) -> None:
+    def dequantize(_: Any, codes: ir.Value, out: ir.Value, *scales: Any) -> None:
         source, target = mgpu.utils.memref_ptr(codes), mgpu.utils.memref_ptr(out)
         for j, (row, group) in enumerate(ptx.groups_of_thread(n_groups, rows)):
             in_offset = arith.addi(
@@ -50,9 +50,8 @@ def dequantize_tile(weight_format: tiles.WeightFormat, codes: Any, scales: jax.A
             words_per_scale = len(words) // weight_format.scales_per_group
             for i, word in enumerate(words):
                 if i % words_per_scale == 0:
-                    scale = llvm.extractelement(scales.registers[j], ptx.const(i // words_per_scale))
-                    codebook = ptx.scaled_codebook(scale, weight_format.quant_type, weight_format.dtype)
+                    codebook = ptx.codebook_of(weight_format, scales, j, i // words_per_scale)
                 offset = ptx.swizzled(arith.addi(out_offset, ptx.const(16 * i)), 128)
                 ptx.store_shared(target, offset, ptx.dequantize_word(word, codebook))
 
-    dequantize(codes, scales, out)
+    dequantize(codes, out, *scales)

@@ -86,11 +86,11 @@ def matmul(
     primitives = execution.primitives
 
     def kernel(x_ref: Any, codes: Any, *refs: Any) -> None:
-        *scale_refs, layer_ref, out, partial_sums, dynamic_map = refs
+        *scale_refs, layer_ref, out, partial_sums, scale_map = refs
         layer = layer_ref[0]
         row = lax.min(lax.axis_index("n") * rows, n - rows)
         tile = (rows, columns)
-        scales = primitives.Scales.of(weight_format, tile, layer, scale_refs, dynamic_map, fragments=True)
+        scales = primitives.Scales.of(weight_format, tile, layer, scale_refs, scale_map, fragments=True)
         layer_codes = codes.at[layer]
 
         def read(step: Any) -> Any:
@@ -105,7 +105,7 @@ def matmul(
             return acc, upcoming
 
         first = read(jnp.int32(0))
-        primitives.barrier()  # the dynamic map is in place
+        primitives.barrier()  # the map of scales is in place
         acc, _ = lax.fori_loop(0, steps, body, (primitives.zero_fragments(m_tiles), first))
         primitives.store_fragments(acc, partial_sums, out, row)
 

@@ -63,7 +63,12 @@ def zero_fragments(m_tiles: int) -> jax.Array:
 
 
 def multiply_codes(
-    weight_format: tiles.WeightFormat, acc: jax.Array, words: jax.Array, scales: jax.Array, x: Any, column: Any
+    weight_format: tiles.WeightFormat,
+    acc: jax.Array,
+    words: jax.Array,
+    scales: tuple[jax.Array, ...],
+    x: Any,
+    column: Any,
 ) -> jax.Array:
     """Add this warp's part of W x^T to its accumulator, from codes in registers.
 
@@ -74,7 +79,7 @@ def multiply_codes(
         weight_format: of the weight.
         acc: `zero_fragments`, or the result of the call before.
         words: result of `load_codes`.
-        scales: float32 [256 * scales_per_group], of the same groups.
+        scales: of the same groups, see `scales.finish_scales`.
         x: ref [M, K] in global memory, M <= 8 * m_tiles; rows beyond M and columns beyond K count as zeros.
         column: as in `load_codes`.
     """
@@ -91,8 +96,10 @@ def multiply_codes(
     )
     constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
 
-    @plgpu.inline_mgpu(arg_types=(layout, _WORDS, scale_layout, plgpu.RefType(), scalar), return_type=result)
-    def multiply(_: Any, acc: Any, words: Any, scales: Any, x: ir.Value, column: Any) -> mgpu.FragmentedArray:
+    @plgpu.inline_mgpu(
+        arg_types=(layout, _WORDS, plgpu.RefType(), scalar, *[scale_layout] * len(scales)), return_type=result
+    )
+    def multiply(_: Any, acc: Any, words: Any, x: ir.Value, column: Any, *scales: Any) -> mgpu.FragmentedArray:
         f32 = ir.F32Type.get()
         sums = ptx.unpack(acc.registers[0], 4 * m_tiles)
         codes = ptx.unpack(words.registers[0], 16)
@@ -112,10 +119,7 @@ def multiply_codes(
         words_per_scale = 8 // weight_format.scales_per_group
         for i in range(8):
             if i % words_per_scale == 0:
-                scales_of_rows = [llvm.extractelement(r, ptx.const(i // words_per_scale)) for r in scales.registers]
-                codebooks = [
-                    ptx.scaled_codebook(s, weight_format.quant_type, weight_format.dtype) for s in scales_of_rows
-                ]
+                codebooks = [ptx.codebook_of(weight_format, scales, row, i // words_per_scale) for row in range(2)]
             upper, lower = (ptx.dequantize_word(codes[8 * half + i], codebooks[half]) for half in range(2))
             for pair in range(2):
                 a = [upper[2 * pair], lower[2 * pair], upper[2 * pair + 1], lower[2 * pair + 1]]
@@ -125,7 +129,7 @@ def multiply_codes(
                     sums[4 * tile : 4 * tile + 4] = ptx.asm(mma_sync, [f32] * 4, [*a, *b, *c], constraints)
         return ptx.array([ptx.pack(sums, f32)], layout, signed=None)
 
-    return multiply(acc, words, scales, x, column)
+    return multiply(acc, words, x, column, *scales)
 
 
 def store_fragments(acc: jax.Array, partial: Any, out: Any, column: Any) -> None:

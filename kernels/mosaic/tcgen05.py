@@ -136,7 +136,7 @@ def matmul(
         codes_tiles: Any,
         w_tiles: Any,
         out_tiles: Any,
-        dynamic_map: Any,
+        scale_map: Any,
         acc: Any,
         loaded: Any,
         dequantized: Any,
@@ -186,8 +186,8 @@ def matmul(
             plgpu.tcgen05_commit_arrive(done)
 
         def dequantize() -> None:
-            scales = primitives.Scales.of(weight_format, share, layer, scale_refs, dynamic_map.at[warpgroup])
-            primitives.barrier()  # the dynamic map is in place
+            scales = primitives.Scales.of(weight_format, share, layer, scale_refs, scale_map.at[warpgroup])
+            primitives.barrier()  # the map of scales is in place
             first_row = warpgroup * share[0]
             rows = pl.ds(first_row, share[0])
 
@@ -259,7 +259,7 @@ def matmul(
             ),
             "w_tiles": plgpu.SMEM((DEQUANTIZED, *weight_tile), x.dtype, transforms=transforms),
             "out_tiles": plgpu.SMEM((dequantizers, MMA_ROWS, OUT_COLUMNS), x.dtype, transforms=out_transforms),
-            "dynamic_map": plgpu.SMEM((dequantizers, 256), jnp.float32),
+            "scale_map": plgpu.SMEM((dequantizers, 256), jnp.float32),
             "acc": plgpu.TMEM((MMA_ROWS, m_tiles * block_n), jnp.float32),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "dequantized": plgpu.Barrier(num_arrivals=dequantizers, num_barriers=DEQUANTIZED),

@@ -8,9 +8,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.kernels.product import Product
+from qlora_jax.quantization import FORMATS, Format
 
 WARPGROUP = 128
-# A group: 64 consecutive codes of one row, dequantized by one thread; it has one scale, or two if blocks are of 32.
+# A group: 64 consecutive codes of one row, dequantized by one thread; it has one scale, two or four (blocks of 32, 16).
 GROUP = 64
 
 
@@ -19,9 +20,9 @@ class WeightFormat:
     """Compile-time facts about the codes that a kernel dequantizes.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
+        quant_type: a 4-bit type of `quantization.FORMATS`.
         dtype: bfloat16 or float16, of the dequantized weights.
-        block_size: elements of one scale, 32 or a multiple of 64.
+        block_size: elements of one scale, 16, 32 or a multiple of 64.
         double_quant: scales are 8-bit codes of the dynamic map.
         n_inputs: K, elements of a row of the weight.
     """
@@ -33,8 +34,13 @@ class WeightFormat:
     n_inputs: int
 
     @property
+    def format(self) -> Format:
+        """Row of `FORMATS`: storage of scales and minima."""
+        return FORMATS[self.quant_type]
+
+    @property
     def scales_per_group(self) -> int:
-        """1, or 2 if blocks are of 32."""
+        """1, or 2 or 4 if blocks are of 32 or 16."""
         return max(1, GROUP // self.block_size)
 
     def scale_layout(self, groups: int) -> Any:

@@ -83,7 +83,7 @@ class _Scratch(NamedTuple):
     x_tiles: Any
     codes_tiles: Any
     w_tiles: Any
-    dynamic_map: Any
+    scale_map: Any
     x_full: Any
     x_free: Any
     codes_full: Any
@@ -160,9 +160,9 @@ def matmul(
 
         def compute(acc: Any) -> None:
             scales = primitives.Scales.of(
-                weight_format, weight_tile, layer, scale_refs, scratch.dynamic_map.at[warpgroup]
+                weight_format, weight_tile, layer, scale_refs, scratch.scale_map.at[warpgroup]
             )
-            primitives.barrier()  # the dynamic map is in place
+            primitives.barrier()  # the map of scales is in place
 
             def fetch(step: Any) -> Any:
                 return scales.fetch(*weight_tile_origin(lax.min(step, steps - 1)))
@@ -243,7 +243,7 @@ def matmul(
                 x_tiles=plgpu.SMEM((stages, block_m, block_k), x.dtype, transforms=transforms),
                 codes_tiles=plgpu.SMEM(codes_tiles, jnp.uint8, transforms=tiles.swizzle_of(codes_tiles[2])),
                 w_tiles=plgpu.SMEM((dequantized, *weight_tile), x.dtype, transforms=transforms),
-                dynamic_map=plgpu.SMEM((COMPUTE_WARPGROUPS, 256), jnp.float32),
+                scale_map=plgpu.SMEM((COMPUTE_WARPGROUPS, 256), jnp.float32),
                 x_full=plgpu.Barrier(num_barriers=stages),
                 x_free=plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS),
                 codes_full=plgpu.Barrier(num_barriers=stages),

@@ -1,25 +1,32 @@
-"""Quantised weights: block-wise NF4 and FP4 with double quantisation as in QLoRA, row-wise int8 as in LLM.int8()."""
+"""Quantised weights: formats as data (`FORMATS`), NF4 and FP4 with double quantisation as in QLoRA, 8-bit ones."""
 
 from qlora_jax.quantization.bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from qlora_jax.quantization.blockwise import block_scales, dequantize, lookup, quantize
+from qlora_jax.quantization.blockwise import block_minima, block_scales, dequantize, lookup, quantize
 from qlora_jax.quantization.codebooks import BLOCK_SIZES
-from qlora_jax.quantization.quantized_tensor import (
-    QUANT_TYPES,
-    QuantizationConfig,
-    QuantizedTensor,
-    abstract_quantized,
-)
+from qlora_jax.quantization.formats import FORMATS, Format
+from qlora_jax.quantization.gguf_blocks import from_gguf, to_gguf
+from qlora_jax.quantization.grouped_int4 import from_awq, from_gptq
+from qlora_jax.quantization.microscaling import from_mxfp4, from_nvfp4
+from qlora_jax.quantization.quantized_tensor import QuantizationConfig, QuantizedTensor, abstract_quantized
 
 __all__ = [
     "BLOCK_SIZES",
-    "QUANT_TYPES",
+    "FORMATS",
+    "Format",
     "QuantizationConfig",
     "QuantizedTensor",
     "abstract_quantized",
+    "block_minima",
     "block_scales",
     "dequantize",
+    "from_awq",
     "from_bitsandbytes",
+    "from_gguf",
+    "from_gptq",
+    "from_mxfp4",
+    "from_nvfp4",
     "lookup",
     "quantize",
     "to_bitsandbytes",
+    "to_gguf",
 ]

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.errors import UserError
-from qlora_jax.quantization import int8, torch_sum
+from qlora_jax.quantization import gguf_blocks, int8, torch_sum
 from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, TABLES, boundaries, dynamic_map
-from qlora_jax.quantization.quantized_tensor import QUANT_TYPES, QuantizedTensor, check_block_size
+from qlora_jax.quantization.formats import FORMATS, format_named
+from qlora_jax.quantization.quantized_tensor import QuantizedTensor
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -35,15 +36,16 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantise one weight; the result's buffers are numpy arrays on the host.
 
-    4-bit results are byte-equal to bitsandbytes' ``quantize_4bit(..., compress_statistics=double_quant)`` on a CPU
-    (with ``torch.set_num_threads(1)``: see `qlora_jax.quantization.torch_sum`), int8 ones to its
-    ``int8_vectorwise_quant``.
+    NF4 and FP4 are byte-equal to bitsandbytes' ``quantize_4bit(..., compress_statistics=double_quant)`` on a CPU
+    (with ``torch.set_num_threads(1)``: see `qlora_jax.quantization.torch_sum`), int8 to its
+    ``int8_vectorwise_quant``, GGUF's types to the `gguf` package's own quantisation.
 
     Args:
-        weight: float32, bfloat16 or float16 numpy or JAX array of any shape; [N, K] for "int8".
-        quant_type: "nf4", "fp4" or "int8".
-        block_size: elements of the flattened weight that share a scale; a power of two in 32..4096 (4-bit types).
-        double_quant: quantise the scales too, to 8 bits over blocks of 256 (4-bit types).
+        weight: float32, bfloat16 or float16 numpy or JAX array of any shape; [N, K] for "int8" and GGUF's types.
+        quant_type: a name of `FORMATS` that can be made of weights (`Format.quantizes`).
+        block_size: elements of the flattened weight that share a scale; a power of two in 32..4096 ("nf4", "fp4",
+            "int4").
+        double_quant: quantise the scales too, to 8 bits over blocks of 256 (of the same types).
         name: what to call the weight in errors.
 
     Raises:
@@ -57,15 +59,22 @@ def quantize(
         raise UserError(f"Cannot quantise {called}: its dtype is {dtype}, not float32, bfloat16 or float16.")
     if weight.size == 0:
         raise UserError(f"Cannot quantise {called}: it is empty (shape {weight.shape}).")
-    if quant_type not in QUANT_TYPES:
-        raise UserError(f"quant_type must be one of {', '.join(QUANT_TYPES)}, not {quant_type!r}.")
+    kind = format_named(quant_type)
+    if not kind.quantizes:
+        made = ", ".join(name for name, each in FORMATS.items() if each.quantizes)
+        raise UserError(
+            f"Cannot quantise {called} to {quant_type}: such weights are only taken over from checkpoints; choose one "
+            f"of {made}."
+        )
+    if quant_type in gguf_blocks.LAYOUTS:
+        return gguf_blocks.quantize_blocks(weight, quant_type, called)
     if quant_type == "int8":
         if weight.ndim != 2:
             raise UserError(f"Cannot quantise {called} to int8: it needs two dimensions, not shape {weight.shape}.")
         codes, absmax = int8.quantize_rows(weight)
         _check_finite(absmax, called)
         return QuantizedTensor(codes, absmax, None, None, weight.shape, quant_type, 0, dtype)
-    check_block_size(block_size)
+    kind.check_block_size(block_size)
     codes, absmax = _quantize_4bit(np.ascontiguousarray(weight).reshape(-1), quant_type, block_size, called)
     nested_absmax = offset = None
     if double_quant:
@@ -144,8 +153,8 @@ def _quantize_chunk(blocks: jax.Array, quant_type: str) -> tuple[jax.Array, jax.
     absmax = jax.lax.bitcast_convert_type(absmax_bits, jnp.float32)
     zero = absmax_bits == 0
     redo = ~zero & ((absmax < _SMALL) | (absmax > _LARGE))
-    if quant_type == "fp4":
-        # Only FP4 has a boundary at zero, where the sign of the smallest value decides.
+    if quant_type != "nf4":
+        # FP4 and INT4 have a boundary at zero, where the sign of the smallest value decides.
         redo |= ((bits != 0) & (bits < _SMALL.view(np.uint32))).any(axis=1)
     scaled = values * jnp.where(zero, 0, 1 / absmax)[:, None]
     midpoints, codes = boundaries(quant_type)
@@ -192,16 +201,37 @@ def _dynamic_codes() -> np.ndarray:
 
 
 def block_scales(q: QuantizedTensor) -> jax.Array:
-    """Return the float32 scales [*stack, n_blocks] of a 4-bit weight: the doubly quantised ones restored."""
+    """Return the float32 scales [*stack, n_blocks] of a weight in blocks: quantised ones restored."""
     absmax = jnp.asarray(q.absmax)
+    if q.format.scale == "e8m0":
+        return power_of_two(absmax)
+    if q.format.scale == "e4m3":
+        return jnp.take_along_axis(jnp.asarray(q.scale_map), absmax.astype(jnp.int32), axis=-1, mode="clip")
     if not q.double_quant:
-        return absmax
+        return absmax.astype(jnp.float32)
     nested = jnp.repeat(jnp.asarray(q.nested_absmax), NESTED_BLOCK_SIZE, axis=-1)[..., : absmax.shape[-1]]
     table = jnp.asarray(dynamic_map())
     # The entry 255 is exactly 1, so selecting changes no value; it stands between product and sum, which a compiler
     # would otherwise contract to one fused multiply-add with another rounding than bitsandbytes'.
     product = jnp.where(absmax == 255, nested, table.at[absmax].get(mode="promise_in_bounds") * nested)
     return product + jnp.asarray(q.offset)[..., None]
+
+
+def power_of_two(code: jax.Array) -> jax.Array:
+    """Return the float32 number 2^(code - 127) of an e8m0 code (uint8)."""
+    bits = code.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23), jnp.float32)
+
+
+def block_minima(q: QuantizedTensor, scales: jax.Array) -> jax.Array | None:
+    """Return the float32 minima [*stack, n_blocks] of a weight with these scales; None of a format without.
+
+    Of zero points they are exact, and so are the sums with them: 4 bits times a float16 number.
+    """
+    if q.minimum is None:
+        return None
+    minimum = jnp.asarray(q.minimum).astype(jnp.float32)
+    return -minimum * scales if q.format.minimum == "zero_point" else minimum
 
 
 def lookup(code: jax.Array, quant_type: str) -> jax.Array:
@@ -225,18 +255,28 @@ def _select(code: jax.Array, entries: list[jax.Array], first_bit: int) -> jax.Ar
     return entries[0]
 
 
-def _scaled_entries(code: jax.Array, scales: jax.Array, quant_type: str, dtype: Any) -> jax.Array:
-    """Return ``dtype(table[code] * scale)``: codes uint8 [*stack, n_blocks, block_size], scales [*stack, n_blocks]."""
-    return (lookup(code, quant_type) * scales[..., None]).astype(dtype)
+def _scaled_entries(
+    code: jax.Array, scales: jax.Array, minima: jax.Array | None, quant_type: str, dtype: Any
+) -> jax.Array:
+    """Return ``dtype(table[code] * scale + minimum)``: of codes uint8 [*stack, n_blocks, block_size]."""
+    return _affine(lookup(code, quant_type), scales, minima).astype(dtype)
 
 
-def _entries_of_scaled_tables(code: jax.Array, scales: jax.Array, quant_type: str, dtype: Any) -> jax.Array:
-    """Return the same as `_scaled_entries` in a 16-bit dtype, through a table of 16 rounded products for each block.
+def _affine(values: jax.Array, scales: jax.Array, minima: jax.Array | None) -> jax.Array:
+    # Where there is a minimum the product is exact, so that one that is contracted with the sum rounds no differently.
+    product = values * scales[..., None]
+    return product if minima is None else product + minima[..., None]
+
+
+def _entries_of_scaled_tables(
+    code: jax.Array, scales: jax.Array, minima: jax.Array | None, quant_type: str, dtype: Any
+) -> jax.Array:
+    """Return the same as `_scaled_entries` in a 16-bit dtype, through a table of 16 rounded values for each block.
 
     The selects then work on 16-bit elements, twice as many in a vector, and nothing is rounded element by element.
     (1024x1024 to bfloat16 on one core of a Zen 5: 230 us, against 420.)
     """
-    table = (jnp.asarray(TABLES[quant_type]) * scales[..., None]).astype(dtype)
+    table = _affine(jnp.asarray(TABLES[quant_type]), scales, minima).astype(dtype)
     table = jax.lax.bitcast_convert_type(table, jnp.uint16)
     entries = [table[..., j : j + 1] for j in range(16)]
     return jax.lax.bitcast_convert_type(_select(code, entries, 0), dtype)
@@ -275,14 +315,22 @@ def dequantize(q: QuantizedTensor, dtype: Any = None) -> jax.Array:
     if q.quant_type == "int8":
         return int8.dequantize_rows(q.codes, q.absmax).astype(dtype)
     stack, codes, scales = q.stack_shape, jnp.asarray(q.codes), block_scales(q)
-    missing = scales.shape[-1] * q.block_size // 2 - codes.shape[-1]
-    if missing:
-        codes = jnp.pad(codes, [(0, 0)] * len(stack) + [(0, missing)])
-    code = unpack(codes).reshape(*scales.shape, q.block_size)
+    if q.format.bits == 8:
+        blocks = _padded(codes, scales.shape[-1] * q.block_size).reshape(*scales.shape, q.block_size)
+        values = _affine(blocks.astype(jnp.float32), scales, None).astype(dtype)
+        return values.reshape(*stack, -1)[..., : q.n_elements].reshape(*stack, *q.shape)
+    code = unpack(_padded(codes, scales.shape[-1] * q.block_size // 2)).reshape(*scales.shape, q.block_size)
+    minima = block_minima(q, scales)
     by_entries = functools.partial(_scaled_entries, quant_type=q.quant_type, dtype=dtype)
     if dtype.itemsize == 2:
         by_tables = functools.partial(_entries_of_scaled_tables, quant_type=q.quant_type, dtype=dtype)
-        values = jax.lax.platform_dependent(code, scales, cpu=by_tables, default=by_entries)
+        values = jax.lax.platform_dependent(code, scales, minima, cpu=by_tables, default=by_entries)
     else:
-        values = by_entries(code, scales)
+        values = by_entries(code, scales, minima)
     return values.reshape(*stack, -1)[..., : q.n_elements].reshape(*stack, *q.shape)
+
+
+def _padded(codes: jax.Array, size: int) -> jax.Array:
+    """Pad the last axis with zeros to whole blocks."""
+    missing = size - codes.shape[-1]
+    return jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)]) if missing else codes

@@ -1,7 +1,8 @@
-"""The code tables: NF4, FP4 and the 8-bit dynamic maps of the scales of the scales and of optimizer states."""
+"""The code tables: of 4-bit formats, and the 8-bit maps of stored scales and of optimizer states."""
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -33,14 +34,48 @@ NF4 = np.array(
 # One sign bit and eight magnitudes over 12 in bitsandbytes' order (not monotone in the code; +0 for both zeros).
 FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
 
+# The symmetric integers that the paper compares with, as bitsandbytes' `get_4bit_type("int4")` has them: codes 0-7 are
+# 7 .. 0, codes 8-15 are -0 .. -7 (+0 for both zeros).
+INT4 = np.array([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7], np.float32) / np.float32(7)
+
+# One sign bit, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3); code 8 is -0.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+# Integers with an offset, and without: what GGUF's Q4_0 and what Q4_1, AWQ and GPTQ multiply.
+OFFSET_BINARY = np.arange(-8, 8, dtype=np.float32)
+UNSIGNED = np.arange(16, dtype=np.float32)
+
 # Codes in ascending order of value. The two zeros are equal in value, so their order is a convention: bitsandbytes
 # sends x <= 0 to code 0 and the smallest positive x to code 8.
 _ASCENDING = {
     "nf4": np.arange(16, dtype=np.uint8),
     "fp4": np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8),
+    "int4": np.array([15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.uint8),
 }
 
-TABLES = {"nf4": NF4, "fp4": FP4}
+TABLES = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "int4": INT4,
+    "q4_0": OFFSET_BINARY,
+    "q4_1": UNSIGNED,
+    "uint4": UNSIGNED,
+    "mxfp4": E2M1,
+    "nvfp4": E2M1,
+}
+"""float32[16] of every 4-bit type."""
+
+
+@functools.cache
+def e8m0_map() -> np.ndarray:
+    """Return the value of every power-of-two scale, float32[256]: 2^(i - 127), and NaN for 255 (OCP MX 1.0, 5.4.1)."""
+    return np.arange(256, dtype=np.uint8).view(jnp.dtype(jnp.float8_e8m0fnu)).astype(np.float32)
+
+
+@functools.cache
+def e4m3_map() -> np.ndarray:
+    """Return the value of every 8-bit float scale, float32[256]: e4m3fn, NaN for 127 and 255."""
+    return np.arange(256, dtype=np.uint8).view(jnp.dtype(jnp.float8_e4m3fn)).astype(np.float32)
 
 
 @functools.cache

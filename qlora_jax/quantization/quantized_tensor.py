@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.errors import UserError
-from qlora_jax.quantization.codebooks import BLOCK_SIZES, NESTED_BLOCK_SIZE
-
-QUANT_TYPES = ("nf4", "fp4", "int8")
+from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE
+from qlora_jax.quantization.formats import FORMATS, Format, format_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +18,9 @@ class QuantizationConfig:
     """Storage of the linear layers of a base model.
 
     Attributes:
-        quant_type: "nf4" or "fp4" (4 bits, block-wise), "int8" (8 bits, row-wise) or "none" (left as they are).
-        block_size: elements that share one scale, a power of two in 32..4096; not used by "int8" and "none".
-        double_quant: store those scales in 8 bits; not used by "int8" and "none".
+        quant_type: a name of `FORMATS`, or "none" (left as they are).
+        block_size: elements that share one scale; of a format that has a size of its own it is always that.
+        double_quant: store those scales in 8 bits; always False of a format whose scales cannot be.
 
     Raises:
         UserError: for any other value.
@@ -32,16 +31,32 @@ class QuantizationConfig:
     double_quant: bool = True
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        if self.quant_type not in (*QUANT_TYPES, "none"):
-            raise UserError(f"quant_type must be one of nf4, fp4, int8 or none, not {self.quant_type!r}.")
-        check_block_size(self.block_size)
+        """Check the values, and fill in those that the format decides."""
+        if self.quant_type == "none":
+            return
+        if self.quant_type not in FORMATS:
+            raise UserError(f"quant_type must be one of {', '.join(FORMATS)} or none, not {self.quant_type!r}.")
+        kind = self.format
+        if kind.block_size is not None:
+            object.__setattr__(self, "block_size", kind.block_size)
+        if not kind.double_quant:
+            object.__setattr__(self, "double_quant", False)
+        kind.check_block_size(self.block_size)
 
+    @property
+    def format(self) -> Format:
+        """The format; KeyError for "none"."""
+        return FORMATS[self.quant_type]
 
-def check_block_size(block_size: int) -> None:
-    """Raise UserError unless `block_size` is one that bitsandbytes knows."""
-    if block_size not in BLOCK_SIZES:
-        raise UserError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}.")
+    def __str__(self) -> str:
+        """For people."""
+        if self.quant_type == "none":
+            return "16-bit weights"
+        kind = self.format
+        if kind.block_size is not None:
+            return kind.name
+        double = f" {'with' if self.double_quant else 'without'} double quantisation" if kind.double_quant else ""
+        return f"{kind.name} in blocks of {self.block_size}{double}"
 
 
 @jax.tree_util.register_dataclass
@@ -52,17 +67,31 @@ class QuantizedTensor:
     Only the buffers carry the stack dimensions, so a slice of a stack (by `jax.lax.scan` or `jax.tree.map`) is again a
     valid QuantizedTensor. With n the number of elements of `shape` and n_blocks = ceil(n / block_size):
 
-    4 bits ("nf4", "fp4"), over the flattened row-major weight::
+    4 bits, over the flattened row-major weight::
 
         codes          uint8   [*stack, ceil(n / 2)]         element 2i in the high nibble of byte i, 2i + 1 in the low
-        absmax         uint8   [*stack, n_blocks]            with double quantisation, else float32
+        absmax         float32 [*stack, n_blocks]            stored scales: uint8 with double quantisation and of "e8m0"
+                                                             and "e4m3", float16 of such formats (`Format.scale`)
         nested_absmax  float32 [*stack, ceil(n_blocks / 256)] with double quantisation, else None
         offset         float32 [*stack]                      with double quantisation, else None
+        minimum        float16 [*stack, n_blocks]            uint8 of zero points; None of a format without
+        scale_map      float32 [*stack, 256]                 of "e4m3", else None
 
-        scale[b] = dynamic_map[absmax[b]] * nested_absmax[b // 256] + offset        (or absmax[b])
-        w[i]     = dtype(table[code[i]] * scale[i // block_size])                   both products in float32
+        scale[b] = absmax[b]                                                        "float32", "float16"
+                   dynamic_map[absmax[b]] * nested_absmax[b // 256] + offset        with double quantisation
+                   2^(absmax[b] - 127)                                              "e8m0"
+                   scale_map[absmax[b]]                                             "e4m3"
+        low[b]   = minimum[b], or -minimum[b] * scale[b] of zero points, or 0
+        w[i]     = dtype(table[code[i]] * scale[i // block_size] + low[i // block_size])   in float32, left to right
 
-    8 bits ("int8", block_size 0), row by row of a [N, K] weight::
+    8 bits in blocks ("q8_0")::
+
+        codes          int8    [*stack, n]
+        absmax         float16 [*stack, n_blocks]
+
+        w[i]     = dtype(codes[i] * absmax[i // block_size])                        in float32
+
+    8 bits row by row of a [N, K] weight ("int8", block_size 0)::
 
         codes          int8    [*stack, N, K]
         absmax         float32 [*stack, N]
@@ -70,9 +99,9 @@ class QuantizedTensor:
         w[i, j]  = dtype(codes[i, j] * absmax[i] * float32(1 / 127))                left to right in float32
 
     `table` and `dynamic_map` are constants (`qlora_jax.quantization.codebooks`), found by `quant_type` and not stored.
-    The buffers are the bytes of a bitsandbytes checkpoint. `dtype` is the name of the original weight's dtype and what
-    `dequantize` returns by default. Leaves may be numpy or JAX arrays, ShapeDtypeStructs or anything that a pytree
-    transformation puts there, so nothing is checked on construction.
+    Of "nf4", "fp4" and "int8" the buffers are the bytes of a bitsandbytes checkpoint. `dtype` is the name of the
+    original weight's dtype and what `dequantize` returns by default. Leaves may be numpy or JAX arrays,
+    ShapeDtypeStructs or anything that a pytree transformation puts there, so nothing is checked on construction.
     """
 
     codes: Any
@@ -83,6 +112,13 @@ class QuantizedTensor:
     quant_type: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
+    minimum: Any = None
+    scale_map: Any = None
+
+    @property
+    def format(self) -> Format:
+        """Its row of `FORMATS`."""
+        return FORMATS[self.quant_type]
 
     @property
     def n_elements(self) -> int:
@@ -124,9 +160,9 @@ def abstract_quantized(
 
     Args:
         shape: shape of one weight; (N, K) for "int8".
-        quant_type: "nf4", "fp4" or "int8".
-        block_size: elements per scale (4-bit types).
-        double_quant: whether the scales are quantised (4-bit types).
+        quant_type: a name of `FORMATS`.
+        block_size: elements per scale, of a format that leaves it open.
+        double_quant: whether the scales are quantised, of a format whose scales can be.
         dtype: dtype or dtype name of the original weight.
         stack: leading dimensions that stack such weights.
 
@@ -134,21 +170,34 @@ def abstract_quantized(
         UserError: unknown quant_type or block_size, or an int8 weight that is not a matrix.
     """
     shape, stack, dtype = tuple(shape), tuple(stack), jnp.dtype(dtype).name
+    kind = format_named(quant_type)
+    block_size = block_size if kind.block_size is None else kind.block_size
+    kind.check_block_size(block_size)
+    n = math.prod(shape)
+
+    def buffer(dtype: Any, *own: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*stack, *own), dtype)
+
     if quant_type == "int8":
         if len(shape) != 2:
             raise UserError(f"int8 quantisation is row-wise and needs a [N, K] weight, not one of shape {shape}.")
-        codes = jax.ShapeDtypeStruct((*stack, *shape), jnp.int8)
-        absmax = jax.ShapeDtypeStruct((*stack, shape[0]), jnp.float32)
+        codes, absmax = buffer(jnp.int8, *shape), buffer(jnp.float32, shape[0])
         return QuantizedTensor(codes, absmax, None, None, shape, quant_type, 0, dtype)
-    if quant_type not in QUANT_TYPES:
-        raise UserError(f"quant_type must be one of {', '.join(QUANT_TYPES)}, not {quant_type!r}.")
-    check_block_size(block_size)
-    n = math.prod(shape)
     n_blocks = -(-n // block_size)
-    codes = jax.ShapeDtypeStruct((*stack, -(-n // 2)), jnp.uint8)
-    absmax = jax.ShapeDtypeStruct((*stack, n_blocks), jnp.uint8 if double_quant else jnp.float32)
-    nested, offset = None, None
-    if double_quant:
-        nested = jax.ShapeDtypeStruct((*stack, -(-n_blocks // NESTED_BLOCK_SIZE)), jnp.float32)
-        offset = jax.ShapeDtypeStruct(stack, jnp.float32)
-    return QuantizedTensor(codes, absmax, nested, offset, shape, quant_type, block_size, dtype)
+    codes = buffer(jnp.int8, n) if kind.bits == 8 else buffer(jnp.uint8, -(-n // 2))
+    double_quant = double_quant and kind.double_quant
+    stored = {"float32": jnp.uint8 if double_quant else jnp.float32, "float16": jnp.float16}
+    return QuantizedTensor(
+        codes,
+        buffer(stored.get(kind.scale, jnp.uint8), n_blocks),
+        buffer(jnp.float32, -(-n_blocks // NESTED_BLOCK_SIZE)) if double_quant else None,
+        buffer(jnp.float32) if double_quant else None,
+        shape,
+        quant_type,
+        block_size,
+        dtype,
+        minimum=buffer({"float16": jnp.float16, "zero_point": jnp.uint8}[kind.minimum], n_blocks)
+        if kind.minimum != "none"
+        else None,
+        scale_map=buffer(jnp.float32, 256) if kind.scale == "e4m3" else None,
+    )

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.random_weights_of_formats import ADOPTED
 from fixtures.simulated_kernels import DTYPES, Case, Problem, config_of, differences, execute, expected, owned
 
 from qlora_jax.gpus import CHIPS
 from qlora_jax.kernels.mosaic import dispatch
 from qlora_jax.kernels.mosaic.packed_weight import PackedWeight
 from qlora_jax.kernels.product import Product
-from qlora_jax.quantization import QuantizedTensor, dequantize, quantize
+from qlora_jax.quantization import dequantize, quantize
 
 pytestmark = pytest.mark.compile
 
@@ -96,10 +97,29 @@ def dequantized_cases(chip):
     yield Case(chip, "dequantize", 0, 200, 320, double_quant=False)
 
 
+def format_cases(formats):
+    """Every format that checkpoints bring, in every kernel; both products of one of them."""
+    for i, quant_type in enumerate(formats):
+        dtype = ("bfloat16", "float16")[i % 2]
+        for chip, kernel, _ in TILED:
+            for transposed in (False, True):
+                config = config_of(Case(chip, kernel, 256, 512, 512, transposed))
+                n, k = config.block_n, config.block_k
+                n, k = (2 * k + 40, n) if transposed else (n + 8, 3 * k)
+                yield Case(
+                    chip, kernel, config.block_m, n, k, transposed, quant_type=quant_type, dtype=dtype, layers=2 + i % 2
+                )
+        yield Case("a6000", "small_m", 9, 40, 1088, quant_type=quant_type, dtype=dtype, layers=3)
+        yield Case("h100", "small_m", 1, 16, 576, quant_type=quant_type, dtype=dtype)
+        yield Case("a6000", "dequantize", 0, 136, 192, quant_type=quant_type, dtype=dtype, layers=3)
+        yield Case("b200", "dequantize", 0, 72, 640, quant_type=quant_type, dtype=dtype)
+
+
 SMALL = [
     *(case for kernel in TILED for case in tiled_cases(*kernel)),
     *other_tiles(),
     *(case for chip in NAMES for make in (small_m_cases, dequantized_cases) for case in make(chip)),
+    *format_cases(("int4", *ADOPTED)),
 ]
 
 # Weights of SmolLM2-135M, [N, K].
@@ -193,10 +213,7 @@ def test_all_shapes_of_smollm2(case, launch):
 def test_numpy_dequantizes_like_the_library(case):
     """Ties the references of this file to `qlora_jax.quantization`, which knows nothing of the kernels."""
     problem = Problem(case)
-    absmax, *rest = (array[case.layer] for array in problem.scales[:3])
-    nested, offset = rest or (None, None)
-    codes = problem.codes[case.layer].reshape(-1)
-    q = QuantizedTensor(codes, absmax, nested, offset, (case.n, case.k), case.quant_type, case.block_size, case.dtype)
+    q = jax.tree.map(lambda buffer: buffer[case.layer], problem.quantized)
     assert not differences(np.asarray(dequantize(q, DTYPES[case.dtype])), problem.weight)
     of_stack = PackedWeight.of(q)
     assert [a.shape[1:] for a in of_stack.arrays] == [

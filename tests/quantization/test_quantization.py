@@ -107,7 +107,7 @@ def test_what_a_cpu_does_equals_what_other_platforms_do(dtype):
     q = quantize(weight(64, 96), quant_type="fp4")
     code = blockwise.unpack(jnp.asarray(q.codes))
     np.testing.assert_array_equal(code, blockwise._unpack_pairs(jnp.asarray(q.codes)))
-    args = (code.reshape(-1, 64), block_scales(q), "fp4", dtype)
+    args = (code.reshape(-1, 64), block_scales(q), None, "fp4", dtype)
     by_products, by_tables = blockwise._scaled_entries(*args), blockwise._entries_of_scaled_tables(*args)
     np.testing.assert_array_equal(by_products, by_tables)
     np.testing.assert_array_equal(by_products.reshape(64, 96), dequantize(q, dtype))
@@ -158,7 +158,7 @@ def test_memory_beside_the_result_is_bounded(quant_type):
         ({"weight": weight(4, 4).astype(np.float64)}, "dtype is float64"),
         ({"weight": np.ones((4, 4), np.int32)}, "dtype is int32"),
         ({"weight": np.ones((0, 4), np.float32)}, "is empty"),
-        ({"weight": weight(4, 4), "quant_type": "int4"}, "quant_type must be one of nf4, fp4, int8, not 'int4'"),
+        ({"weight": weight(4, 4), "quant_type": "nf5"}, "quant_type must be one of nf4, .*, int8, not 'nf5'"),
         ({"weight": weight(4, 4), "block_size": 48}, "block_size must be one of 32, 64, .*, not 48"),
         ({"weight": weight(4), "quant_type": "int8"}, "needs two dimensions"),
         ({"weight": np.full((128, 64), 3e38, np.float32)}, "scales overflow"),
