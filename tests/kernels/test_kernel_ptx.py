@@ -97,29 +97,29 @@ def dequantized_cases(chip):
     yield Case(chip, "dequantize", 0, 200, 320, double_quant=False)
 
 
-def format_cases(formats):
-    """Every format that checkpoints bring, in every kernel; both products of one of them."""
-    for i, quant_type in enumerate(formats):
-        dtype = ("bfloat16", "float16")[i % 2]
-        for chip, kernel, _ in TILED:
+def format_cases(everything):
+    """Formats that checkpoints bring: each in every kind of kernel, or in every kernel."""
+    for i, quant_type in enumerate(("int4", *ADOPTED)):
+        kind = {"quant_type": quant_type, "dtype": ("bfloat16", "float16")[i % 2], "layers": 3}
+        for j, (chip, kernel, _) in enumerate(TILED):
             for transposed in (False, True):
-                config = config_of(Case(chip, kernel, 256, 512, 512, transposed))
-                n, k = config.block_n, config.block_k
-                n, k = (2 * k + 40, n) if transposed else (n + 8, 3 * k)
-                yield Case(
-                    chip, kernel, config.block_m, n, k, transposed, quant_type=quant_type, dtype=dtype, layers=2 + i % 2
-                )
-        yield Case("a6000", "small_m", 9, 40, 1088, quant_type=quant_type, dtype=dtype, layers=3)
-        yield Case("h100", "small_m", 1, 16, 576, quant_type=quant_type, dtype=dtype)
-        yield Case("a6000", "dequantize", 0, 136, 192, quant_type=quant_type, dtype=dtype, layers=3)
-        yield Case("b200", "dequantize", 0, 72, 640, quant_type=quant_type, dtype=dtype)
+                if everything or (i + 3 * transposed) % len(TILED) == j:
+                    config = config_of(Case(chip, kernel, 256, 512, 512, transposed))
+                    n, k = config.block_n, config.block_k
+                    n, k = (2 * k + 40, n) if transposed else (n + 8, 3 * k)
+                    yield Case(chip, kernel, config.block_m, n, k, transposed, **kind)
+        yield Case("a6000", "small_m", 9, 40, 1088, **kind)
+        yield Case("a6000", "dequantize", 0, 136, 192, **kind)
+        if everything:
+            yield Case("h100", "small_m", 1, 16, 576, **kind)
+            yield Case("b200", "dequantize", 0, 72, 640, **kind)
 
 
 SMALL = [
     *(case for kernel in TILED for case in tiled_cases(*kernel)),
     *other_tiles(),
     *(case for chip in NAMES for make in (small_m_cases, dequantized_cases) for case in make(chip)),
-    *format_cases(("int4", *ADOPTED)),
+    *format_cases(False),
 ]
 
 # Weights of SmolLM2-135M, [N, K].
@@ -158,6 +158,12 @@ def check(launch, problem, ctas=None, **options):
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small(case, launch):
+    check(launch, Problem(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in format_cases(True) if case not in SMALL], ids=str)
+def test_formats_in_every_kernel(case, launch):
     check(launch, Problem(case))
 
 
