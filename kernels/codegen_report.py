@@ -1,6 +1,6 @@
 """Counts in the machine code of every kernel on every architecture, on a machine that needs no GPU: no times.
 
-    python -m qlora_jax.kernels.codegen_report CHIP
+    python -m qlora_jax.kernels.codegen_report CHIP FORMAT...
 
 is the child process that `compile_reports` starts for each chip: a process assembles kernels for one architecture only,
 and a compiler that aborts ends its process.
@@ -26,7 +26,7 @@ from qlora_jax.kernels import roofline
 from qlora_jax.kernels.mosaic import dequantize, dispatch, tiles
 from qlora_jax.kernels.mosaic.packed_weight import PackedWeight
 from qlora_jax.kernels.product import Product
-from qlora_jax.quantization import QuantizedTensor, abstract_quantized
+from qlora_jax.quantization import FORMATS, QuantizedTensor, abstract_quantized
 
 # One chip of each architecture.
 ARCHITECTURES = ("a100", "a6000", "rtx4090", "h100", "b200", "rtx5090")
@@ -39,6 +39,9 @@ VARIANTS: tuple[Product | None, ...] = (
     ),
     None,
 )
+FEW_VARIANTS = (VARIANTS[0], VARIANTS[3], None)
+"""For all formats but NF4, whose kernels differ in their tables and scales only."""
+FOUR_BITS = tuple(name for name, kind in FORMATS.items() if kind.bits == 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class CodegenReport:
 
     Attributes:
         arch: such as "sm_86".
+        quant_type: of the weight.
         chip: the GPU it was compiled for.
         kernel: "small_m", "mma", "dequantize": its module in `qlora_jax.kernels.mosaic`.
         m: rows of x; 0 for "dequantize".
@@ -61,6 +65,7 @@ class CodegenReport:
     """
 
     arch: str
+    quant_type: str
     chip: str
     kernel: str
     m: int
@@ -89,14 +94,14 @@ def dequantizing_loop(report: sass.KernelReport) -> sass.Loop:
     return max(report.loops, key=lambda loop: (loop.counts.opcodes.get("PRMT", 0), -loop.inner_loops))
 
 
-def compile_variant(chip: Chip, variant: Product | None, directory: Path) -> CodegenReport:
-    """Compile one of `VARIANTS` for a chip, its dump in an empty directory, and count.
+def compile_variant(chip: Chip, quant_type: str, variant: Product | None, directory: Path) -> CodegenReport:
+    """Compile one of `VARIANTS` of a format for a chip, its dump in an empty directory, and count.
 
     Raises:
         UserError: the compiler or the disassembler is not installed, or compiled for another architecture before.
     """
     n, k = SHAPE
-    weight = abstract_quantized(SHAPE, stack=(2,))
+    weight = abstract_quantized(SHAPE, quant_type=quant_type, stack=(2,))
     threads = tiles.WARPGROUP
     operands = jax.eval_shape(lambda w: PackedWeight.of(w, jnp.int32(1)).arrays, weight)
 
@@ -120,10 +125,11 @@ def compile_variant(chip: Chip, variant: Product | None, directory: Path) -> Cod
             x = jax.ShapeDtypeStruct((variant.m, variant.contracted), jnp.bfloat16)
             compile_for(chip, functools.partial(matmul, transposed=variant.transposed), x, weight, layer)
     report = sass.kernel_report(directory)
-    codes, absmax, nested, *_ = operands
-    read = sum(buffer.size // buffer.shape[0] * buffer.dtype.itemsize for buffer in (codes, absmax, nested))
+    # Of one layer, without tables of scales, which are the same for all codes.
+    read = sum(a.size // 2 * a.dtype.itemsize for a in operands if len(a.shape) > 1 and a.shape[-1] != 256)
     return CodegenReport(
         arch=report.arch,
+        quant_type=quant_type,
         chip=chip.name,
         kernel=kernel,
         m=variant.m if variant else 0,
@@ -138,11 +144,14 @@ def compile_variant(chip: Chip, variant: Product | None, directory: Path) -> Cod
     )
 
 
-def compile_reports(chips: Sequence[str] = ARCHITECTURES) -> Iterator[list[CodegenReport]]:
+def compile_reports(
+    chips: Sequence[str] = ARCHITECTURES, formats: Sequence[str] = ("nf4",)
+) -> Iterator[list[CodegenReport]]:
     """Compile every kernel for each chip, one child process after another.
 
     Args:
         chips: names in `qlora_jax.gpus.CHIPS`.
+        formats: 4-bit types of the weight; of others than "nf4" `FEW_VARIANTS`.
 
     Raises:
         UserError: a chip is unknown, or a child failed; with the last line of its errors.
@@ -150,7 +159,7 @@ def compile_reports(chips: Sequence[str] = ARCHITECTURES) -> Iterator[list[Codeg
     for name in chips:
         chip_named(name)
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "qlora_jax.kernels.codegen_report", name],
+            [sys.executable, "-P", "-m", "qlora_jax.kernels.codegen_report", name, *formats],
             env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"},
             capture_output=True,
             text=True,
@@ -164,6 +173,7 @@ def compile_reports(chips: Sequence[str] = ARCHITECTURES) -> Iterator[list[Codeg
 
 COLUMNS = (
     "arch",
+    "format",
     "kernel",
     "computes",
     "ALU/weight",
@@ -186,6 +196,7 @@ def cells(report: CodegenReport) -> tuple[str, ...]:
     """Format a report as a row under `COLUMNS`; shared memory in KiB."""
     return (
         report.arch,
+        report.quant_type,
         report.kernel,
         report.operation,
         f"{report.alu_per_weight:.2f}",
@@ -212,16 +223,18 @@ def crossover_table(layers: Mapping[tuple[int, int], str]) -> Iterator[str]:
     yield from markdown(("layer", "N x K", *CROSSOVER_CHIPS), rows)
 
 
-def _main(name: str) -> None:
+def _main(name: str, formats: Sequence[str]) -> None:
     rows: list[dict[str, Any]] = []
+    wanted = [(each, v) for each in formats for v in (VARIANTS if each == "nf4" else FEW_VARIANTS)]
     with tempfile.TemporaryDirectory() as scratch:
-        for number, variant in enumerate(VARIANTS):
-            rows.append(dataclasses.asdict(compile_variant(CHIPS[name], variant, Path(scratch) / str(number))))
+        for number, (quant_type, variant) in enumerate(wanted):
+            report = compile_variant(CHIPS[name], quant_type, variant, Path(scratch) / str(number))
+            rows.append(dataclasses.asdict(report))
     sys.stdout.write("\n@" + json.dumps(rows))
 
 
 if __name__ == "__main__":
     try:
-        _main(sys.argv[1])
+        _main(sys.argv[1], sys.argv[2:])
     except UserError as error:
         sys.exit(f"error: {error}")

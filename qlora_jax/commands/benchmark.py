@@ -77,6 +77,7 @@ class KernelsFlags:
 
     static: bool = flag(False, "Count instructions even where there is a GPU to time.")
     chips: str = flag("all", "Static: GPUs to compile for, by commas; all: one of each architecture.")
+    formats: str = flag("nf4", "Static: 4-bit types of the weight, by commas; all: all of them.")
     models: str = flag(
         "llama-7b,llama-13b,llama-3.1-8b,llama-2-70b",
         "Models whose linear layers are timed, by commas; 7b, 13b, 8b, 70b for short.",
@@ -103,7 +104,7 @@ def time_kernels(flags: KernelsFlags, given: frozenset[str]) -> None:
 
     chip = chip_like(jax.devices()[0])
     counted = chip is None or flags.static
-    for name in ("models", "rows", "implementations", "direction", "tuning") if counted else ("chips",):
+    for name in ("models", "rows", "implementations", "direction", "tuning") if counted else ("chips", "formats"):
         if name in given:
             mode = "is for timing, and without a GPU or with --static" if counted else "is for --static, and here"
             done = "instructions are counted" if counted else "kernels are timed"
@@ -130,13 +131,15 @@ def _static(flags: KernelsFlags, output: Path) -> None:
     from qlora_jax.training.benchmark import linear_layers
 
     chips = codegen_report.ARCHITECTURES if flags.chips == "all" else _listed(flags.chips, tuple(CHIPS), "chips")
+    every = codegen_report.FOUR_BITS
+    formats = every if flags.formats == "all" else _listed(flags.formats, every, "formats")
     print(
         "Static: counted in the machine code of kernels compiled for a GPU that need not be here. Nothing is timed.\n"
     )
     reports = []
     header = list(codegen_report.markdown(codegen_report.COLUMNS, []))
     print(*header, sep="\n")
-    for of_chip in codegen_report.compile_reports(chips):
+    for of_chip in codegen_report.compile_reports(chips, formats):
         reports += of_chip
         table = codegen_report.markdown(codegen_report.COLUMNS, map(codegen_report.cells, of_chip))
         print(*list(table)[len(header) :], sep="\n", flush=True)
