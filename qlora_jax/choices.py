@@ -10,3 +10,12 @@ Kernel = Literal["auto", "xla", "fused", "unfused", "dequantize"]
 
 OnBadRow = Literal["error", "skip"]
 """Treatment of a row that cannot be used: refuse the data set, or leave the row out and count it."""
+
+Bits = Literal["auto", 4, 8, 16]
+"""Storage of the linear weights: as a checkpoint holds them or in 4 bits, in 4, in 8, or not quantised."""
+
+QuantType = Literal["nf4", "fp4", "int4", "q4_0", "q4_1"]
+"""4-bit types that weights are quantised to, see `qlora_jax.quantization.FORMATS`."""
+
+OWN_BLOCKS = frozenset(("q4_0", "q4_1"))
+"""Those of them with blocks and scales of their own, which `block_size` and `double_quant` do not change."""

@@ -79,7 +79,8 @@ def _option(hint: Any) -> dict[str, Any]:
         hint = next(argument for argument in arguments if argument is not type(None))
         arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return {"type": type(arguments[0]), "choices": arguments, "metavar": "{" + ",".join(map(str, arguments)) + "}"}
+        named = {str(argument): argument for argument in arguments}
+        return {"type": lambda text: named.get(text, text), "choices": arguments, "metavar": f"{{{','.join(named)}}}"}
     if hint is bool:
         return {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
     return {"type": hint, "metavar": hint.__name__.upper()}

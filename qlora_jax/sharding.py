@@ -90,7 +90,7 @@ def specs(state: nnx.State, rules: ShardingRules) -> nnx.State:
 def _specs_of(value: Any, axes: list[str | None]) -> Any:
     if not isinstance(value, QuantizedTensor):
         return jax.tree.map(lambda leaf: _spec(axes), value)
-    # Codes and scales are cut as rows are; scales of scales run across rows and are small.
+    # Codes, scales and minima are cut as rows are; scales of scales run across rows and are small.
     cut, whole = _spec(axes[: len(value.stack_shape) + 1]), PartitionSpec()
     return dataclasses.replace(
         value,
@@ -98,6 +98,8 @@ def _specs_of(value: Any, axes: list[str | None]) -> Any:
         absmax=cut,
         nested_absmax=None if value.nested_absmax is None else whole,
         offset=None if value.offset is None else whole,
+        minimum=None if value.minimum is None else cut,
+        scale_map=None if value.scale_map is None else whole,
     )
 
 
@@ -112,9 +114,12 @@ def gathered(weight: QuantizedTensor, mesh_axis: str | None) -> QuantizedTensor:
 
     Packed bytes travel, and nothing is decoded.
     """
-    rows = weight.shape[0]
-    whole = rows if weight.quant_type == "int8" else -(-weight.n_elements // 2)
+    n = weight.n_elements
+    whole = weight.shape[0] if weight.quant_type == "int8" else n if weight.format.bits == 8 else -(-n // 2)
     if mesh_axis is None or weight.codes.shape[0] == whole:
         return weight
-    codes, absmax = (jax.lax.all_gather(x, mesh_axis, tiled=True) for x in (weight.codes, weight.absmax))
-    return dataclasses.replace(weight, codes=codes, absmax=absmax)
+    cut = {name: getattr(weight, name) for name in ("codes", "absmax", "minimum")}
+    return dataclasses.replace(
+        weight,
+        **{name: jax.lax.all_gather(x, mesh_axis, tiled=True) for name, x in cut.items() if x is not None},
+    )

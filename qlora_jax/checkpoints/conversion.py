@@ -34,7 +34,7 @@ from qlora_jax.checkpoints.tokenizer import tokenizer_from_gguf
 from qlora_jax.errors import UserError
 from qlora_jax.files import file_digest, file_sizes, staged_directory, write_checked_json, write_errors
 from qlora_jax.models import TensorSpec, base_tensors
-from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
+from qlora_jax.quantization import MixedQuantization, QuantizationConfig, QuantizedTensor
 
 # A part is one orbax checkpoint. Large enough that orbax's fixed cost (about 50 ms a save) does not count, small enough
 # that buffering one, and orbax's copy of it, stays far below the memory ceiling of a conversion.
@@ -77,6 +77,7 @@ def convert(
     quantization: QuantizationConfig,
     dtype: Any,
     *,
+    adopt: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -90,6 +91,7 @@ def convert(
         output_dir: directory to make; it must not exist, or be empty.
         quantization: how to store linear weights.
         dtype: element type of all other weights but norms.
+        adopt: store linears that the checkpoint holds quantised as they are, whatever `quantization` says.
         overwrite: replace an earlier conversion at `output_dir` once the new one is complete.
         progress: see `Progress`.
 
@@ -102,13 +104,15 @@ def convert(
     output = Path(os.path.abspath(output_dir))
     source = open_source(source_path)
     specs = base_tensors(source.config)
-    check_source(source, specs, quantization)
+    kept = source.config.stored if adopt else ()
+    storage = MixedQuantization(quantization, kept)
+    check_source(source, specs, storage)
     _check_output(output, overwrite)
-    tensors = [abstract_tensor(spec, quantization, dtype, ()) for spec in specs]
+    tensors = [abstract_tensor(spec, storage, dtype, ()) for spec in specs]
     with write_errors(output, _HINT), staged_directory(output, replace=overwrite) as staging:
         _check_space(staging, output, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensors)))
         _write_companions(source, staging)
-        manifest = _write_parts(source, specs, quantization, dtype, staging, progress)
+        manifest = _write_parts(source, specs, storage, dtype, staging, progress)
         write_checked_json(staging / MANIFEST_NAME, manifest.to_json())
     return Conversion(
         directory=output,
@@ -152,7 +156,7 @@ def _write_companions(source: TensorSource, directory: Path) -> None:
 def _write_parts(
     source: TensorSource,
     specs: list[TensorSpec],
-    quantization: QuantizationConfig,
+    quantization: MixedQuantization,
     dtype: np.dtype,
     directory: Path,
     progress: Progress | None,
@@ -167,10 +171,11 @@ def _write_parts(
         if progress is not None:
             progress(done, len(specs))
     parts.flush()
-    quantized = [spec for spec in specs if spec.quantized and quantization.quant_type != "none"]
+    quantized = [spec for spec in specs if spec.quantized and quantization.of(spec.linear).quant_type != "none"]
     return Manifest(
-        source=describe(source),
-        quantization=quantization,
+        source=describe(source, specs, quantization),
+        quantization=quantization.default,
+        linears=dict(quantization.linears),
         dtype=dtype.name,
         tensors=len(specs),
         parameters=sum(_size(spec) for spec in specs),

@@ -20,8 +20,8 @@ from qlora_jax.checkpoints.quiet import quiet_orbax
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
 from qlora_jax.errors import UserError
 from qlora_jax.files import file_digest, reason, resized_file
-from qlora_jax.models import TensorSpec, model_config
-from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
+from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, model_config
+from qlora_jax.quantization import MixedQuantization, Quantization, QuantizedTensor
 
 
 class ConvertedBase:
@@ -36,18 +36,17 @@ class ConvertedBase:
         UserError: another format version or quantisation than expected, or a damaged file; names it.
     """
 
-    def __init__(self, path: Path, quantization: QuantizationConfig, dtype: np.dtype):
+    def __init__(self, path: Path, quantization: Quantization, dtype: np.dtype):
         self.path = Path(os.path.abspath(path))  # orbax takes no other
         self._manifest: Manifest = read_manifest(self.path)
         _check_digests(self.path, self._manifest.files)
-        self.config = model_config(read_json_object(self.path / "config.json", CONVERT_AGAIN))
-        stored = self._manifest.quantization
-        if _describe(stored) != _describe(quantization):
-            raise UserError(
-                f"{path} was converted to {_describe(stored)}, but {_describe(quantization)} is asked for; set "
-                f"`bits`, `quant_type`, `block_size` and `double_quant` as it was converted, or convert the original "
-                f"model again."
-            )
+        self.config = converted_config(self.path, self._manifest)
+        for name, stored in self.config.stored:
+            if stored != quantization.of(name):
+                raise UserError(
+                    f"{path} was converted to {stored}, but {quantization.of(name)} is asked for (of {name}); "
+                    "`bits=auto` takes it as it is, or convert the original model again."
+                )
         for part in self._manifest.parts:
             if file := resized_file(self.path / part.name, part.files):
                 raise UserError(
@@ -76,14 +75,15 @@ class ConvertedBase:
         Raises:
             UserError: `specs`, the base tensors of the model, are not those stored, or a part cannot be read.
         """
-        stored = self._manifest.layers
+        layers = self._manifest.layers
         expected: dict[TensorPath, set[int | None]] = {}
         for spec in specs:
             expected.setdefault(spec.path, set()).add(spec.layer)
-        if stored != expected:
-            wrong = sorted(".".join(key) for key in stored.keys() | expected if stored.get(key) != expected.get(key))
+        if layers != expected:
+            wrong = sorted(".".join(key) for key in layers.keys() | expected if layers.get(key) != expected.get(key))
             raise UserError(f"{self.path / MANIFEST_NAME} and config.json disagree about {wrong[0]}; {CONVERT_AGAIN}.")
-        abstract = abstract_stacks(specs, self._manifest.quantization, jnp.dtype(self._manifest.dtype))
+        stored = MixedQuantization(self._manifest.quantization, self.config.stored)
+        abstract = abstract_stacks(specs, stored, jnp.dtype(self._manifest.dtype))
         return self._chunks(abstract, len(specs), progress)
 
     def _chunks(self, abstract: Mapping[TensorPath, Any], total: int, progress: Progress | None) -> Iterator[Chunk]:
@@ -110,20 +110,19 @@ class ConvertedBase:
                     progress(done, total)
 
 
+def converted_config(path: Path, manifest: Manifest | None = None) -> DecoderConfig:
+    """Read the config.json of a converted directory, with the storage of its linears by the manifest."""
+    manifest = manifest or read_manifest(path)
+    config = model_config(read_json_object(path / "config.json", CONVERT_AGAIN))
+    linears = {spec.linear for spec in base_tensors(config) if spec.quantized}
+    return dataclasses.replace(config, stored=tuple((name, manifest.storage(name)) for name in sorted(linears)))
+
+
 def _check_digests(directory: Path, digests: Mapping[str, str]) -> None:
     for name, digest in digests.items():
         file = directory / name
         if not file.is_file() or file_digest(file) != digest:
             raise UserError(f"{file} is missing or not as it was written; {CONVERT_AGAIN}.")
-
-
-def _describe(quantization: QuantizationConfig) -> str:
-    if quantization.quant_type == "none":
-        return "16-bit weights"
-    if quantization.quant_type == "int8":
-        return "int8"
-    double = "with" if quantization.double_quant else "without"
-    return f"{quantization.quant_type} in blocks of {quantization.block_size} {double} double quantisation"
 
 
 def _checked(file: Path, tree: dict[str, Any], key: TensorPath, abstract: Any, layers: int | None) -> Any:

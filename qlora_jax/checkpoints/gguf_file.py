@@ -190,6 +190,13 @@ def read_tensor(path: Path, entry: Entry) -> np.ndarray:
     return array
 
 
+def read_blocks(path: Path, entry: Entry) -> np.ndarray:
+    """Read the blocks of a quantised matrix as they are, uint8 [rows, bytes of a row]."""
+    packed = np.empty((entry.shape[0], entry.nbytes // entry.shape[0]), np.uint8)
+    read_exactly(path, entry.offset, packed, entry.gguf_name)
+    return packed
+
+
 class _Bytes:
     """The file as plain arrays: slices of a memmap are made in Python, which is most of `GGUFReader`'s time.
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.checkpoints.gguf_file import Entry, check_readable, read_header, read_tensor
+from qlora_jax.checkpoints.gguf_file import Entry, check_readable, read_blocks, read_header, read_tensor
 from qlora_jax.errors import UserError
 from qlora_jax.models import FAMILIES, GGUF, Name, model_config, names
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, gguf_blocks
 
 _ROPE_FREQS = "rope_freqs.weight"
 _LEAVES = (".weight", ".bias")
@@ -50,8 +51,8 @@ class GGUFSource:
     """`TensorSource` of a GGUF file.
 
     Shapes are reversed to [out, in]; rows that llama.cpp stores for interleaved rotary embedding are put back in
-    Hugging Face's half-split order, and what it added to norms is taken off. Quantised types are dequantised to float32
-    one tensor at a time.
+    Hugging Face's half-split order, and what it added to norms is taken off. Types whose blocks a `QuantizedTensor`
+    holds are read as they are or dequantised, others are dequantised, to float32 and one tensor at a time.
 
     Raises:
         UserError: names the file and the architecture, metadata key or tensor that is not supported or damaged.
@@ -68,10 +69,8 @@ class GGUFSource:
             if gguf_name != _ROPE_FREQS:
                 name, layout = _hf_name(gguf_name, table)
                 self._entries[name], self._layouts[name] = entry, layout
-        kinds = sorted({entry.kind.name for entry in entries.values() if entry.quantized})
-        self.description = f"GGUF file {self.path}"
-        if kinds:
-            self.description += f" (its 16-bit weights are dequantised {', '.join(kinds)})"
+        kinds = sorted({entry.kind.name for entry in entries.values()})
+        self.description = f"GGUF file {self.path} ({', '.join(kinds)})"
 
     def names(self) -> tuple[str, ...]:
         """Hugging Face names; a tensor that has none keeps its GGUF name."""
@@ -102,6 +101,21 @@ class GGUFSource:
         if self._layouts[name] == "plus_one":
             return array.astype(np.float32) - np.float32(1)
         return array
+
+    def stored(self, name: str) -> QuantizationConfig | None:
+        """Storage of a matrix in blocks that can be kept."""
+        entry, kind = self._entries[name], self._entries[name].kind.name.lower()
+        if kind not in gguf_blocks.LAYOUTS or len(entry.shape) != 2 or self._layouts[name] == "plus_one":
+            return None
+        return QuantizationConfig(kind)
+
+    def read_stored(self, name: str) -> QuantizedTensor:
+        """Read a matrix in blocks; undo llama.cpp's order of rows."""
+        entry = self._entries[name]
+        packed = read_blocks(self.path, entry)
+        if self._layouts[name] == "interleaved_heads":
+            packed = _half_split(packed, self.config.head_dim)
+        return gguf_blocks.from_gguf(packed, entry.kind.name.lower())
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read the tensor and keep some rows: those of one in memory are dequantised together."""

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.checkpoints.converted import converted_config
+from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.model_files import (
     COMPANION_FILES,
     DOWNLOAD_AGAIN,
@@ -75,7 +77,7 @@ def resolve_model(name_or_path: str | Path, *, weights: bool = True) -> Path:
             ) from None
         gguf = default_gguf()
         logger.info(
-            "Model %s: the hub cannot be reached (%s); using %s (its 16-bit weights are dequantised Q4_1)",
+            "Model %s: the hub cannot be reached (%s); using %s, whose weights are Q4_1",
             name,
             error,
             gguf,
@@ -98,7 +100,15 @@ def resolve_config(name_or_path: str | Path) -> DecoderConfig:
     path, name = user_path(name_or_path), str(name_or_path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return open_source(path).config
-    return model_config(_config_contents(path, name))
+    if is_converted(path):
+        return converted_config(path)
+    config = model_config(_config_contents(path, name))
+    # How linears are stored is seen in the tensors, if they are here.
+    return open_source(path).config if config.stored and _has_weights(path) else config
+
+
+def _has_weights(path: Path) -> bool:
+    return any((path / name).is_file() for name in (_WEIGHTS, _INDEX))
 
 
 def _config_contents(path: Path, name: str) -> Mapping[str, Any]:

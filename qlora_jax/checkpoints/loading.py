@@ -27,7 +27,7 @@ from qlora_jax.checkpoints.streaming import (
     stream_tensors,
 )
 from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors
-from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.quantization import Quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LoadedBase:
 
     config: DecoderConfig
     tensors: dict[TensorPath, Any]
-    quantization: QuantizationConfig
+    quantization: Quantization
     description: str
     digest: str
 
@@ -53,7 +53,7 @@ class LoadedBase:
 def load_base(
     path: str | Path,
     *,
-    quantization: QuantizationConfig,
+    quantization: Quantization,
     dtype: Any,
     shardings: Mapping[TensorPath, Any] | None = None,
     progress: Progress | None = None,
@@ -62,7 +62,7 @@ def load_base(
 
     Args:
         path: converted directory, Hugging Face safetensors directory or GGUF file; the last two are quantised on the
-            fly.
+            fly where they are not stored as wanted.
         quantization: how linear weights are to be stored.
         dtype: element type of all other weights but norms, and of dequantised linear weights.
         shardings: path -> a sharding in place of every array of its value, see `qlora_jax.sharding.shardings`: each
@@ -82,9 +82,9 @@ def load_base(
         chunks = converted.chunks(specs, progress)
     else:
         source = open_source(path)
-        config, description = source.config, describe(source)
-        specs = base_tensors(config)
+        config, specs = source.config, base_tensors(source.config)
         check_source(source, specs, quantization)
+        description = describe(source, specs, quantization)
         chunks = _source_chunks(source, specs, quantization, dtype, progress)
     stacks = {
         key: _Stack(abstract, None if shardings is None else shardings[key])
@@ -103,7 +103,7 @@ def load_base(
 def _source_chunks(
     source: TensorSource,
     specs: list[TensorSpec],
-    quantization: QuantizationConfig,
+    quantization: Quantization,
     dtype: np.dtype,
     progress: Progress | None,
 ) -> Iterator[Chunk]:

@@ -20,7 +20,7 @@ from qlora_jax.quantization import QuantizationConfig
 
 MANIFEST_NAME = "qlora_jax.json"
 FORMAT = "qlora-jax base model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONVERT_AGAIN = "convert the model again"
 """Advice in messages about a converted directory that cannot be used."""
 
@@ -127,6 +127,7 @@ class Manifest:
     Attributes:
         source: one line for people: the checkpoint that was converted.
         quantization: storage of linear weights.
+        linears: of those that are stored otherwise, by the name of the linear.
         dtype: element type of all other weights but norms, which are float32.
         tensors: base tensors stored, one per layer.
         parameters: numbers in all of them.
@@ -145,6 +146,13 @@ class Manifest:
     bytes: dict[str, _Count]
     parts: tuple[Part, ...]
     files: dict[Annotated[str, AfterValidator(_plain)], str] = dataclasses.field(default_factory=dict)
+    linears: dict[str, Annotated[QuantizationConfig, BeforeValidator(_complete)]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def storage(self, linear: str) -> QuantizationConfig:
+        """Return the storage of a linear by its name."""
+        return self.linears.get(linear, self.quantization)
 
     def to_json(self) -> dict[str, Any]:
         """Make the JSON object of the file."""
@@ -177,9 +185,9 @@ def read_manifest(directory: Path) -> Manifest:
     raw = read_limited(file, CONVERT_AGAIN)
     content = json_object(raw, file)
     version = content.get("format_version")
-    if content.get("format") != FORMAT or version not in (1, FORMAT_VERSION):
+    if content.get("format") != FORMAT or version not in range(1, FORMAT_VERSION + 1):
         raise UserError(
-            f"{file} has format {content.get('format')!r} version {version!r}, not {FORMAT!r} version 1 or "
+            f"{file} has format {content.get('format')!r} version {version!r}, not {FORMAT!r} version 1 to "
             f"{FORMAT_VERSION}; {CONVERT_AGAIN}."
         )
     if version != 1:

@@ -21,9 +21,11 @@ from qlora_jax.checkpoints.model_files import (
     read_exactly,
     read_json_object,
 )
+from qlora_jax.checkpoints.packed_safetensors import packed_weights
 from qlora_jax.errors import UserError
 from qlora_jax.json_text import MAX_BYTES, parse_json
 from qlora_jax.models import family_of, model_config
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -31,7 +33,15 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Element types of the format that no base weight may have; sizes are needed to validate the header all the same.
+# Element types of tensors that make a quantised weight; floats of 8 bits as their bytes.
+_PACKED_DTYPES = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "F8_E4M3": np.dtype(np.uint8),
+    "F8_E8M0": np.dtype(np.uint8),
+}
+# Those that no base weight may have by itself; sizes are needed to validate the header all the same.
 _OTHER_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -76,41 +86,75 @@ class SafetensorsSource:
         contents = read_json_object(self.path / "config.json", "a Hugging Face model directory has one")
         self.config = model_config(contents)
         self._entries = self._under_the_familys_names(self._read_headers())
-        dtypes = sorted({entry.dtype for entry in self._entries.values()})
+        quantization = contents.get("quantization_config") or {}
+        try:
+            self._packed, self._parts = packed_weights(self._entries, quantization, self._read_part)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error} {DOWNLOAD_AGAIN.capitalize()}.") from None
+        dtypes = sorted({entry.dtype for name, entry in self._entries.items() if name not in self._parts})
         self.description = f"Hugging Face safetensors directory {self.path} ({', '.join(dtypes)})"
 
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors of all shards."""
-        return tuple(self._entries)
+        """Names of all tensors of all shards; of one that is stored in parts its own."""
+        return (*(name for name in self._entries if name not in self._parts), *self._packed)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored."""
-        return self._entries[name].shape
+        """Shape as stored; of a quantised weight its own."""
+        return self._packed[name].shape if name in self._packed else self._entries[name].shape
 
     def dtype(self, name: str) -> str:
-        """NumPy's name of the stored type; the format's own name for types that are not read."""
+        """NumPy's name of the stored type, float32 of a quantised one; the format's own name for types not read."""
+        if name in self._packed:
+            return "float32"
         stored = self._entries[name].dtype
         return _DTYPES[stored].name if stored in _DTYPES else stored
 
     def location(self, name: str) -> Path:
-        """The shard."""
-        return self._entries[name].file
+        """The shard, of a quantised weight that of its codes."""
+        return self._entry(name).file
 
     def check_readable(self, name: str) -> None:
-        """Only float64, float32, float16 and bfloat16 are read; anything else is an already quantised checkpoint."""
-        entry = self._entries[name]
-        if entry.dtype not in _DTYPES:
+        """Only float64, float32, float16 and bfloat16 are read, and weights that are quantised in a known way."""
+        entry = self._entry(name)
+        if name not in self._packed and entry.dtype not in _DTYPES:
             raise UserError(
                 f"tensor {name} in {entry.file} has element type {entry.dtype}, which is not supported; "
                 f"use a float32, bfloat16 or float16 version of the model."
             )
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor's byte range."""
+        """Read one tensor's byte range; dequantise it if it is stored in parts."""
+        if name in self._packed:
+            return np.asarray(dequantize(self.read_stored(name), np.float32))
         return self._read(name, self._entries[name].shape, 0)
 
+    def stored(self, name: str) -> QuantizationConfig | None:
+        """Storage of a quantised weight."""
+        return self._packed[name].storage if name in self._packed else None
+
+    def read_stored(self, name: str) -> QuantizedTensor:
+        """Read the parts of a quantised weight."""
+        try:
+            return self._packed[name].unpack(self._read_part)
+        except UserError as error:
+            raise UserError(f"tensor {name} in {self.location(name)}: {error}") from None
+
+    def _entry(self, name: str) -> _Entry:
+        return self._entries[self._packed[name].parts[0] if name in self._packed else name]
+
+    def _read_part(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        dtype = _DTYPES.get(entry.dtype) or _PACKED_DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise UserError(f"tensor {name} has element type {entry.dtype}, which is not supported.")
+        array = np.empty(entry.shape, dtype)
+        read_exactly(entry.file, entry.offset, array, name)
+        return array
+
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Read the byte range of some rows."""
+        """Read the byte range of some rows; all of a weight that is stored in parts."""
+        if name in self._packed:
+            return self.read(name)[start:stop].copy()
         rows, *others = self._entries[name].shape
         return self._read(name, (min(stop, rows) - start, *others), start * self._entries[name].nbytes // rows)
 

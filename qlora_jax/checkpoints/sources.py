@@ -1,7 +1,8 @@
 """Sources of base weights: one tensor at a time, under Hugging Face names, whatever the file format."""
 
+import dataclasses
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.model_files import PICKLE_SUFFIXES, pickle_refusal
 from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
 from qlora_jax.errors import UserError
-from qlora_jax.models import DecoderConfig
+from qlora_jax.models import DecoderConfig, base_tensors
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 
 
 @runtime_checkable
@@ -51,6 +53,14 @@ class TensorSource(Protocol):
         """The tensor in memory of its own: nothing of the file stays mapped."""
         ...
 
+    def stored(self, name: str) -> QuantizationConfig | None:
+        """How the tensor is stored, if it is quantised and `read_stored` can read it as it is."""
+        ...
+
+    def read_stored(self, name: str) -> QuantizedTensor:
+        """The tensor as it is stored, in memory of its own; for one that `stored` knows."""
+        ...
+
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of the tensor, in memory of their own."""
         ...
@@ -58,6 +68,8 @@ class TensorSource(Protocol):
 
 def open_source(path: str | Path) -> TensorSource:
     """Open a Hugging Face safetensors directory or a GGUF file, reading headers only.
+
+    The source's config says how the checkpoint stores its linears (`DecoderConfig.stored`), by the tensors themselves.
 
     Raises:
         UserError: a path that does not exist, pickled weights, a directory without weights, and everything the format's
@@ -70,13 +82,30 @@ def open_source(path: str | Path) -> TensorSource:
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")) and not any(path.glob("*.safetensors.index.json")):
             raise UserError(f"{path} is a directory of GGUF files; name one of them, for example {ggufs[0]}.")
-        return SafetensorsSource(path)
+        return _with_storage(SafetensorsSource(path))
     if not path.exists():
         raise UserError(f"{path} does not exist; give a Hugging Face model directory, a .gguf file or a hub id.")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise pickle_refusal(f"{path} is a pickle file")
     if path.suffix.lower() == ".gguf":
-        return GGUFSource(path)
+        return _with_storage(GGUFSource(path))
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"{path} is a single safetensors file; give the directory that also holds its config.json.")
     raise UserError(f"{path} is neither a model directory nor a .gguf file.")
+
+
+def _with_storage(source: Any) -> TensorSource:
+    """Record in a source's config the storage of the linears that it stores alike in all layers.
+
+    Layers of a linear lie in one array, so that one that is stored in several ways has to be quantised again.
+    """
+    found: dict[str, set[QuantizationConfig | None]] = {}
+    present = set(source.names())
+    for spec in base_tensors(source.config):
+        if spec.quantized:
+            stored = source.stored(spec.name) if spec.name in present else None
+            found.setdefault(spec.linear, set()).add(stored)
+    alike = {name: next(iter(each)) for name, each in found.items() if len(each) == 1}
+    stored = tuple((name, storage) for name, storage in sorted(alike.items()) if storage is not None)
+    source.config = dataclasses.replace(source.config, stored=stored)
+    return source

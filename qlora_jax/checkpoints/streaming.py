@@ -16,7 +16,7 @@ from qlora_jax.checkpoints.model_files import check_finite
 from qlora_jax.checkpoints.sources import TensorSource
 from qlora_jax.errors import UserError
 from qlora_jax.models import TensorSpec, family_of, ignored_tensors
-from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, abstract_quantized, quantize
+from qlora_jax.quantization import Quantization, QuantizedTensor, abstract_quantized, quantize
 
 TensorPath = tuple[str, ...]
 Progress = Callable[[int, int], None]
@@ -27,10 +27,10 @@ Chunk = tuple[TensorPath, int | None, Any]
 # Elements of two tensors that are compared at a time.
 _COMPARED = 1 << 22
 
-_LEAVES = ("codes", "absmax", "nested_absmax", "offset")
+_LEAVES = ("codes", "absmax", "nested_absmax", "offset", "minimum", "scale_map")
 
 
-def check_source(source: TensorSource, specs: list[TensorSpec], quantization: QuantizationConfig | None = None) -> None:
+def check_source(source: TensorSource, specs: list[TensorSpec], quantization: Quantization | None = None) -> None:
     """Compare the names, shapes and element types of a checkpoint with the base tensors its config asks for.
 
     Reads no tensor data. With `quantization`, rows must also be whole blocks.
@@ -70,22 +70,35 @@ def check_source(source: TensorSource, specs: list[TensorSpec], quantization: Qu
         _check_block_size(specs, quantization)
 
 
-def describe(source: TensorSource) -> str:
-    """Describe in one line for people what is read, and which parts of the model are left out."""
-    parts = [
+def describe(source: TensorSource, specs: list[TensorSpec], quantization: Quantization) -> str:
+    """Describe in one line for people what is read, what is made of it, and which parts of the model are left out."""
+    said, linears = [source.description], [spec for spec in specs if spec.quantized]
+    fates: dict[str, dict[str, None]] = {}
+    for spec in linears:
+        stored, wanted = source.stored(spec.name), quantization.of(spec.linear)
+        if stored is not None:
+            fate = f"{stored} kept" if stored == wanted else f"{stored} dequantised and stored as {wanted}"
+            fates.setdefault(fate, {})[spec.linear] = None
+    names = dict.fromkeys(spec.linear for spec in linears)
+    for fate, of in fates.items():
+        said.append(f"{fate} in all linears" if of.keys() == names.keys() else f"{fate} in {', '.join(of)}")
+    packed = {spec.kind: source.stored(spec.name) for spec in specs if not spec.quantized}
+    said += [f"{kind} dequantised from {stored}" for kind, stored in packed.items() if stored is not None]
+    left_out = [
         part
         for pattern, part in family_of(source.config).skipped.items()
         if any(re.fullmatch(pattern, name) for name in source.names())
     ]
-    return source.description + (f"; left out: {', '.join(parts)}" if parts else "")
+    return "; ".join(said + ([f"left out: {', '.join(left_out)}"] if left_out else []))
 
 
 def stream_tensors(
-    source: TensorSource, specs: list[TensorSpec], quantization: QuantizationConfig, dtype: np.dtype
+    source: TensorSource, specs: list[TensorSpec], quantization: Quantization, dtype: np.dtype
 ) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
     """Yield base tensors one after another as a model stores them, for a source that `check_source` accepts.
 
-    Linear weights are quantised from the checkpoint's own precision; norms are float32; embedding, head, biases and,
+    Linear weights that the checkpoint stores as they are wanted are taken over byte for byte, others are quantised from
+    the checkpoint's own precision; norms are float32; embedding, head, biases and,
     for quant_type "none", linear weights are cast to `dtype`.
 
     Raises:
@@ -119,7 +132,7 @@ def _equal(source: TensorSource, name: str, other: str) -> bool:
     return all(np.array_equal(source.read_rows(name, *part), source.read_rows(other, *part)) for part in slices)
 
 
-def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: np.dtype, stack: tuple[int, ...]) -> Any:
+def abstract_tensor(spec: TensorSpec, quantization: Quantization, dtype: np.dtype, stack: tuple[int, ...]) -> Any:
     """Declare what `stream_tensors` makes of a base tensor: `jax.ShapeDtypeStruct` for every array.
 
     Args:
@@ -128,12 +141,13 @@ def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: n
         dtype: element type of all other weights but norms.
         stack: shape in front of the tensor's own.
     """
-    if spec.quantized and quantization.quant_type != "none":
+    storage = quantization.of(spec.linear)
+    if spec.quantized and storage.quant_type != "none":
         return abstract_quantized(
             spec.shape,
-            quant_type=quantization.quant_type,
-            block_size=quantization.block_size,
-            double_quant=quantization.double_quant,
+            quant_type=storage.quant_type,
+            block_size=storage.block_size,
+            double_quant=storage.double_quant,
             dtype=dtype.name,
             stack=stack,
         )
@@ -141,7 +155,7 @@ def abstract_tensor(spec: TensorSpec, quantization: QuantizationConfig, dtype: n
 
 
 def abstract_stacks(
-    specs: list[TensorSpec], quantization: QuantizationConfig, dtype: np.dtype
+    specs: list[TensorSpec], quantization: Quantization, dtype: np.dtype
 ) -> dict[TensorPath, QuantizedTensor | jax.ShapeDtypeStruct]:
     """Declare all tensors of a loaded base model: the layers of one path stacked on axis 0."""
     by_path: dict[TensorPath, list[TensorSpec]] = {}
@@ -172,12 +186,13 @@ def quantized_leaves(value: QuantizedTensor) -> dict[str, Any]:
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
 
-def _check_block_size(specs: list[TensorSpec], quantization: QuantizationConfig) -> None:
-    for spec in specs if quantization.quant_type in ("nf4", "fp4") else ():
+def _check_block_size(specs: list[TensorSpec], quantization: Quantization) -> None:
+    for spec in (spec for spec in specs if spec.quantized):
+        storage = quantization.of(spec.linear)
         # The layers need it: a block that ran over the end of a row would tie two outputs together.
-        if spec.quantized and spec.shape[-1] % quantization.block_size:
+        if storage.quant_type != "none" and storage.block_size and spec.shape[-1] % storage.block_size:
             raise UserError(
-                f"`block_size={quantization.block_size}` does not divide the {spec.shape[-1]} inputs of {spec.name}; "
+                f"`block_size={storage.block_size}` does not divide the {spec.shape[-1]} inputs of {spec.name}; "
                 f"choose a power of two that does."
             )
 
@@ -188,18 +203,25 @@ def _listing(items: list[str], limit: int = 3) -> str:
 
 
 def _store(
-    source: TensorSource, spec: TensorSpec, quantization: QuantizationConfig, dtype: np.dtype
+    source: TensorSource, spec: TensorSpec, quantization: Quantization, dtype: np.dtype
 ) -> QuantizedTensor | np.ndarray:
+    storage = quantization.of(spec.linear)
+    if spec.quantized and source.stored(spec.name) == storage:
+        kept = source.read_stored(spec.name)
+        for leaf in quantized_leaves(kept).values():
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                check_finite(leaf, spec.name, source.location(spec.name))
+        return dataclasses.replace(kept, dtype=dtype.name)
     weight = source.read(spec.name)
-    if spec.quantized and quantization.quant_type != "none":
+    if spec.quantized and storage.quant_type != "none":
         if weight.dtype == np.float64:
             weight = _cast(weight, np.dtype(np.float32), source, spec)
         try:
             quantized = quantize(
                 weight,
-                quant_type=quantization.quant_type,
-                block_size=quantization.block_size,
-                double_quant=quantization.double_quant,
+                quant_type=storage.quant_type,
+                block_size=storage.block_size,
+                double_quant=storage.double_quant,
                 name=spec.name,
             )
         except ValueError as error:

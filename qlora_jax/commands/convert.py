@@ -17,9 +17,11 @@ class ConvertFlags:
 
     model: str = argument("Model directory, .gguf file or hub id.")
     output_dir: str = argument("Directory to create.")
-    quant_type: Literal["nf4", "fp4", "int8", "none"] = flag("nf4", "How linear weights are stored.")
-    block_size: int = flag(64, "Weights that share a scale (nf4, fp4).")
-    double_quant: bool = flag(True, "Quantise the scales too (nf4, fp4).")
+    quant_type: Literal["auto", "nf4", "fp4", "int4", "q4_0", "q4_1", "q8_0", "int8", "none"] = flag(
+        "auto", "How linear weights are stored; auto keeps those that are quantised already, and stores others as nf4."
+    )
+    block_size: int = flag(64, "Weights that share a scale (nf4, fp4, int4).")
+    double_quant: bool = flag(True, "Quantise the scales too (nf4, fp4, int4).")
     dtype: Literal["bfloat16", "float16", "float32"] = flag(
         "bfloat16", "Type of embedding, head and biases, and of linear weights with --quant_type none."
     )
@@ -36,7 +38,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax convert") -> int:
 
 def refusals(values: Any, given: Set[str]) -> list[str]:
     """List a sentence for every flag that has no effect beside the others."""
-    idle = [] if values.quant_type in ("nf4", "fp4") else sorted(given & {"block_size", "double_quant"})
+    idle = [] if values.quant_type in ("auto", "nf4", "fp4", "int4") else sorted(given & {"block_size", "double_quant"})
     return [f"`{name}` has no effect with `quant_type={values.quant_type}`; leave it out." for name in idle]
 
 
@@ -50,7 +52,8 @@ def convert_model(flags: ConvertFlags) -> None:
     from qlora_jax.formatting import format_bytes, table
     from qlora_jax.quantization import QuantizationConfig
 
-    quantization = QuantizationConfig(flags.quant_type, flags.block_size, flags.double_quant)
+    adopt = flags.quant_type == "auto"
+    quantization = QuantizationConfig("nf4" if adopt else flags.quant_type, flags.block_size, flags.double_quant)
     source = resolve_model(flags.model)
     with tqdm(unit=" tensors", desc="Converting", disable=None) as bar:
 
@@ -59,7 +62,13 @@ def convert_model(flags: ConvertFlags) -> None:
             bar.update(done - bar.n)
 
         result = convert(
-            source, flags.output_dir, quantization, flags.dtype, overwrite=flags.overwrite, progress=progress
+            source,
+            flags.output_dir,
+            quantization,
+            flags.dtype,
+            adopt=adopt,
+            overwrite=flags.overwrite,
+            progress=progress,
         )
     print(f"Wrote {result.directory}: {result.tensors} tensors, {result.parameters:,} parameters")
     rows = [(name.replace("_", " "), format_bytes(size)) for name, size in result.bytes_by_class.items()]

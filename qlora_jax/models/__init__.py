@@ -3,6 +3,7 @@
 `model_config` reads the contents of a config.json once; what it returns travels, and everything else here takes that.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ from qlora_jax.models.common import (
 from qlora_jax.models.decoder import DecoderConfig, DecoderLM
 from qlora_jax.models.family import GGUF, Family, Name
 from qlora_jax.models.presets import PRESETS
+from qlora_jax.models.quantization_config import FIELD, stored_linears, with_stored
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 
@@ -47,6 +49,7 @@ __all__ = [
     "names",
     "split_model",
     "unflatten_like",
+    "with_stored",
 ]
 
 _FAMILIES = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gemma3.FAMILY)
@@ -72,8 +75,10 @@ def model_config(contents: Mapping[str, Any]) -> DecoderConfig:
             f"config.json: architecture {architectures[0]!r} is not supported; supported are {', '.join(FAMILIES)}. "
             "docs/adding_a_model.md shows how to add one."
         )
-    config: DecoderConfig = FAMILIES[architectures[0]].config(contents)
-    return config
+    family = FAMILIES[architectures[0]]
+    config: DecoderConfig = family.config({name: value for name, value in contents.items() if name != FIELD})
+    linears = (name for group in family.lora_groups.values() for name in group)
+    return dataclasses.replace(config, stored=stored_linears(contents, linears))
 
 
 def family_of(config: DecoderConfig) -> Family:

@@ -35,6 +35,11 @@ class TensorSpec:
     kind: str
 
     @property
+    def linear(self) -> str:
+        """Name of the module it belongs to, such as "q_proj"."""
+        return self.path[-2]
+
+    @property
     def quantized(self) -> bool:
         """True if a quantised model stores it in 4 or 8 bits: the linears, but neither embedding nor head."""
         return self.kind == "linear"

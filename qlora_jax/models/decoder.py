@@ -19,6 +19,7 @@ from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.nn.norms import RMSNorm
 from qlora_jax.nn.rotary import RotaryConfig, rotary_tables
 from qlora_jax.nn.stack import Cache, Context, Stack
+from qlora_jax.quantization import QuantizationConfig
 
 LORA_GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -36,6 +37,8 @@ class DecoderConfig:
         rotary: (name, table) of the rotary tables that attentions name.
         eos_token_ids: tokens that end a sequence.
         source: the contents of config.json that this was read from.
+        stored: storage of the linears that the checkpoint holds quantised already, by name, see
+            `qlora_jax.models.quantization_config`.
     """
 
     architecture: str
@@ -53,6 +56,7 @@ class DecoderConfig:
     rotary: tuple[tuple[str, RotaryConfig], ...]
     eos_token_ids: tuple[int, ...]
     source: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
+    stored: tuple[tuple[str, QuantizationConfig], ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -73,6 +77,7 @@ def shared_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
         "rotary",
         "eos_token_ids",
         "source",
+        "stored",
     }
     return {
         **{name: fields[name] for name in names},

@@ -32,7 +32,6 @@ INERT = frozenset({
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
     "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None,),
     "rope_interleaved": (False, None),
 }
 
@@ -107,8 +106,7 @@ def decoder_fields(
         raise UserError(f"config.json: field {field!r} is not supported for {architecture(config)}.")
     for field, allowed in neutral.items():
         if field in config and config[field] not in allowed:
-            hint = " (give a 16-bit checkpoint; it is quantised here)" if field == "quantization_config" else ""
-            raise UserError(f"config.json: {field} = {config[field]!r} is not supported{hint}.")
+            raise UserError(f"config.json: {field} = {config[field]!r} is not supported.")
     given = {name: value for name, value in config.items() if name in DECODER | read and name not in _ROPE}
     given = {name: value for name, value in given.items() if value is not None or name not in _NULLABLE}
     original = {"original_max_position_embeddings": config.get("original_max_position_embeddings")}

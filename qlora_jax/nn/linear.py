@@ -22,7 +22,7 @@ from qlora_jax.nn.variables import (
     trained_value,
     zeros,
 )
-from qlora_jax.quantization import QuantizationConfig, abstract_quantized
+from qlora_jax.quantization import Quantization, QuantizationConfig, abstract_quantized
 from qlora_jax.sharding import REPLICATED, ShardingRules
 
 # Name of the activations that are worth keeping for the backward pass when memory allows: each cost a matrix product.
@@ -63,7 +63,7 @@ class QLoRAConfig:
         rules: how its tensors are cut over a mesh of devices.
     """
 
-    quantization: QuantizationConfig = dataclasses.field(default_factory=QuantizationConfig)
+    quantization: Quantization = dataclasses.field(default_factory=QuantizationConfig)
     dtype: Any = jnp.bfloat16
     lora: LoRAConfig | None = None
     kernel: str = "auto"
@@ -128,13 +128,13 @@ class QLoRALinear(nnx.Module):
         stack: tuple[int, ...] = (),
     ):
         self.name, self.kernel = name, qlora.kernel
-        quantization = qlora.quantization
+        quantization = qlora.quantization.of(name)
         shape, layers = (out_features, in_features), ("layers",) * len(stack)
         if quantization.quant_type == "none":
             # Its rows have no logical axis: a layer gathers quantised weights only.
             self.weight = frozen_array((*stack, *shape), qlora.dtype, "linear", (*layers, None, None))
         else:
-            if quantization.quant_type != "int8" and in_features % quantization.block_size:
+            if quantization.block_size and in_features % quantization.block_size:
                 raise UserError(
                     f"`block_size={quantization.block_size}` does not divide the {in_features} inputs of {name}; "
                     f"choose a power of two that does."

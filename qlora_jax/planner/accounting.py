@@ -196,7 +196,7 @@ class BaseBytes:
 
     Attributes:
         packed: codes of quantised weights.
-        scales: their scales, nested scales and offsets.
+        scales: their scales, minima, nested scales and offsets.
         unquantised: kind of tensor ("embedding", "norm", "head", ...) -> bytes; "linear" without quantisation.
     """
 
@@ -212,8 +212,9 @@ class BaseBytes:
         for _, variable in nnx.to_flat_state(frozen):
             value = variable.get_value()
             if isinstance(value, QuantizedTensor):
-                packed += tree_bytes(value.codes)
-                scales += tree_bytes((value.absmax, value.nested_absmax, value.offset))
+                codes = tree_bytes(value.codes)
+                packed += codes
+                scales += tree_bytes(value) - codes
             else:
                 kind = variable.get_metadata("kind")
                 unquantised[kind] = unquantised.get(kind, 0) + tree_bytes(value)

@@ -376,7 +376,7 @@ class Compiler:
         child = self._started()
         request = {
             "config": dataclasses.asdict(config),
-            "model": model_config.source,
+            "model": models.with_stored(model_config.source, model_config.stored),
             "gpu": self.chip.name,
             "length": length,
         }

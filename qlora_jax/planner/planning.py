@@ -223,7 +223,7 @@ def remedies(config: TrainConfig, *, host_lacks: bool = False) -> Iterator[dict[
         yield {"optim_placement": "host"}
     if config.remat_policy in ("none", "save_attention"):
         yield {"gradient_checkpointing": True, "remat": "full"}
-    if config.bits == 4 and config.kernel != "fused":
+    if config.bits in ("auto", 4) and config.kernel != "fused":
         yield {"kernel": "fused"}
     if config.remat_policy != "offload" and not host_lacks:
         yield {"gradient_checkpointing": True, "remat": "offload"}

@@ -7,12 +7,15 @@ from qlora_jax.quantization.formats import FORMATS, Format
 from qlora_jax.quantization.gguf_blocks import from_gguf, to_gguf
 from qlora_jax.quantization.grouped_int4 import from_awq, from_gptq
 from qlora_jax.quantization.microscaling import from_mxfp4, from_nvfp4
+from qlora_jax.quantization.mixed import MixedQuantization, Quantization
 from qlora_jax.quantization.quantized_tensor import QuantizationConfig, QuantizedTensor, abstract_quantized
 
 __all__ = [
     "BLOCK_SIZES",
     "FORMATS",
     "Format",
+    "MixedQuantization",
+    "Quantization",
     "QuantizationConfig",
     "QuantizedTensor",
     "abstract_quantized",

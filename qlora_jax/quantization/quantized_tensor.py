@@ -43,6 +43,10 @@ class QuantizationConfig:
             object.__setattr__(self, "double_quant", False)
         kind.check_block_size(self.block_size)
 
+    def of(self, linear: str) -> "QuantizationConfig":
+        """Return the storage of a linear by its name: the same for all; see `MixedQuantization`."""
+        return self
+
     @property
     def format(self) -> Format:
         """The format; KeyError for "none"."""

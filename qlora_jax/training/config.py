@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from qlora_jax.choices import Kernel, OnBadRow, Remat
+from qlora_jax.choices import Bits, Kernel, OnBadRow, QuantType, Remat
 from qlora_jax.cli import flag, names_where
 from qlora_jax.defaults import DEFAULT_DATASET, DEFAULT_MODEL
 from qlora_jax.errors import refuse_all
@@ -45,8 +45,8 @@ _BELOW_ONE = frozenset(("lora_dropout", "adam_beta1", "adam_beta2", "warmup_rati
 
 def _complaint(name: str, value: Any) -> str | None:
     """Say what the value of a field of `TrainConfig` has to be, if it is not; None if it is, or is not given."""
-    if name == "bits" and value not in (4, 8, 16):
-        return "choose 4, 8 or 16"
+    if name == "bits" and value not in ("auto", 4, 8, 16):
+        return "choose auto, 4, 8 or 16"
     if name == "block_size" and (not 32 <= value <= 4096 or value & (value - 1)):
         return "choose a power of two from 32 to 4096"
     if name == "top_p" and not 0 < value <= 1:
@@ -77,13 +77,19 @@ class TrainConfig:
         "Hub id, Hugging Face directory, GGUF file, or a directory made by qlora-jax convert.",
         group="model",
     )
-    bits: int = flag(
-        4,
-        "Bits of the frozen linear weights: 4, 8 (row-wise int8) or 16 (not quantised).",
+    bits: Bits = flag(
+        "auto",
+        "Bits of the frozen linear weights: 4, 8 (row-wise int8) or 16 (not quantised); auto keeps those of a "
+        "checkpoint that is quantised already as they are, and stores others in 4.",
         group="model",
         shapes_step=True,
     )
-    quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.", group="model", shapes_step=True)
+    quant_type: QuantType = flag(
+        "nf4",
+        "4-bit data type: nf4 (the paper's), fp4, int4, or GGUF's q4_0 and q4_1.",
+        group="model",
+        shapes_step=True,
+    )
     double_quant: bool = flag(
         True, "Quantise the quantisation constants too (0.373 bits a parameter less).", group="model", shapes_step=True
     )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
+from qlora_jax.choices import OWN_BLOCKS
 from qlora_jax.defaults import DEFAULT_DATASET
 
 
@@ -33,6 +34,10 @@ _ADD = "give that too, or leave it out"
 
 IDLE = (
     Idle(("quant_type", "double_quant", "block_size"), lambda c: c.bits in (8, 16), "with `bits={bits}`"),
+    Idle(
+        ("double_quant", "block_size"), lambda c: c.bits in ("auto", 4) and c.quant_type in OWN_BLOCKS,
+        "with `quant_type={quant_type}`, which has its own",
+    ),
     Idle(("kernel",), lambda c: c.bits in (8, 16), "with `bits={bits}`", refused="never"),
     Idle(
         ("lora_r", "lora_alpha", "lora_modules"), lambda c: c.adapter is not None, "with `adapter`, which has its own",

@@ -52,7 +52,7 @@ def load_model(config: TrainConfig, path: Path, declared: setup.Declared, device
     with announced("loading the base model"):
         base = load_base(
             path,
-            quantization=setup.quantization_config(config),
+            quantization=setup.quantization_of(config, declared.model_config),
             dtype=setup.compute_dtype(config),
             shardings=models.flatten(devices.shardings(parts.frozen)),
         )

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from qlora_jax import models
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
-from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.quantization import MixedQuantization, Quantization, QuantizationConfig
 from qlora_jax.sharding import REPLICATED, Devices, ShardingRules
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import Objective, Sums, objective_of
@@ -46,10 +46,15 @@ def compute_dtype(config: TrainConfig, platform: str | None = None) -> Any:
     return jnp.bfloat16 if config.bf16 else jnp.float32
 
 
-def quantization_config(config: TrainConfig) -> QuantizationConfig:
-    """Return the storage of linear weights that `bits`, `quant_type`, `block_size` and `double_quant` describe."""
-    quant_type = {4: config.quant_type, 8: "int8", 16: "none"}[config.bits]
-    return QuantizationConfig(quant_type, config.block_size, config.double_quant)
+def quantization_of(config: TrainConfig, model_config: models.DecoderConfig) -> Quantization:
+    """Return the storage of linear weights that `bits`, `quant_type`, `block_size` and `double_quant` describe.
+
+    With `bits` "auto", linears that the checkpoint stores quantised stay as they are.
+    """
+    quant_type = {"auto": config.quant_type, 4: config.quant_type, 8: "int8", 16: "none"}[config.bits]
+    asked = QuantizationConfig(quant_type, config.block_size, config.double_quant)
+    kept = model_config.stored if config.bits == "auto" else ()
+    return MixedQuantization(asked, kept) if kept else asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +115,7 @@ class ModelParts:
 def declare_model(config: TrainConfig, model_config: models.DecoderConfig, lora: LoRAConfig, dtype: Any) -> ModelParts:
     """Declare the model that a configuration asks for; every leaf is a `jax.ShapeDtypeStruct`."""
     rules = sharding_rules(config)
-    qlora = QLoRAConfig(quantization_config(config), dtype, lora, config.kernel, rules)
+    qlora = QLoRAConfig(quantization_of(config, model_config), dtype, lora, config.kernel, rules)
     graphdef, trainable, frozen = models.split_model(models.abstract_model(model_config, qlora))
     reference = None
     if objective_of(config).uses_reference:
@@ -124,10 +129,12 @@ class Declared:
     """The model and adapters of a run, before a weight of the base is read.
 
     Attributes:
+        model_config: of the base, by its checkpoint.
         adapters: what it adapts, and what it starts from.
         parts: its model; every leaf is a `jax.ShapeDtypeStruct`.
     """
 
+    model_config: models.DecoderConfig
     adapters: Adapters
     parts: ModelParts
 
@@ -135,7 +142,8 @@ class Declared:
 def declare(config: TrainConfig, model_config: models.DecoderConfig, platform: str | None = None) -> Declared:
     """Resolve a run's adapters and declare its model; `platform` and errors as for `compute_dtype`, `find_adapters`."""
     adapters = find_adapters(config, model_config)
-    return Declared(adapters, declare_model(config, model_config, adapters.config, compute_dtype(config, platform)))
+    parts = declare_model(config, model_config, adapters.config, compute_dtype(config, platform))
+    return Declared(model_config, adapters, parts)
 
 
 def make_step(

@@ -18,6 +18,7 @@ from qlora_jax.checkpoints import gguf_file, hub
 from qlora_jax.checkpoints.model_files import COMPANION_FILES
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.errors import UserError
+from qlora_jax.quantization import QuantizationConfig, dequantize
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -180,7 +181,17 @@ def test_gguf_quantised_types(tmp_path: Path, kind: str, monkeypatch: pytest.Mon
         got = source.read(name)
         assert got.dtype == source.dtype(name)
         assert np.array_equal(got.astype(np.float32), want.astype(np.float32)), name
-    assert ("dequantised " + kind in source.description) == kind.startswith("Q")
+        kept = source.stored(name)
+        assert (kept is not None) == (tensor.ndim == 2 and kind in ("Q4_0", "Q4_1", "Q8_0"))
+        if kept is not None:
+            assert kept.quant_type == kind.lower()
+            assert np.array_equal(dequantize(source.read_stored(name), np.float32), want), name
+    assert kind in source.description
+    assert dict(source.config.stored) == (
+        {spec.linear: QuantizationConfig(kind.lower()) for spec in models.base_tensors(source.config) if spec.quantized}
+        if kind in ("Q4_0", "Q4_1", "Q8_0")
+        else {}
+    )
 
 
 def test_gguf_rope_scaling(tmp_path: Path):
@@ -370,7 +381,7 @@ def test_default_model_comes_from_the_kept_gguf_when_the_hub_is_away(
     kept.write_bytes(b"GGUF!")
     caplog.set_level("INFO", "qlora_jax")
     assert hub.resolve_model(hub.DEFAULT_MODEL) == kept
-    assert "16-bit weights are dequantised Q4_1" in caplog.messages[-1]
+    assert "whose weights are Q4_1" in caplog.messages[-1]
 
     def no_pip(directory: Path) -> Path:
         raise UserError("no pip")

@@ -122,7 +122,7 @@ def test_unknown_lora_module():
         ({"num_experts": 8}, "field 'num_experts' is not supported"),
         ({"hidden_size": None}, "hidden_size should be a valid integer, not None"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config has quant_method 'fp8', which is not"),
         ({"sliding_window": 16}, "sliding_window is supported for MistralForCausalLM only"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported"),
     ],

@@ -25,7 +25,7 @@ def test_defaults_are_the_reference_programs():
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (1, 16)
     assert (config.max_steps, config.learning_rate, config.max_grad_norm) == (10000, 2e-4, 0.3)
     assert (config.warmup_ratio, config.save_steps, config.save_total_limit) == (0.03, 250, 40)
-    assert (config.bits, config.quant_type, config.double_quant, config.output_dir) == (4, "nf4", True, "./output")
+    assert (config.bits, config.quant_type, config.double_quant, config.output_dir) == ("auto", "nf4", True, "./output")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_values(argv, field, value):
             ["--eval_dataset", "x", "--do_eval", "False"],
             "--eval_dataset x has no effect with --do_eval False; leave out one of them.",
         ),
-        (["--bits", "3"], "--bits 3: choose 4, 8 or 16."),
+        (["--bits", "3"], "--bits 3: choose auto, 4, 8 or 16."),
         (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
         (["--optim", "adamw_torch"], "choose from 'paged_adamw_32bit', 'adamw_32bit'"),
         (["--max_steps", "0"], "--max_steps 0: must be at least 1."),
@@ -100,10 +100,10 @@ def test_errors_name_the_flag(argv, message):
                 "--quant_type: invalid choice: 'int4' (choose from 'nf4', 'fp4').",
                 "unknown flag --merge.",
                 "unknown flag --no-merge.",
-                "--bits 3: choose 4, 8 or 16.",
+                "--bits 3: choose auto, 4, 8 or 16.",
             ],
         ),
-        ("--merge --bits 3", ["unknown flag --merge.", "--bits 3: choose 4, 8 or 16."]),
+        ("--merge --bits 3", ["unknown flag --merge.", "--bits 3: choose auto, 4, 8 or 16."]),
         ("--merge --max_steps", ["--max_steps: expected one argument.", "unknown flag --merge."]),
         (
             "--seed -1 --top_p 2 --lora_r 0 --max_steps 5 --num_train_epochs 2 --temperature 0.7",
@@ -166,7 +166,7 @@ finally:
     assert done.stderr.splitlines() == [
         "error: 3 things are wrong with the flags; see qlora-jax finetune --help.",
         "  unknown flag --lora_modulez. Did you mean --lora_modules?",
-        "  --bits 3: choose 4, 8 or 16.",
+        "  --bits 3: choose auto, 4, 8 or 16.",
         "  --sequence_length 64 has no effect without --packing; give that too, or leave it out.",
     ]
     # Of the processor: a busy machine does not count.

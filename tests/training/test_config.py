@@ -32,7 +32,7 @@ def test_all_that_is_refused_is_told():
         TrainConfig(bits=3, lora_r=0, sequence_length=64)
     assert str(error.value).splitlines() == [
         "3 settings are wrong:",
-        "  `bits=3`: choose 4, 8 or 16.",
+        "  `bits=3`: choose auto, 4, 8 or 16.",
         "  `lora_r=0`: must be at least 1.",
         "  `sequence_length=64` has no effect without `packing`; give that too, or leave it out.",
     ]

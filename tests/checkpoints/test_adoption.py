@@ -1,0 +1,199 @@
+"""Bases that are quantised already: taken over without changing a bit, or quantised again and said so."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.checkpoint_helpers import random_tensors, write_gguf
+from fixtures.packed_checkpoints import METHODS, TYPES, random_linear, stored_tensors, write_packed
+from fixtures.tiny_configs import LLAMA
+from gguf import GGMLQuantizationType
+
+from qlora_jax import models
+from qlora_jax.checkpoints import packed_safetensors
+from qlora_jax.checkpoints.conversion import convert
+from qlora_jax.checkpoints.hub import resolve_config
+from qlora_jax.checkpoints.loading import load_base
+from qlora_jax.checkpoints.sources import open_source
+from qlora_jax.errors import UserError
+from qlora_jax.quantization import MixedQuantization, QuantizationConfig, dequantize
+from qlora_jax.training import setup
+from qlora_jax.training.config import TrainConfig
+
+CONFIG = {**LLAMA, "intermediate_size": 192, "tie_word_embeddings": False, "num_hidden_layers": 2}
+NF4 = QuantizationConfig()
+
+
+def load(path, config=None, **flags):
+    config = TrainConfig(model_name_or_path=str(path), **flags)
+    quantization = setup.quantization_of(config, resolve_config(path))
+    return load_base(path, quantization=quantization, dtype="float32")
+
+
+def layer(base, spec):
+    value = base.tensors[spec.path]
+    return value if spec.layer is None else jax.tree.map(lambda leaf: leaf[spec.layer], value)
+
+
+def linears_of(base):
+    return [spec for spec in models.base_tensors(base.config) if spec.quantized]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_quantised_already_is_kept_bit_for_bit(method, tmp_path):
+    linears = write_packed(tmp_path / "model", method, CONFIG)
+    storage = QuantizationConfig(*TYPES[method])
+    assert dict(resolve_config(tmp_path / "model").stored) == {
+        name: storage for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    base = load(tmp_path / "model")
+    assert f"{storage} kept in all linears" in base.description
+    for spec in linears_of(base):
+        want, got = linears[spec.name], layer(base, spec)
+        assert got.dtype == "float32" and got.quant_type == want.quant_type
+        want = dataclasses.replace(want, dtype="float32")
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+    # What is not quantised is as it was.
+    np.testing.assert_array_equal(
+        base.tensors[("lm_head", "weight")], random_tensors(CONFIG, "float16")["lm_head.weight"]
+    )
+
+
+@pytest.mark.parametrize("method", ["bnb_nf4", "awq", "nvfp4"])
+def test_converted_once_it_loads_the_same(method, tmp_path):
+    write_packed(tmp_path / "model", method, CONFIG)
+    direct = load(tmp_path / "model")
+    done = convert(tmp_path / "model", tmp_path / "converted", NF4, "float32", adopt=True)
+    assert done.bits_per_parameter == pytest.approx(direct_bits(direct))
+    converted = load(tmp_path / "converted")
+    jax.tree.map(np.testing.assert_array_equal, converted.tensors, direct.tensors)
+    assert converted.digest == direct.digest
+    assert resolve_config(tmp_path / "converted").stored == resolve_config(tmp_path / "model").stored
+    if method != "bnb_nf4":
+        with pytest.raises(UserError, match=f"was converted to {TYPES[method][0]}.* `bits=auto` takes it as it is"):
+            load(tmp_path / "converted", bits=4)
+
+
+def direct_bits(base):
+    weights = [base.tensors[spec.path] for spec in linears_of(base) if spec.layer == 0]
+    return 8 * sum(w.nbytes for w in weights) / sum(w.n_elements * w.stack_shape[0] for w in weights)
+
+
+def test_another_type_that_is_asked_for_is_made_and_said(tmp_path):
+    linears = write_packed(tmp_path / "model", "awq", CONFIG)
+    base = load(tmp_path / "model", bits=4)
+    assert "uint4 in blocks of 32 dequantised and stored as nf4 in blocks of 64 with double quantisation in all" in (
+        base.description
+    )
+    for spec in linears_of(base)[:2]:
+        values = np.asarray(dequantize(linears[spec.name], jnp.float32))
+        error = np.abs(np.asarray(dequantize(layer(base, spec), jnp.float32)) - values)
+        assert 0 < error.max() < np.abs(values).max() / 4
+    # The type that it has is kept, whether it is named or not.
+    write_packed(tmp_path / "same", "bnb_nf4", CONFIG)
+    assert "kept in all linears" in load(tmp_path / "same", bits=4).description
+    assert "kept" not in load(tmp_path / "same", bits=4, double_quant=False).description
+
+
+def test_a_linear_that_is_stored_in_two_ways_is_quantised_again(tmp_path):
+    write_packed(tmp_path / "model", "bnb_fp4", CONFIG, plain=["layers.1.mlp.down_proj"])
+    assert "down_proj" not in dict(resolve_config(tmp_path / "model").stored)
+    said = load(tmp_path / "model").description
+    kept = said.partition("fp4 in blocks of 64 without double quantisation kept in ")[2].partition(";")[0]
+    assert sorted(kept.split(", ")) == ["gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert "dequantised and stored as nf4 in blocks of 64 with double quantisation in down_proj" in said
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_1"])
+def test_gguf(kind, tmp_path):
+    tensors = random_tensors(CONFIG, "float32")
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, tensors, kind=GGMLQuantizationType[kind])
+    base = load(path)
+    source = open_source(path)
+    for spec in linears_of(base):
+        if kind == "Q5_1":
+            assert layer(base, spec).quant_type == "nf4"
+        else:
+            assert layer(base, spec).quant_type == kind.lower()
+            np.testing.assert_array_equal(dequantize(layer(base, spec), jnp.float32), source.read(spec.name))
+
+
+def without(name):
+    return lambda tensors: tensors.pop(name, None)
+
+
+def replaced(name, make):
+    return lambda tensors: tensors.update({name: make(tensors[name])}) if name in tensors else None
+
+
+PROJ = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("awq", without(f"{PROJ}.qzeros"), f"tensor {PROJ}.qzeros is missing, which {PROJ}.qweight needs"),
+        ("awq", without(f"{PROJ}.scales"), f"tensor {PROJ}.scales must have two dimensions"),
+        ("awq", replaced(f"{PROJ}.scales", lambda a: a[:-1]), f"{PROJ}.scales of 5 groups does not fit the 192 inputs"),
+        ("awq", replaced(f"{PROJ}.scales", lambda a: a * np.float16(np.nan)), f"tensor {PROJ}.weight .* NaN"),
+        ("gptq", replaced(f"{PROJ}.g_idx", lambda a: a[::-1].copy()), f"tensor {PROJ}.weight .*act-order"),
+        ("bnb_nf4", without(f"{PROJ}.weight.absmax"), f"{PROJ}.weight.absmax is missing"),
+        ("bnb_nf4", replaced(f"{PROJ}.weight.absmax", lambda a: a[:-1]), f"{PROJ}.weight .* absmax of a nf4 weight"),
+        (
+            "bnb_nf4",
+            replaced(f"{PROJ}.weight.quant_state.bitsandbytes__nf4", lambda a: a[:-3]),
+            "is not the JSON that bitsandbytes writes",
+        ),
+        ("nvfp4", without(f"{PROJ}.weight_global_scale"), f"{PROJ}.weight_global_scale is missing"),
+        ("nvfp4", replaced(f"{PROJ}.weight_global_scale", lambda a: a * 0), f"{PROJ}.weight .*are not finite"),
+        ("mxfp4", replaced(f"{PROJ}.weight_scale", lambda a: a * 0 + np.uint8(255)), f"{PROJ}.weight .*hold NaN"),
+    ],
+)
+def test_damage_is_named(method, change, message, tmp_path):
+    write_packed(tmp_path / "model", method, CONFIG, change=change)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"quant_method": "fp8"}, "quant_method 'fp8', which is not supported; give the model's 16-bit weights"),
+        ({"quant_method": "gptq", "bits": 3}, "bits is 3; only 4"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act is true: .*act-order"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'; of AWQ's layouts only gemm"),
+        ({"quant_method": "awq", "bits": "4"}, "quantization_config.bits should be a valid integer"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "format is 'float-quantized'"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo is 'FP8'; only NVFP4"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "af4"}, "must be nf4 or fp4, not 'af4'"),
+        ("nf4", "must be an object"),
+    ],
+)
+def test_methods_that_are_not_supported_are_named(field, message):
+    with pytest.raises(UserError, match=message):
+        models.model_config({**CONFIG, "quantization_config": field})
+
+
+def test_a_plan_knows_the_storage_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": METHODS["awq"]}))
+    config = resolve_config(tmp_path)
+    assert dict(config.stored)["q_proj"] == QuantizationConfig("uint4", 32)
+    parts = setup.declare(TrainConfig(lora_modules="q_proj"), config).parts
+    weight = models.flatten(parts.frozen)[("layers", "self_attn", "q_proj", "weight")]
+    assert (weight.quant_type, weight.absmax.dtype, weight.minimum.dtype) == ("uint4", jnp.float16, jnp.uint8)
+    assert setup.quantization_of(TrainConfig(bits=4), config) == NF4
+    again = models.model_config(models.with_stored(config.source, config.stored))
+    assert again == config and again.stored == config.stored
+    assert isinstance(setup.quantization_of(TrainConfig(), again), MixedQuantization)
+
+
+def test_parts_are_named_as_the_reader_says():
+    """Ties the names that these checkpoints are written with to the docstring of the reader."""
+    for method in METHODS:
+        for name in stored_tensors(method, "X", random_linear(method, (64, 192), 0)):
+            last = name.removeprefix("X.").removeprefix("weight.").partition("__")[0]
+            assert last in packed_safetensors.__doc__
