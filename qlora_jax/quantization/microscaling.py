@@ -20,6 +20,9 @@ from qlora_jax.quantization.codebooks import e4m3_map
 from qlora_jax.quantization.formats import FORMATS
 from qlora_jax.quantization.quantized_tensor import QuantizedTensor
 
+# Codes that are swapped at a time: with what is made of them they fit a core's cache.
+_CHUNK_BYTES = 1 << 17
+
 
 def from_mxfp4(blocks: np.ndarray, scales: np.ndarray, *, dtype: Any = "bfloat16") -> QuantizedTensor:
     """Return the [N, K] weight of `_blocks` uint8 [N, K / 32, 16] and `_scales` uint8 [N, K / 32], lossless.
@@ -32,7 +35,7 @@ def from_mxfp4(blocks: np.ndarray, scales: np.ndarray, *, dtype: Any = "bfloat16
     if (scales == 255).any():
         raise UserError("MXFP4 scales hold NaN.")
     rows, groups = scales.shape
-    codes = _swapped(blocks).reshape(-1)
+    codes = _swapped(blocks)
     absmax = np.ascontiguousarray(scales, np.uint8).reshape(-1)
     return QuantizedTensor(codes, absmax, None, None, (rows, groups * 32), "mxfp4", 32, jnp.dtype(dtype).name)
 
@@ -72,13 +75,17 @@ def from_nvfp4(
     # Entries that are not used may be NaN, and stay out of sums.
     table = np.nan_to_num(table, nan=0.0, posinf=0.0, neginf=0.0)
     return QuantizedTensor(
-        _swapped(packed).reshape(-1), absmax, None, None, shape, "nvfp4", block, jnp.dtype(dtype).name, scale_map=table
+        _swapped(packed), absmax, None, None, shape, "nvfp4", block, jnp.dtype(dtype).name, scale_map=table
     )
 
 
 def _swapped(packed: np.ndarray) -> np.ndarray:
-    """Exchange the nibbles of every byte: the even element high, as bitsandbytes has it."""
-    packed = np.ascontiguousarray(packed)
+    """Exchange the nibbles of every byte, flat: the even element high, as bitsandbytes has it."""
     if packed.dtype != np.uint8:
         raise UserError(f"packed codes must be uint8, not {packed.dtype.name}.")
-    return packed << 4 | packed >> 4
+    flat = np.ascontiguousarray(packed).reshape(-1)
+    out = np.empty_like(flat)
+    for start in range(0, flat.size, _CHUNK_BYTES):
+        part = flat[start : start + _CHUNK_BYTES]
+        np.bitwise_or(part << 4, part >> 4, out=out[start : start + _CHUNK_BYTES])
+    return out
