@@ -19,6 +19,8 @@ BLOCK = 32
 """Elements of a block."""
 # Elements that are quantised at a time: bounds the temporaries.
 _CHUNK_ELEMENTS = 1 << 20
+# Blocks whose codes are put into another order at a time: with what is made of them they fit a core's cache.
+_CHUNK_BLOCKS = 1 << 12
 
 
 class Layout(NamedTuple):
@@ -39,6 +41,13 @@ class Layout(NamedTuple):
         """All of them."""
         return sum(self)
 
+    @property
+    def record(self) -> np.dtype:
+        """A block as a structured type."""
+        scale = ("scale", "<f2" if self.scale == 2 else "u1")
+        minimum = [("minimum", "<f2")] if self.minimum else []
+        return np.dtype([scale, *minimum, ("codes", "<u8", (self.codes // 8,))])
+
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {"q4_0": Layout(2, 0, 16), "q4_1": Layout(2, 2, 16), "q8_0": Layout(2, 0, 32), "mxfp4": Layout(1, 0, 16)}
@@ -55,23 +64,25 @@ def from_gguf(packed: np.ndarray, quant_type: str, *, dtype: Any = "float32") ->
         dtype: what `dequantize` should return by default; the file does not say what the weight was made of.
 
     Raises:
-        UserError: rows that are no whole blocks.
+        UserError: rows that are no whole blocks, or a power-of-two scale of NaN.
     """
     layout = LAYOUTS[quant_type]
     rows, row_bytes = packed.shape
     if row_bytes % layout.nbytes:
         raise UserError(f"rows of {row_bytes} bytes are no whole {quant_type} blocks of {layout.nbytes}.")
     columns = row_bytes // layout.nbytes * BLOCK
-    blocks = packed.reshape(-1, layout.nbytes)
-    stored = np.float16 if layout.scale == 2 else np.uint8
-    scales = np.ascontiguousarray(blocks[:, : layout.scale]).view(stored).reshape(-1)
-    minimum = None
-    if layout.minimum:
-        minimum = np.ascontiguousarray(blocks[:, layout.scale : layout.scale + 2]).view(np.float16).reshape(-1)
-    codes = blocks[:, layout.scale + layout.minimum :]
-    codes = np.ascontiguousarray(codes).view(np.int8) if FORMATS[quant_type].bits == 8 else _paired(codes)
+    blocks = np.ascontiguousarray(packed).reshape(-1).view(layout.record)
+    scales = np.ascontiguousarray(blocks["scale"])
+    if FORMATS[quant_type].scale == "e8m0" and (scales == 255).any():
+        raise UserError(f"{quant_type} scales hold NaN.")
+    minimum = np.ascontiguousarray(blocks["minimum"]) if layout.minimum else None
+    if FORMATS[quant_type].bits == 8:
+        codes = np.ascontiguousarray(blocks["codes"]).view(np.int8).reshape(-1)
+    else:
+        codes = np.empty(rows * columns // 2, np.uint8)
+        _halves_to_pairs(blocks["codes"], codes.view(np.uint64).reshape(-1, 2))
     shape, name = (rows, columns), jnp.dtype(dtype).name
-    return QuantizedTensor(codes.reshape(-1), scales, None, None, shape, quant_type, BLOCK, name, minimum=minimum)
+    return QuantizedTensor(codes, scales, None, None, shape, quant_type, BLOCK, name, minimum=minimum)
 
 
 def to_gguf(q: QuantizedTensor) -> np.ndarray:
@@ -85,15 +96,16 @@ def to_gguf(q: QuantizedTensor) -> np.ndarray:
     if q.stack_shape or len(q.shape) != 2 or q.shape[1] % BLOCK:
         raise UserError(f"A GGUF tensor is one matrix of whole blocks, not {[*q.stack_shape, *q.shape]}.")
     layout = LAYOUTS[q.quant_type]
-    codes = np.asarray(q.codes)
-    blocks = np.empty((q.n_elements // BLOCK, layout.nbytes), np.uint8)
-    blocks[:, : layout.scale] = np.asarray(q.absmax).view(np.uint8).reshape(-1, layout.scale)
+    codes = np.ascontiguousarray(q.codes).view(np.uint64).reshape(-1, layout.codes // 8)
+    blocks = np.empty(len(codes), layout.record)
+    blocks["scale"] = np.asarray(q.absmax)
     if layout.minimum:
-        blocks[:, layout.scale : layout.scale + 2] = np.asarray(q.minimum).view(np.uint8).reshape(-1, 2)
-    blocks[:, layout.scale + layout.minimum :] = (
-        codes.view(np.uint8).reshape(-1, BLOCK) if q.format.bits == 8 else _halves(codes.reshape(-1, BLOCK // 2))
-    )
-    return blocks.reshape(q.shape[0], -1)
+        blocks["minimum"] = np.asarray(q.minimum)
+    if q.format.bits == 8:
+        blocks["codes"] = codes
+    else:
+        _pairs_to_halves(codes, blocks["codes"])
+    return blocks.view(np.uint8).reshape(q.shape[0], -1)
 
 
 def quantize_blocks(weight: np.ndarray, quant_type: str, called: str) -> QuantizedTensor:
@@ -137,8 +149,8 @@ def _q4_0(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes [n, 32], scales and minima [n, 1]: the value of largest magnitude becomes code 0, which is -8."""
     largest = np.take_along_axis(values, np.abs(values).argmax(axis=1, keepdims=True), axis=1)
     scale = largest / np.float32(-8)
-    # In float64, as a C compiler that contracts product and sum rounds it.
-    steps = values.astype(np.float64) * _reciprocal(scale).astype(np.float64) + 8.5
+    # Two roundings as C's source has them; gguf before 0.19 followed compilers that contract product and sum.
+    steps = values * _reciprocal(scale) + np.float32(8.5)
     return np.clip(np.trunc(steps), 0, 15).astype(np.uint8), scale, scale
 
 
@@ -165,18 +177,21 @@ def _reciprocal(scale: np.ndarray) -> np.ndarray:
 _QUANTIZERS = MappingProxyType({"q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0})
 
 
-def _paired(halves: np.ndarray) -> np.ndarray:
-    """From elements j and j + 16 in a byte to elements 2i and 2i + 1, uint8 [n_blocks, 16]."""
-    low, high = halves & 15, halves >> 4
-    out = np.empty(halves.shape, np.uint8)
-    out[:, :8] = low[:, ::2] << 4 | low[:, 1::2]
-    out[:, 8:] = high[:, ::2] << 4 | high[:, 1::2]
-    return out
+def _halves_to_pairs(halves: np.ndarray, pairs: np.ndarray) -> None:
+    """Move elements j and j + 16, which share a byte, to elements 2i and 2i + 1, both uint64 [n_blocks, 2]."""
+    for start in range(0, len(halves), _CHUNK_BLOCKS):
+        part = slice(start, start + _CHUNK_BLOCKS)
+        words = np.ascontiguousarray(halves[part]).view(np.uint16)
+        for half in range(2):
+            nibbles = words >> 4 * half & 0x0F0F  # two neighbours, a byte each
+            pairs[part, half] = (nibbles << 4 | nibbles >> 8).astype(np.uint8).view(np.uint64)[:, 0]
 
 
-def _halves(pairs: np.ndarray) -> np.ndarray:
-    """The inverse of `_paired`."""
-    out = np.empty(pairs.shape, np.uint8)
-    out[:, ::2] = pairs[:, :8] >> 4 | pairs[:, 8:] & 0xF0
-    out[:, 1::2] = pairs[:, :8] & 15 | pairs[:, 8:] << 4
-    return out
+def _pairs_to_halves(pairs: np.ndarray, halves: np.ndarray) -> None:
+    """Do the inverse of `_halves_to_pairs`."""
+    for start in range(0, len(pairs), _CHUNK_BLOCKS):
+        part = slice(start, start + _CHUNK_BLOCKS)
+        words = pairs[part].view(np.uint8).astype(np.uint16)
+        nibbles = (words >> 4 | words << 8) & 0x0F0F
+        low, high = nibbles[:, :8], nibbles[:, 8:] << 4
+        halves[part] = (low | high).view(np.uint64)
