@@ -5,7 +5,8 @@ Both store a weight transposed, [in, out], eight codes in an int32::
     AWQ    qweight [in, out / 8]   nibble i of a word holds output 8 j + (0, 2, 4, 6, 1, 3, 5, 7)[i]
            qzeros  [groups, out / 8] in the same order;  scales float16 [groups, out]
     GPTQ   qweight [in / 8, out]   nibble i of a word holds input 8 j + i
-           qzeros  [groups, out / 8] nibble i output 8 j + i, less 1 in format "gptq", as it is in "gptq_v2"
+           qzeros  [groups, out / 8] nibble i output 8 j + i; in format "gptq", not in "gptq_v2", each word less
+                   0x11111111
            scales  float16 [groups, out];  g_idx int32 [in], the group of every input
 
     w[out, in] = (code - zero) * scale
@@ -13,7 +14,8 @@ Both store a weight transposed, [in, out], eight codes in an int32::
 Sources: AutoAWQ, awq/utils/packing_utils.py; GPTQModel, gptqmodel/nn_modules/qlinear/torch.py.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +27,8 @@ from qlora_jax.quantization.quantized_tensor import QuantizedTensor
 
 _AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _IN_ORDER = np.arange(8)
+# Words [rows, columns] that are transposed at a time: they fit a core's cache, and rows fill cache lines of the result.
+_TILE = (16, 4096)
 
 
 def from_awq(tensors: Mapping[str, np.ndarray], *, dtype: Any = "float16") -> QuantizedTensor:
@@ -38,8 +42,10 @@ def from_awq(tensors: Mapping[str, np.ndarray], *, dtype: Any = "float16") -> Qu
         UserError: tensors that do not fit each other.
     """
     qweight, qzeros, scales = (np.asarray(tensors[name]) for name in ("qweight", "qzeros", "scales"))
-    codes = _unpacked(qweight, _AWQ_ORDER)
-    return _of(codes, _unpacked(qzeros, _AWQ_ORDER), scales, dtype)
+    _check_words(qweight)
+    inputs, words = qweight.shape
+    size = _group_size((inputs, 8 * words), qzeros, scales)
+    return _of(_by_output_of_awq(qweight), _unpacked(qzeros, _AWQ_ORDER), scales, size, dtype)
 
 
 def from_gptq(tensors: Mapping[str, np.ndarray], *, version: int = 1, dtype: Any = "float16") -> QuantizedTensor:
@@ -54,50 +60,90 @@ def from_gptq(tensors: Mapping[str, np.ndarray], *, version: int = 1, dtype: Any
         UserError: tensors that do not fit each other, or inputs out of the order of their groups ("act-order").
     """
     qweight, qzeros, scales = (np.asarray(tensors[name]) for name in ("qweight", "qzeros", "scales"))
-    codes = _unpacked(np.ascontiguousarray(qweight.T), _IN_ORDER).T
-    zeros = _unpacked(qzeros, _IN_ORDER)
+    _check_words(qweight)
+    words, outputs = qweight.shape
+    inputs = 8 * words
+    size = _group_size((inputs, outputs), qzeros, scales)
     if version == 1:
-        zeros = zeros + np.uint8(1)  # 16 where all bits are set
-    if "g_idx" in tensors:
-        groups = np.asarray(tensors["g_idx"])
-        size = -(-len(codes) // max(1, len(scales)))
-        if groups.shape != (len(codes),) or not np.array_equal(groups, np.arange(len(codes)) // size):
-            raise UserError(
-                "g_idx puts inputs out of the order of their groups (act-order); quantise the model with "
-                "desc_act=False, or give its 16-bit weights."
-            )
-    return _of(codes, zeros, scales, dtype)
+        # Word by word, as GPTQModel takes 1 from zero points when it saves them: what a zero borrowed is paid back.
+        qzeros = (qzeros.view(np.uint32) + np.uint32(0x11111111)).view(np.int32)
+    if "g_idx" in tensors and not np.array_equal(tensors["g_idx"], np.arange(inputs) // size):
+        raise UserError(
+            "g_idx puts inputs out of the order of their groups (act-order); quantise the model with "
+            "desc_act=False, or give its 16-bit weights."
+        )
+    return _of(_by_output_of_gptq(qweight), _unpacked(qzeros, _IN_ORDER), scales, size, dtype)
+
+
+def _by_output_of_gptq(qweight: np.ndarray) -> np.ndarray:
+    """Transpose int32 [in / 8, out] to uint32 [out, in / 8], the even input in the high nibble of a byte."""
+    words = qweight.view(np.uint32)
+    out = np.empty(words.shape[::-1], np.uint32)
+    for down, across in _tiles(words.shape):
+        tile = words[down, across]
+        out[across, down] = ((tile & 0x0F0F0F0F) << 4 | tile >> 4 & 0x0F0F0F0F).T
+    return out
+
+
+def _by_output_of_awq(qweight: np.ndarray) -> np.ndarray:
+    """Transpose int32 [in, out / 8] to uint32 [out, in / 8], the even input in the high nibble of a byte."""
+    words = qweight.view(np.uint32).reshape(-1, 8, qweight.shape[1])
+    out = np.empty((words.shape[2], 8, len(words)), np.uint32)
+    for down, across in _tiles((len(words), words.shape[2])):
+        tile = np.take(words[down, :, across], [1, 0, 3, 2, 5, 4, 7, 6], axis=1)
+        # Eight words of eight nibbles are transposed by exchanging the off-diagonal quarters of 8x8, 4x4 and 2x2.
+        for rows, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+            halves = tile.reshape(len(tile), -1, 2, rows, tile.shape[2])
+            upper, lower = halves[:, :, 0], halves[:, :, 1]
+            difference = (upper >> 4 * rows ^ lower) & mask
+            lower ^= difference
+            upper ^= difference << 4 * rows
+        for nibble, output in enumerate(_AWQ_ORDER):
+            out[across, output, down] = tile[:, nibble].T
+    return out.reshape(-1, len(words))
+
+
+def _tiles(shape: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    (rows, columns), (down, across) = shape, _TILE
+    for row, column in itertools.product(range(0, rows, down), range(0, columns, across)):
+        yield slice(row, row + down), slice(column, column + across)
+
+
+def _check_words(words: np.ndarray) -> None:
+    if words.ndim != 2 or words.dtype != np.int32:
+        raise UserError(f"packed codes must be int32 in two dimensions, not {words.dtype.name}{list(words.shape)}.")
 
 
 def _unpacked(words: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Codes uint8 [a, 8 b] of int32 [a, b]; nibble i of a word is element order[i] of its eight."""
-    if words.ndim != 2 or words.dtype != np.int32:
-        raise UserError(f"packed codes must be int32 in two dimensions, not {words.dtype.name}{list(words.shape)}.")
     pairs = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
     out = np.empty((*words.shape, 8), np.uint8)
     out[..., order[::2]], out[..., order[1::2]] = pairs & 15, pairs >> 4
     return out.reshape(len(words), -1)
 
 
-def _of(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, dtype: Any) -> QuantizedTensor:
-    """Put codes [in, out], zeros and scales [groups, out] together."""
-    columns, rows = codes.shape
+def _group_size(shape: tuple[int, int], qzeros: np.ndarray, scales: np.ndarray) -> int:
+    """Return the inputs of a group of a weight of shape (in, out), once all tensors are seen to fit each other."""
+    _check_words(qzeros)
+    columns, rows = shape
     groups = len(scales)
-    if scales.shape != (groups, rows) or zeros.shape != scales.shape or not groups or columns % groups:
+    zeros = (len(qzeros), 8 * qzeros.shape[1])
+    if scales.shape != (groups, rows) or zeros != scales.shape or not groups or columns % groups:
         raise UserError(
             f"qweight of {columns} inputs and {rows} outputs does not fit scales {list(scales.shape)} and zero points "
-            f"{list(zeros.shape)}."
+            f"{list(zeros)}."
         )
+    FORMATS["uint4"].check_block_size(columns // groups)
+    return columns // groups
+
+
+def _of(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, size: int, dtype: Any) -> QuantizedTensor:
+    """Put codes uint32 [out, in / 8], zeros and scales [groups, out] together."""
     if scales.dtype != np.float16:
         narrowed = scales.astype(np.float16)
         if not np.array_equal(narrowed.astype(np.float32), scales.astype(np.float32)):
             raise UserError(f"scales are {scales.dtype.name} and do not fit float16; give the model's 16-bit weights.")
         scales = narrowed
-    size = columns // groups
-    FORMATS["uint4"].check_block_size(size)
-    by_row = np.ascontiguousarray(codes.T)
-    packed = (by_row[:, ::2] << 4 | by_row[:, 1::2]).reshape(-1)
     absmax, minimum = (np.ascontiguousarray(values.T).reshape(-1) for values in (scales, zeros))
-    return QuantizedTensor(
-        packed, absmax, None, None, (rows, columns), "uint4", size, jnp.dtype(dtype).name, minimum=minimum
-    )
+    codes, shape = words.view(np.uint8).reshape(-1), (len(words), 8 * words.shape[1])
+    return QuantizedTensor(codes, absmax, None, None, shape, "uint4", size, jnp.dtype(dtype).name, minimum=minimum)
