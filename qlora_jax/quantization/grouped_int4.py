@@ -140,7 +140,8 @@ def _group_size(shape: tuple[int, int], qzeros: np.ndarray, scales: np.ndarray) 
 def _of(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, size: int, dtype: Any) -> QuantizedTensor:
     """Put codes uint32 [out, in / 8], zeros and scales [groups, out] together."""
     if scales.dtype != np.float16:
-        narrowed = scales.astype(np.float16)
+        with np.errstate(over="ignore"):
+            narrowed = scales.astype(np.float16)
         if not np.array_equal(narrowed.astype(np.float32), scales.astype(np.float32)):
             raise UserError(f"scales are {scales.dtype.name} and do not fit float16; give the model's 16-bit weights.")
         scales = narrowed

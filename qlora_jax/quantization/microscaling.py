@@ -28,15 +28,15 @@ def from_mxfp4(blocks: np.ndarray, scales: np.ndarray, *, dtype: Any = "bfloat16
     """Return the [N, K] weight of `_blocks` uint8 [N, K / 32, 16] and `_scales` uint8 [N, K / 32], lossless.
 
     Raises:
-        UserError: shapes that do not fit each other, or a scale of NaN.
+        UserError: shapes or dtypes that do not fit each other, or a scale of NaN.
     """
     if blocks.ndim != 3 or blocks.shape[2] != 16 or scales.shape != blocks.shape[:2]:
         raise UserError(f"MXFP4 blocks {list(blocks.shape)} do not fit scales {list(scales.shape)}.")
-    if (scales == 255).any():
+    absmax = _bytes_of(scales, jnp.float8_e8m0fnu)
+    if (absmax == 255).any():
         raise UserError("MXFP4 scales hold NaN.")
     rows, groups = scales.shape
     codes = _swapped(blocks)
-    absmax = np.ascontiguousarray(scales, np.uint8).reshape(-1)
     return QuantizedTensor(codes, absmax, None, None, (rows, groups * 32), "mxfp4", 32, jnp.dtype(dtype).name)
 
 
@@ -58,18 +58,18 @@ def from_nvfp4(
         dtype: what `dequantize` should return by default.
 
     Raises:
-        UserError: shapes that do not fit each other, or a scale that is not finite.
+        UserError: shapes or dtypes that do not fit each other, or a scale that is not finite.
     """
     block = FORMATS["nvfp4"].block_size or 0
     if packed.ndim != 2 or packed.shape[1] * 2 % block or scales.shape != (len(packed), packed.shape[1] * 2 // block):
         raise UserError(f"NVFP4 codes {list(packed.shape)} do not fit scales {list(scales.shape)}.")
-    absmax = np.ascontiguousarray(scales).view(np.uint8).reshape(-1)
+    absmax = _bytes_of(scales, jnp.float8_e4m3fn)
     factor = np.asarray(global_scale, np.float32).reshape(-1)
     if factor.size != 1:
         raise UserError(f"NVFP4 has one global scale a weight, not {factor.size}.")
     with np.errstate(all="ignore"):
         table = e4m3_map() / factor[0] if convention == "divide" else e4m3_map() * factor[0]
-    if not np.isfinite(table[absmax]).all():
+    if not np.isfinite(table)[absmax].all():
         raise UserError("NVFP4 scales are not finite.")
     shape = (packed.shape[0], packed.shape[1] * 2)
     # Entries that are not used may be NaN, and stay out of sums.
@@ -77,6 +77,13 @@ def from_nvfp4(
     return QuantizedTensor(
         _swapped(packed), absmax, None, None, shape, "nvfp4", block, jnp.dtype(dtype).name, scale_map=table
     )
+
+
+def _bytes_of(scales: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return scales of 8 bits, or their bytes, as flat bytes."""
+    if scales.dtype not in (np.uint8, dtype):
+        raise UserError(f"scales must be {jnp.dtype(dtype).name} or its bytes, not {scales.dtype.name}.")
+    return np.ascontiguousarray(scales).view(np.uint8).reshape(-1)
 
 
 def _swapped(packed: np.ndarray) -> np.ndarray:
