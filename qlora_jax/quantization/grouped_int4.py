@@ -27,8 +27,8 @@ from qlora_jax.quantization.quantized_tensor import QuantizedTensor
 
 _AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _IN_ORDER = np.arange(8)
-# Words [rows, columns] that are transposed at a time: they fit a core's cache, and rows fill cache lines of the result.
-_TILE = (16, 4096)
+# Words [rows, columns] that are transposed at a time, of AWQ eight times as many: they fit a core's cache.
+_AWQ_TILE, _GPTQ_TILE = (8, 512), (16, 4096)
 
 
 def from_awq(tensors: Mapping[str, np.ndarray], *, dtype: Any = "float16") -> QuantizedTensor:
@@ -79,7 +79,7 @@ def _by_output_of_gptq(qweight: np.ndarray) -> np.ndarray:
     """Transpose int32 [in / 8, out] to uint32 [out, in / 8], the even input in the high nibble of a byte."""
     words = qweight.view(np.uint32)
     out = np.empty(words.shape[::-1], np.uint32)
-    for down, across in _tiles(words.shape):
+    for down, across in _tiles(words.shape, _GPTQ_TILE):
         tile = words[down, across]
         out[across, down] = ((tile & 0x0F0F0F0F) << 4 | tile >> 4 & 0x0F0F0F0F).T
     return out
@@ -89,7 +89,7 @@ def _by_output_of_awq(qweight: np.ndarray) -> np.ndarray:
     """Transpose int32 [in, out / 8] to uint32 [out, in / 8], the even input in the high nibble of a byte."""
     words = qweight.view(np.uint32).reshape(-1, 8, qweight.shape[1])
     out = np.empty((words.shape[2], 8, len(words)), np.uint32)
-    for down, across in _tiles((len(words), words.shape[2])):
+    for down, across in _tiles((len(words), words.shape[2]), _AWQ_TILE):
         tile = np.take(words[down, :, across], [1, 0, 3, 2, 5, 4, 7, 6], axis=1)
         # Eight words of eight nibbles are transposed by exchanging the off-diagonal quarters of 8x8, 4x4 and 2x2.
         for rows, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
@@ -103,8 +103,8 @@ def _by_output_of_awq(qweight: np.ndarray) -> np.ndarray:
     return out.reshape(-1, len(words))
 
 
-def _tiles(shape: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    (rows, columns), (down, across) = shape, _TILE
+def _tiles(shape: tuple[int, int], tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    (rows, columns), (down, across) = shape, tile
     for row, column in itertools.product(range(0, rows, down), range(0, columns, across)):
         yield slice(row, row + down), slice(column, column + across)
 

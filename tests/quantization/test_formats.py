@@ -84,6 +84,24 @@ def test_gptq_equals_gptqmodel(golden, case, version):
     check_golden(from_gptq(tensors, version=version), tensors, transposed=True)
 
 
+def test_transposed_over_tiles():
+    """Codes and zero points of large words against a nibble at a time."""
+    random = np.random.default_rng(0)
+    inputs, outputs, shifts = 192, 4224, np.arange(0, 32, 4, dtype=np.uint32)
+    scales = np.ones((3, outputs), np.float16)
+    qzeros = random.integers(-(2**31), 2**31, (3, outputs // 8)).astype(np.int32)
+    qweight = random.integers(-(2**31), 2**31, (inputs, outputs // 8)).astype(np.int32)
+    awq = from_awq({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+    nibbles = (qweight.view(np.uint32)[..., None] >> shifts & 15)[..., [0, 4, 1, 5, 2, 6, 3, 7]]
+    np.testing.assert_array_equal(unpacked(awq.codes), nibbles.reshape(inputs, outputs).T.ravel())
+    qweight = qweight.reshape(inputs // 8, outputs)
+    gptq = from_gptq({"qweight": qweight, "qzeros": qzeros, "scales": scales}, version=2)
+    nibbles = qweight.view(np.uint32)[:, None] >> shifts[:, None] & 15
+    np.testing.assert_array_equal(unpacked(gptq.codes), nibbles.reshape(inputs, outputs).T.ravel())
+    zeros = qzeros.view(np.uint32)[..., None] >> shifts & 15
+    np.testing.assert_array_equal(gptq.minimum, zeros.reshape(3, outputs).T.ravel())
+
+
 def test_zero_points_that_borrowed_are_restored():
     zeros = np.arange(16, dtype=np.uint32).reshape(2, 8)
     words = (zeros << np.arange(0, 32, 4, dtype=np.uint32)).sum(axis=1, keepdims=True, dtype=np.uint32)
