@@ -149,7 +149,7 @@ def _q4_0(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes [n, 32], scales and minima [n, 1]: the value of largest magnitude becomes code 0, which is -8."""
     largest = np.take_along_axis(values, np.abs(values).argmax(axis=1, keepdims=True), axis=1)
     scale = largest / np.float32(-8)
-    # Two roundings as C's source has them; gguf before 0.19 followed compilers that contract product and sum.
+    # Two roundings as C's source has them; gguf before 0.18 followed compilers that contract product and sum.
     steps = values * _reciprocal(scale) + np.float32(8.5)
     return np.clip(np.trunc(steps), 0, 15).astype(np.uint8), scale, scale
 
