@@ -28,7 +28,7 @@ from types import MappingProxyType
 
 from qlora_jax.gpus import Chip
 from qlora_jax.kernels import timings_cache
-from qlora_jax.kernels.mosaic import dequantize, dispatch
+from qlora_jax.kernels.mosaic import dequantize, dispatch, tiles
 from qlora_jax.kernels.product import Product
 
 # Assumptions, not measurements.
@@ -44,6 +44,8 @@ MMA_SYNC_SHARE = MappingProxyType({"9.0": 0.6})
 another instruction."""
 LAUNCH = 3e-6
 """Seconds from one kernel to the next within a program."""
+ALU_PER_TABLE = 0.5
+"""ALU instructions a weight for each further table in a group of 64: 16 products, 8 conversions, 8 permutes."""
 MARGIN = 1.1
 """Factor by which "unfused" must be predicted to be faster, for it takes 2 N K bytes of memory that fusion does not:
 the model is not exact, the memory is certain."""
@@ -83,8 +85,12 @@ def packed_bytes(n: int, k: int, block_size: int = 64) -> float:
     return n * k / 2 + blocks + 4 * math.ceil(blocks / 256)
 
 
-def predict(chip: Chip, product: Product) -> Prediction:
-    """Predict the seconds of both implementations by the model above, for an NF4 weight in bfloat16."""
+def predict(chip: Chip, product: Product, *, block_size: int = 64) -> Prediction:
+    """Predict the seconds of both implementations by the model above, for a weight in bfloat16.
+
+    Its scales are taken to be as large as NF4's; `block_size` says how many tables a group of 64 codes has.
+    """
+    more = ALU_PER_TABLE * (max(1, tiles.GROUP // block_size) - 1)
     m, n, k = product.m, product.n, product.k
     bandwidth = chip.memory_bandwidth * MEMORY_FRACTION
     int32_ops = chip.int32_ops * ALU_FRACTION
@@ -97,23 +103,24 @@ def predict(chip: Chip, product: Product) -> Prediction:
     weights = waves * config.block_n * product.contracted * chip.n_sms
     times = {
         "tensor": 2.0 * config.block_m * weights / (chip.bf16_flops * fraction),
-        "alu": weights * cost.alu_per_weight / int32_ops,
+        "alu": weights * (cost.alu_per_weight + more) / int32_ops,
         "memory": (packed + activations) / bandwidth,
     }
     shorter, longer = sorted((times["tensor"], times["alu"]))
     fused = LAUNCH + max(times["memory"], longer + (1 - cost.overlap) * shorter)
 
-    first = max((packed + dequantized) / bandwidth, n * k * dequantize.ALU_PER_WEIGHT / int32_ops)
+    first = max((packed + dequantized) / bandwidth, n * k * (dequantize.ALU_PER_WEIGHT + more) / int32_ops)
     then = max(2.0 * m * n * k / (chip.bf16_flops * GEMM_FRACTION), (dequantized + activations) / bandwidth)
     return Prediction(fused, 2 * LAUNCH + first + then, choice.name, max(times, key=lambda name: times[name]))
 
 
-def explain(chip: Chip, product: Product, *, timings: bool = True) -> tuple[str, str]:
+def explain(chip: Chip, product: Product, *, block_size: int = 64, timings: bool = True) -> tuple[str, str]:
     """Return "fused" or "unfused", the faster by timings of this GPU or by the model with a `MARGIN`, and the reason.
 
     Args:
         chip: the GPU.
         product: what is multiplied.
+        block_size: weights that share a scale.
         timings: consult the file of timings.
 
     Raises:
@@ -121,11 +128,11 @@ def explain(chip: Chip, product: Product, *, timings: bool = True) -> tuple[str,
     """
     if timings and (timed := timings_cache.nearest(chip.title, product)):
         return ("unfused" if timed["unfused"] < timed["fused"] else "fused"), f"timings in {timings_cache.path()}"
-    return _by_model(chip, product), "roofline model"
+    return _by_model(chip, product, block_size), "roofline model"
 
 
-def _by_model(chip: Chip, product: Product) -> str:
-    seconds = predict(chip, product)
+def _by_model(chip: Chip, product: Product, block_size: int = 64) -> str:
+    seconds = predict(chip, product, block_size=block_size)
     return "unfused" if seconds.unfused * MARGIN < seconds.fused else "fused"
 
 

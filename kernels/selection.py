@@ -11,7 +11,8 @@ from qlora_jax.kernels import roofline
 from qlora_jax.kernels.choices import pinned_implementation
 from qlora_jax.kernels.mosaic import dispatch
 from qlora_jax.kernels.product import Product
-from qlora_jax.kernels.weights import Weight
+from qlora_jax.kernels.weights import StackedWeight, Weight
+from qlora_jax.quantization import QuantizedTensor
 
 # Implementations that need no GPU.
 ANYWHERE = ("auto", "xla", "interpreted_fused", "interpreted_unfused")
@@ -79,7 +80,8 @@ def explain(implementation: str, x: Any, w: Weight, *, transposed: bool) -> tupl
     pinned, recorded = pinned_implementation(product)
     if recorded in ("fused", "unfused"):
         return recorded, "recorded choice"
-    return roofline.explain(chip, product, timings=not pinned)
+    block_size = w.block_size if isinstance(w, QuantizedTensor | StackedWeight) else 64
+    return roofline.explain(chip, product, block_size=block_size, timings=not pinned)
 
 
 def _device_name() -> str:

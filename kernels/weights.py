@@ -34,6 +34,11 @@ class StackedWeight:
         """Storage format of the stack."""
         return self.stack.quant_type
 
+    @property
+    def block_size(self) -> int:
+        """Weights of the stack that share a scale."""
+        return self.stack.block_size
+
     def take(self) -> QuantizedTensor:
         """Return the weight by itself; compiled, a slice of each buffer."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stack)

@@ -54,6 +54,17 @@ def test_more_rows_and_larger_weights_take_longer(name, transposed):
 
 
 @pytest.mark.parametrize("name", CHIPS)
+def test_smaller_blocks_take_longer_where_dequantizing_is_the_bound(name):
+    for m in (64, 512, 4096):
+        found = [roofline.predict(CHIPS[name], Product(m, 4096, 4096), block_size=size) for size in (16, 32, 64, 256)]
+        for smaller, larger in itertools.pairwise(found):
+            assert smaller.fused >= larger.fused and smaller.unfused >= larger.unfused
+        assert found[2] == found[3]
+        if found[2].bound == "alu":
+            assert found[0].fused > found[1].fused > found[2].fused
+
+
+@pytest.mark.parametrize("name", CHIPS)
 def test_no_prediction_beats_the_data_sheet(name):
     chip = CHIPS[name]
     for m, n, k in ((1, 4096, 4096), (100, 8192, 28672), (16384, 11008, 4096)):
@@ -209,7 +220,7 @@ def test_describing_choices(monkeypatch):
     assert "xla (auto: the activations are float32" in line
     assert kernels.describe(kernels.resolve({}, [64], jnp.float32)) == []
 
-    def explain(chip, product, timings):
+    def explain(chip, product, block_size, timings):
         return "fd"[product.transposed and product.k > 128], "why"
 
     monkeypatch.setattr(roofline, "explain", explain)

@@ -469,7 +469,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(finished, place, capsy
         ({"dataset_format": "alpaca"}, ["column 'instruction' is missing"]),
         ({"eval_dataset": "{}/rows.jsonl"}, ["--eval_dataset_size 4 has no effect with --eval_dataset"]),
         ({"eval_dataset_size": 52}, ["--eval_dataset_size 52 leaves nothing to train on"]),
-        ({"bits": 5}, ["--bits 5: choose auto, 4, 8 or 16"]),
+        ({"bits": 5}, ["--bits: invalid choice: '5'"]),
         ({"block_size": 100}, ["--block_size 100: choose a power of two"]),
         ({"block_size": 128}, ["--block_size 128 does not divide the 64 inputs of "]),
         ({"max_step": 3}, ["unknown flag --max_step. Did you mean --max_steps?"]),
@@ -522,7 +522,7 @@ def bad(place):
     ("changes", "message"),
     [
         ({"dataset": "malformed.jsonl"}, "malformed.jsonl line 3: not valid JSON"),
-        ({"bits": 3}, "--bits 3: choose auto, 4, 8 or 16."),
+        ({"bits": 3}, "--bits: invalid choice: '3' (choose from 'auto', 4, 8, 16)"),
         ({"model_name_or_path": "truncated"}, "truncated/model.safetensors"),
     ],
     ids=["data", "flag", "model"],

@@ -64,7 +64,7 @@ def test_values(argv, field, value):
         (["--num_epochs", "4"], "unknown flag --num_epochs. Did you mean --num_train_epochs?"),
         (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
         (["--packing", "maybe"], "--packing: expected True or False, not 'maybe'"),
-        (["--quant_type", "int4"], "--quant_type: invalid choice: 'int4'"),
+        (["--quant_type", "q5_1"], "--quant_type: invalid choice: 'q5_1'"),
         (["stray"], "'stray' is not a flag"),
         (
             ["--sequence_length", "64"],
@@ -74,7 +74,7 @@ def test_values(argv, field, value):
             ["--eval_dataset", "x", "--do_eval", "False"],
             "--eval_dataset x has no effect with --do_eval False; leave out one of them.",
         ),
-        (["--bits", "3"], "--bits 3: choose auto, 4, 8 or 16."),
+        (["--bits", "3"], "--bits: invalid choice: '3' (choose from 'auto', 4, 8, 16)"),
         (["--block_size", "100"], "--block_size 100: choose a power of two from 32 to 4096."),
         (["--optim", "adamw_torch"], "choose from 'paged_adamw_32bit', 'adamw_32bit'"),
         (["--max_steps", "0"], "--max_steps 0: must be at least 1."),
@@ -93,17 +93,17 @@ def test_errors_name_the_flag(argv, message):
     ("argv", "lines"),
     [
         (
-            "--max_steps many --merge x --packing maybe --no-merge --quant_type int4 --bits 3",
+            "--max_steps many --merge x --packing maybe --no-merge --quant_type q5_1 --lora_r 0",
             [
                 "--max_steps: invalid int value: 'many'.",
                 "--packing: expected True or False, not 'maybe'.",
-                "--quant_type: invalid choice: 'int4' (choose from 'nf4', 'fp4').",
+                "--quant_type: invalid choice: 'q5_1' (choose from 'nf4', 'fp4', 'int4', 'q4_0', 'q4_1').",
                 "unknown flag --merge.",
                 "unknown flag --no-merge.",
-                "--bits 3: choose auto, 4, 8 or 16.",
+                "--lora_r 0: must be at least 1.",
             ],
         ),
-        ("--merge --bits 3", ["unknown flag --merge.", "--bits 3: choose auto, 4, 8 or 16."]),
+        ("--merge --lora_r 0", ["unknown flag --merge.", "--lora_r 0: must be at least 1."]),
         ("--merge --max_steps", ["--max_steps: expected one argument.", "unknown flag --merge."]),
         (
             "--seed -1 --top_p 2 --lora_r 0 --max_steps 5 --num_train_epochs 2 --temperature 0.7",
@@ -158,7 +158,7 @@ try:
 finally:
     assert "jax" not in sys.modules and "numpy" not in sys.modules
 """
-    argv = "finetune --bits 3 --sequence_length 64 --lora_modulez all".split()
+    argv = "finetune --lora_r 0 --sequence_length 64 --lora_modulez all".split()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -166,7 +166,7 @@ finally:
     assert done.stderr.splitlines() == [
         "error: 3 things are wrong with the flags; see qlora-jax finetune --help.",
         "  unknown flag --lora_modulez. Did you mean --lora_modules?",
-        "  --bits 3: choose auto, 4, 8 or 16.",
+        "  --lora_r 0: must be at least 1.",
         "  --sequence_length 64 has no effect without --packing; give that too, or leave it out.",
     ]
     # Of the processor: a busy machine does not count.

@@ -29,10 +29,10 @@ def test_numbers_are_finite_and_can_be_counted(field, value, message):
 
 def test_all_that_is_refused_is_told():
     with pytest.raises(UserError) as error:
-        TrainConfig(bits=3, lora_r=0, sequence_length=64)
+        TrainConfig(block_size=33, lora_r=0, sequence_length=64)
     assert str(error.value).splitlines() == [
         "3 settings are wrong:",
-        "  `bits=3`: choose auto, 4, 8 or 16.",
+        "  `block_size=33`: choose a power of two from 32 to 4096.",
         "  `lora_r=0`: must be at least 1.",
         "  `sequence_length=64` has no effect without `packing`; give that too, or leave it out.",
     ]
