@@ -4,16 +4,21 @@ An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`
 every layer (`base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` [R, in] and `.lora_B.weight` [out, R]);
 we keep one pair for every linear, layers stacked: ("layers", "self_attn", "q_proj", "lora_a") [L, R, in] and "lora_b"
 [L, out, R]. Both compute y = x W^T + (alpha / R) (x A^T) B^T. The family's table of names leads from one to the other.
+
+PEFT may scale by alpha / sqrt(R) (rsLoRA, Kalajdzievski 2023), and give modules ranks and alphas of their own
+(`rank_pattern`, `alpha_pattern`). Here all have one rank and one scale: smaller pairs get rows and columns of zeros,
+whose gradients are zero, and what their scale differs by is multiplied into B. The adapter computes the same.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -42,6 +47,7 @@ _HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 # Fields of adapter_config.json that are read, or that say nothing about what a trained adapter computes.
 _NEUTRAL_FIELDS = frozenset(
     {
+        "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
         "ensure_weight_tying",
@@ -56,10 +62,12 @@ _NEUTRAL_FIELDS = frozenset(
         "peft_version",
         "qalora_group_size",
         "r",
+        "rank_pattern",
         "revision",
         "runtime_config",
         "target_modules",
         "task_type",
+        "use_rslora",
     }
 )
 
@@ -176,8 +184,8 @@ def load_adapter(
         {(*path, "lora_a"): float32 [L, R, in], (*path, "lora_b"): float32 [L, out, R]} and the configuration.
 
     Raises:
-        UserError: a missing or malformed file, a config field this program would have to ignore (DoRA, biases, ranks by
-            layer, ...), or a missing, unexpected, mis-shaped or non-finite tensor; the message names it.
+        UserError: a missing or malformed file, a config field this program would have to ignore (DoRA, biases,
+            `modules_to_save`, ...), or a missing, unexpected, mis-shaped or non-finite tensor; the message names it.
     """
     directory = user_path(os.fspath(directory))
     if not directory.is_dir():
@@ -196,19 +204,77 @@ def _read_adapter(
 ) -> tuple[dict[tuple[str, ...], np.ndarray], AdapterConfig]:
     """Read the two files of an adapter."""
     fields = _read_config(config_path)
-    rank, alpha, dropout = _check_config(fields, config_path, names.task_type)
+    numbers = _check_config(fields, config_path, names.task_type)
     tensors = _read_tensors(weights_path)
     adapted = {name.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for name in tensors}
-    lora = _from_peft(tensors, rank, weights_path, names)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in numbers[field]:
+            if not re.fullmatch(r"\^?[\w.]+", pattern):
+                raise UserError(f"{config_path}: {field} has the key {pattern!r}; only names of modules are supported.")
+            if not any(_matches(pattern, name) for name in adapted):
+                raise UserError(f"{config_path}: {field} names {pattern}, but {WEIGHTS_NAME} has no matrices for it.")
+    scales = {name: _Scale.of(name, numbers) for name in adapted}
+    one = _Scale(max(scale.rank for scale in scales.values()), numbers["lora_alpha"], numbers["use_rslora"])
+    _unify(tensors, scales, one, weights_path)
+    lora = _from_peft(tensors, one.rank, weights_path, names)
     _check_targets(fields, sorted(adapted), config_path)
     config = AdapterConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
+        rank=one.rank,
+        alpha=one.factor * one.rank if one.rslora else one.alpha,
+        dropout=numbers["lora_dropout"],
         target_modules=tuple(sorted({path[-2] for path in lora})),
         base_model_name=fields.get("base_model_name_or_path"),
     )
     return lora, config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """Rank of a pair of matrices, and what their product is multiplied with."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+
+    @classmethod
+    def of(cls, name: str, numbers: "_Numbers") -> "_Scale":
+        """Take the first pattern that matches the name of a module, as PEFT does, else what all have."""
+
+        def own(field: Literal["rank_pattern", "alpha_pattern"], default: float | int) -> Any:
+            return next((value for key, value in numbers[field].items() if _matches(key, name)), default)
+
+        rank, alpha = own("rank_pattern", numbers["r"]), own("alpha_pattern", numbers["lora_alpha"])
+        return cls(rank, float(alpha), numbers["use_rslora"])
+
+    @property
+    def factor(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Match a key of `rank_pattern` or `alpha_pattern`: a module's name, or its last parts; all of it after "^"."""
+    return name == pattern.removeprefix("^") or (pattern[0] != "^" and name.endswith(f".{pattern}"))
+
+
+def _unify(tensors: dict[str, np.ndarray], scales: Mapping[str, _Scale], one: _Scale, path: Path) -> None:
+    """Give all matrices one rank and one scale, in place."""
+    for name, values in tensors.items():
+        scale = scales[name.removeprefix(_PEFT_PREFIX).split(".lora_")[0]]
+        matrix = next((m for m in _MATRICES if f".{m}." in name), "lora_A")
+        _check_rank(name, values, matrix, scale.rank, path)
+        if matrix == "lora_B" and scale.factor != one.factor:
+            values = (values * (scale.factor / one.factor)).astype(np.float32)
+        if scale.rank < one.rank:
+            widths = [(0, 0), (0, 0)]
+            widths[_RANK_AXIS[matrix]] = (0, one.rank - scale.rank)
+            values = np.pad(values, widths)
+        tensors[name] = values
+
+
+def _check_rank(name: str, values: np.ndarray, matrix: str, rank: int, path: Path) -> None:
+    if values.ndim != 2 or values.shape[_RANK_AXIS[matrix]] != rank or 0 in values.shape:
+        needed = f"[{rank}, in]" if matrix == "lora_A" else f"[out, {rank}]"
+        raise UserError(f"{path}: {name} has shape {list(values.shape)}, but r={rank} needs {needed}.")
 
 
 def _config_fields(config: AdapterConfig, targets: list[str] | str, task_type: str) -> dict[str, Any]:
@@ -300,8 +366,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_json_object(path, "save the adapter again with PEFT")
 
 
-def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> tuple[int, float, float]:
-    """Refuse every field that changes what the adapter computes in a way we do not; return rank, alpha, dropout."""
+def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> "_Numbers":
+    """Refuse every field that changes what the adapter computes in a way we do not; return those that are numbers."""
 
     def refuse(name: str, hint: str = "") -> UserError:
         return UserError(f"{path}: {name}={json.dumps(fields.get(name))} is not supported{hint}.")
@@ -312,10 +378,6 @@ def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> tuple[i
         raise refuse("task_type", f' for this model; only "{task_type}" is')
     if fields.get("bias", "none") != "none":
         raise refuse("bias", '; train with bias="none"')
-    if fields.get("use_rslora"):
-        raise refuse(
-            "use_rslora", "; set lora_alpha to lora_alpha * sqrt(r) and use_rslora to false, which is the same"
-        )
     if fields.get("init_lora_weights", True) not in _HARMLESS_INITIALISATIONS:
         raise refuse("init_lora_weights", ": it changes the base weights; convert it to a plain LoRA with PEFT first")
     for name, value in fields.items():
@@ -323,8 +385,17 @@ def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> tuple[i
         if name not in _NEUTRAL_FIELDS and name != "bias" and value not in (None, False, "", [], {}):
             raise refuse(name)
 
-    numbers = check_type({"lora_dropout": 0.0, "base_model_name_or_path": None, **fields}, _NUMBERS, f"{path}: ")
-    return numbers["r"], float(numbers["lora_alpha"]), float(numbers["lora_dropout"])
+    absent = {"lora_dropout": 0.0, "base_model_name_or_path": None}
+    patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    numbers: _Numbers = check_type(
+        {**absent, **fields, **patterns, "use_rslora": fields.get("use_rslora") or False}, _NUMBERS, f"{path}: "
+    )
+    return numbers
+
+
+_Rank = Annotated[int, Field(ge=1, le=2**16)]
+# Beyond that, alpha / r times anything is no correction of a weight.
+_Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class _Numbers(TypedDict):
@@ -332,9 +403,11 @@ class _Numbers(TypedDict):
 
     __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
 
-    r: Annotated[int, Field(ge=1, le=2**16)]
-    # Beyond that, alpha / r times anything is no correction of a weight.
-    lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
+    r: _Rank
+    lora_alpha: _Alpha
+    rank_pattern: dict[str, _Rank]
+    alpha_pattern: dict[str, _Alpha]
+    use_rslora: bool
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     base_model_name_or_path: str | None
 
@@ -376,9 +449,7 @@ def _from_peft(
     depth = 0
     for name, values in tensors.items():
         template, layer, matrix = _parse(name, path, names)
-        if values.ndim != 2 or values.shape[_RANK_AXIS[matrix]] != rank or 0 in values.shape:
-            needed = f"[{rank}, in]" if matrix == "lora_A" else f"[out, {rank}]"
-            raise UserError(f"{path}: {name} has shape {list(values.shape)}, but r={rank} needs {needed}.")
+        _check_rank(name, values, matrix, rank, path)
         if not np.isfinite(values).all():
             raise UserError(f"{path}: {name} holds NaN or Inf.")
         grouped.setdefault((template, matrix), {})[layer] = name

@@ -230,17 +230,70 @@ def test_logits_equal_pefts():
     assert np.abs(adapted - base).max() > 1
 
 
+def products(lora, alpha, rank):
+    """What is added to each weight, float64 {module: [layers, out, in]}."""
+    return {
+        path[:-1]: alpha / rank * np.float64(lora[(*path[:-1], "lora_b")]) @ np.float64(values)
+        for path, values in lora.items()
+        if path[-1] == "lora_a"
+    }
+
+
+def test_rslora_computes_the_same(tmp_path):
+    save(tmp_path)
+    edit_config(tmp_path, use_rslora=True)
+    lora, config = load(tmp_path)
+    assert config.alpha == pytest.approx(16 * RANK**0.5) and config.rank == RANK
+    for path, values in random_adapter().items():
+        np.testing.assert_array_equal(lora[path], values)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_of_modules_compute_the_same(rslora, tmp_path):
+    """One module, and one layer of another, have a rank and an alpha of their own."""
+    whole = random_adapter()
+    save(tmp_path)
+    single = "model.layers.1.mlp.down_proj"
+
+    def own(name):
+        return (2, 16.0) if "q_proj" in name else (3, 5.0) if single in name else (RANK, 16.0)
+
+    def change(tensors):
+        for name, values in tensors.items():
+            rank, _ = own(name)
+            tensors[name] = np.ascontiguousarray(values[:rank] if "lora_A" in name else values[:, :rank])
+
+    edit_tensors(tmp_path, change)
+    edit_config(tmp_path, use_rslora=rslora, rank_pattern={"q_proj": 2, f"^{single}": 3}, alpha_pattern={single: 5.0})
+    lora, config = load(tmp_path)
+    found = products(lora, config.alpha, config.rank)
+    for module, (layers, _, _) in LINEARS.items():
+        for i in range(layers):
+            rank, alpha = own(f"model.layers.{i}.{'.'.join(module[1:])}")
+            a, b = (np.float64(whole[(*module, leaf)][i]) for leaf in ("lora_a", "lora_b"))
+            want = alpha / (rank**0.5 if rslora else rank) * b[:, :rank] @ a[:rank]
+            np.testing.assert_allclose(found[module][i], want, rtol=1e-5, atol=1e-5)
+    assert config.rank == RANK and not lora[("layers", "self_attn", "q_proj", "lora_a")][:, 2:].any()
+    save_adapter(tmp_path / "again", lora, config, MODEL)
+    again, plain = load(tmp_path / "again")
+    for module, values in products(again, plain.alpha, plain.rank).items():
+        np.testing.assert_allclose(values, found[module], rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, r"use_rslora.*sqrt\(r\)"),
+        ({"use_rslora": "yes"}, "use_rslora should be a valid boolean"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj\.lora_A\.weight has shape \[4, 6\], but r=8 needs \[8, in\]"),
+        ({"rank_pattern": {"v_proj": 8}}, "rank_pattern names v_proj, but"),
+        ({"rank_pattern": {"(q+)+_proj": 8}}, r"rank_pattern has the key '\(q\+\)\+_proj'; only names"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.q_proj should be greater than 0"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern should be a valid dictionary"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
