@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 
-
 _LONGEST_S = 10.0
 """Seconds that a thread of a load or save that failed is waited for."""
 
@@ -16,8 +15,8 @@ _LONGEST_S = 10.0
 def quiet_orbax() -> Iterator[None]:
     """Silence orbax: its threads also log what they raise, in hundreds of lines.
 
-    Where it fails, the threads that it leaves at work are waited for: what one of them says later would not be silenced,
-    and it writes into a directory that the caller is about to delete.
+    Where it fails, the threads that it leaves at work are waited for: what one of them says later would not be
+    silenced, and it writes into a directory that the caller is about to delete.
     """
     levels = {logger: logger.level for logger in map(logging.getLogger, ("absl", "asyncio"))}
     for logger in levels:
