@@ -174,6 +174,8 @@ def _changed_flags(before: Mapping[str, Any], flags: Mapping[str, Any]) -> list[
         and flags_before.get(name) != value
         and not _may_extend(name, flags_before)
         and not (name == "optim" and _same_rule(value, flags_before.get(name)))
+        # Both are 4 bits, or not: the digest of the base weights says so, and a run is refused where that changed.
+        and not (name == "bits" and {value, flags_before.get(name)} == {"auto", 4})
     ]
 
 

@@ -239,6 +239,13 @@ def test_flags_that_may_change(tmp_path):
     assert open_run(tmp_path, **changes).checkpoints() == [1]
 
 
+def test_bits_that_were_4_by_default_may_be_left_to_the_checkpoint(tmp_path):
+    save(open_run(tmp_path, bits=4), 1)
+    assert open_run(tmp_path, bits="auto").checkpoints() == [1]
+    with pytest.raises(UserError, match="`bits` was 'auto', now 8"):
+        open_run(tmp_path, bits=8)
+
+
 def test_a_constant_schedule_may_be_made_longer(tmp_path):
     fixed = {"lr_scheduler_type": "constant", "warmup_steps": 2}
     save(open_run(tmp_path, **fixed), 1)
