@@ -32,7 +32,7 @@ FLOORS = (
     ("optimizers",),
     ("training",),
     ("planner",),
-    ("finetuning",),
+    ("exporting", "finetuning"),
     ("commands",),
 )
 # Rooms that read a command line and write to the terminal.

@@ -4,7 +4,6 @@ Memory: one tensor of the source, its quantisation and the part being filled.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -15,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.checkpoints.companions import write_companions
 from qlora_jax.checkpoints.digests import layer_digests
-from qlora_jax.checkpoints.gguf_source import GGUFSource
 from qlora_jax.checkpoints.manifest import MANIFEST_NAME, Manifest, Part, StoredTensor, is_converted
-from qlora_jax.checkpoints.model_files import COMPANION_FILES
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import (
     Progress,
@@ -30,7 +28,6 @@ from qlora_jax.checkpoints.streaming import (
     quantized_leaves,
     stream_tensors,
 )
-from qlora_jax.checkpoints.tokenizer import tokenizer_from_gguf
 from qlora_jax.errors import UserError
 from qlora_jax.files import file_digest, file_sizes, staged_directory, write_checked_json, write_errors
 from qlora_jax.models import TensorSpec, base_tensors
@@ -111,7 +108,7 @@ def convert(
     tensors = [abstract_tensor(spec, storage, dtype, ()) for spec in specs]
     with write_errors(output, _HINT), staged_directory(output, replace=overwrite) as staging:
         _check_space(staging, output, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensors)))
-        _write_companions(source, staging)
+        write_companions(source.path, source.config, staging)
         manifest = _write_parts(source, specs, storage, dtype, staging, progress)
         write_checked_json(staging / MANIFEST_NAME, manifest.to_json())
     return Conversion(
@@ -140,17 +137,6 @@ def _check_space(staging: Path, output: Path, needed: int) -> None:
             f"the converted model needs {needed / 1e9:.2f} GB, but the disk of {output} has only "
             f"{free / 1e9:.2f} GB left; {_HINT}."
         )
-
-
-def _write_companions(source: TensorSource, directory: Path) -> None:
-    """Write config.json and the tokenizer's files; for GGUF both are made from its metadata."""
-    if isinstance(source, GGUFSource):
-        (directory / "config.json").write_text(json.dumps(source.config.source, indent=2) + "\n", encoding="utf-8")
-        tokenizer_from_gguf(source.metadata, source.path).save_pretrained(directory)
-        return
-    for name in COMPANION_FILES:
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, directory / name)
 
 
 def _write_parts(

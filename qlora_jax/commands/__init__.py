@@ -9,6 +9,7 @@ COMMANDS = {
     "finetune": "Fine-tune a language model; without flags, a small example.",
     "plan": "Say what fine-tuning would take of a GPU that need not be here.",
     "convert": "Quantise a model once, for many runs.",
+    "export": "Write a fine-tuned model in the formats that others serve: safetensors, GGUF, Ollama.",
     "benchmark": "Time the training step, or the 4-bit kernels.",
 }
 DESCRIPTION = "Fine-tune 4-bit language models with LoRA adapters (QLoRA) in JAX."

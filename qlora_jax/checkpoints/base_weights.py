@@ -1,0 +1,166 @@
+"""Weights of a base as float arrays, one tensor at a time: as its checkpoint has them, or as training computed.
+
+Memory: one tensor as it is stored, and a float32 array of its size; of a converted directory, one part of it.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from qlora_jax.checkpoints.converted import ConvertedBase
+from qlora_jax.checkpoints.manifest import is_converted, read_manifest
+from qlora_jax.checkpoints.sources import TensorSource, open_source
+from qlora_jax.checkpoints.streaming import check_source, describe, stream_tensors
+from qlora_jax.errors import UserError
+from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, family_of
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize
+
+BaseKind = Literal["dequantized", "original"]
+"""The base that an adapter is merged into: its 4-bit weights as training read them, or those they were made of."""
+
+
+@runtime_checkable
+class BaseWeights(Protocol):
+    """A base whose weights are streamed.
+
+    Attributes:
+        path: of the checkpoint or converted directory.
+        config: of the model.
+        description: one line for people.
+        specs: the base tensors in the order of `weights`.
+        other_parts: names of tensors of parts that fine-tuning leaves out, which `other_weights` gives.
+        left_out: names of tensors that carry nothing, and are in no export.
+        kept_parts: False if the directory no longer has the parts that fine-tuning leaves out.
+    """
+
+    path: Path
+    config: DecoderConfig
+    description: str
+    specs: tuple[TensorSpec, ...]
+    other_parts: tuple[str, ...]
+    left_out: tuple[str, ...]
+    kept_parts: bool
+
+    def weights(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """Every base tensor: float32 if it was quantised, else as it is stored."""
+        ...
+
+    def other_weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor of `other_parts`, as it is stored."""
+        ...
+
+
+def open_base(path: str | Path, kind: BaseKind, quantization: QuantizationConfig | None) -> BaseWeights:
+    """Open a base, reading headers only.
+
+    Args:
+        path: Hugging Face safetensors directory, GGUF file, or converted directory.
+        kind: "dequantized": linear weights are quantised as in training and dequantised, all in float32; "original": as
+            the checkpoint has them.
+        quantization: of "dequantized"; None for how a converted directory is quantised.
+
+    Raises:
+        UserError: whatever `open_source` and `check_source` refuse, a converted directory that is asked for its
+            original weights or is quantised otherwise, a checkpoint to be quantised in an unknown way.
+    """
+    path = Path(path)
+    if is_converted(path):
+        if kind == "original":
+            raise UserError(
+                f"{path} holds weights that were quantised when it was converted, not the original ones; use "
+                f"`base=dequantized`, or give the checkpoint it was made from as `model`."
+            )
+        return _Converted(path, quantization)
+    return _Checkpoint(path, quantization if kind == "dequantized" else None)
+
+
+class _Checkpoint:
+    """`BaseWeights` of a checkpoint; `quantization` None: its weights as they are."""
+
+    kept_parts = True
+
+    def __init__(self, path: Path, quantization: QuantizationConfig | None):
+        self.source: TensorSource = open_source(path)
+        self.path, self.config = self.source.path, self.source.config
+        self.description = describe(self.source)
+        self.specs = tuple(base_tensors(self.config))
+        check_source(self.source, list(self.specs), quantization)
+        self._quantization = quantization or QuantizationConfig("none")
+        used = {spec.name for spec in self.specs}
+        skipped = re.compile("|".join(f"(?:{pattern})" for pattern in family_of(self.config).skipped) or r"(?!)")
+        extra = [name for name in self.source.names() if name not in used]
+        self.other_parts = tuple(name for name in extra if skipped.fullmatch(name))
+        self.left_out = tuple(name for name in extra if not skipped.fullmatch(name))
+
+    def weights(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """Read, and quantise where that is asked for."""
+        if self._quantization.quant_type == "none":
+            yield from ((spec, self.source.read(spec.name)) for spec in self.specs)
+            return
+        for spec, value in stream_tensors(self.source, list(self.specs), self._quantization, np.dtype(np.float32)):
+            yield spec, _as_float(value)
+
+    def other_weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Read."""
+        yield from ((name, self.source.read(name)) for name in self.other_parts)
+
+
+class _Converted:
+    """`BaseWeights` of a converted directory."""
+
+    other_parts: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, quantization: QuantizationConfig | None):
+        manifest = read_manifest(path)
+        self._stored = ConvertedBase(path, quantization or manifest.quantization, np.dtype(manifest.dtype))
+        self.path, self.config, self.description = path, self._stored.config, self._stored.description
+        self._base_tensors = base_tensors(self.config)
+        self._by_place = {(spec.path, spec.layer): spec for spec in self._base_tensors}
+        self.specs = tuple(
+            self._by_place[tensor.path, layer]
+            for part in manifest.parts
+            for tensor in part.tensors
+            for layer in tensor.indices
+        )
+        self.kept_parts = not family_of(self.config).other_parts(self.config)
+
+    def weights(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """Read part by part."""
+        for path, first, value in self._stored.chunks(self._base_tensors, None):
+            if first is None:
+                yield self._by_place[path, None], _as_float(value)
+                continue
+            count = jax.tree.leaves(value)[0].shape[0]
+            for i in range(count):
+                layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], value)
+                yield self._by_place[path, first + i], _as_float(layer)
+
+    def other_weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Nothing: a conversion leaves them out."""
+        return iter(())
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(value: QuantizedTensor, dtype: str) -> jax.Array:
+    return dequantize(value, dtype)
+
+
+def dequantized(value: QuantizedTensor) -> np.ndarray:
+    """Dequantise a weight on the host, to float32."""
+    with _on_host():
+        return np.asarray(_dequantize(value, "float32"))
+
+
+def _on_host() -> contextlib.AbstractContextManager[None]:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def _as_float(value: QuantizedTensor | np.ndarray) -> np.ndarray:
+    return dequantized(value) if isinstance(value, QuantizedTensor) else np.asarray(value)

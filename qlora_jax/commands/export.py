@@ -1,0 +1,113 @@
+"""`qlora-jax export`: a trained adapter with its base, in the formats that other programs serve."""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Literal
+
+from qlora_jax.cli import argument, command, flag, parse_flags, spellings
+
+DESCRIPTION = """Export a fine-tuned model: the adapter of a run, merged into its base or beside it, as files that
+transformers, vLLM, llama.cpp and Ollama serve."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags:
+    """Flags of `export`."""
+
+    adapter: str = argument("Directory of a run, of one of its checkpoints, or of an adapter in PEFT's format.")
+    output_dir: str = argument("Directory to create.")
+    to: Literal["safetensors", "bitsandbytes"] = flag(
+        "safetensors",
+        "Format: safetensors (Hugging Face, 16 bits), or bitsandbytes (Hugging Face, 4 bits).",
+    )
+    base: Literal["dequantized", "original"] = flag(
+        "dequantized",
+        "Merge into the 4-bit weights that training saw (the model that was evaluated), or into the original ones.",
+    )
+    model: str | None = flag(None, "Base model, where it is not the one that the run names: path or hub id.")
+    quant_type: Literal["nf4", "fp4", "int8", "none"] | None = flag(
+        None, "How linear weights were stored in training; by default as the run says, else nf4."
+    )
+    block_size: int = flag(64, "Weights that shared a scale (with --quant_type nf4, fp4).")
+    double_quant: bool = flag(True, "Whether the scales were quantised too (with --quant_type nf4, fp4).")
+    dtype: Literal["bfloat16", "float16", "float32"] = flag("bfloat16", "Type of weights that are not quantised.")
+    max_shard_size: str = flag("5GB", "Most data of a safetensors file.")
+    overwrite: bool = flag(False, "Replace an earlier export in OUTPUT_DIR.")
+
+
+def main(argv: Sequence[str], *, prog: str = "qlora-jax export") -> int:
+    """Export and print what was written."""
+    flags, _ = parse_flags(ExportFlags, argv, prog=prog, description=DESCRIPTION, check=refusals)
+    with command(spellings(ExportFlags)):
+        export_adapter(flags)
+    return 0
+
+
+def refusals(values: Any, given: Set[str]) -> list[str]:
+    """List a sentence for every flag that has no effect beside the others."""
+    found = []
+    if values.quant_type not in ("nf4", "fp4"):
+        beside = "without `quant_type`" if values.quant_type is None else f"with `quant_type={values.quant_type}`"
+        found += [
+            f"`{n}` has no effect {beside}; leave it out." for n in sorted(given & {"block_size", "double_quant"})
+        ]
+    if values.base == "original" and values.quant_type is not None and values.to != "bitsandbytes":
+        found.append("`quant_type` has no effect with `base=original`; leave it out.")
+    return found
+
+
+def export_adapter(flags: ExportFlags) -> None:
+    """Export with a progress bar; print what survives rounding, sizes, time and peak memory."""
+    # Imported once the flags are known to be good: loading JAX takes seconds.
+    from tqdm import tqdm
+
+    from qlora_jax.exporting import ExportConfig, export, parse_size
+    from qlora_jax.formatting import format_bytes, table
+    from qlora_jax.quantization import QuantizationConfig
+
+    quantization = None
+    if flags.quant_type is not None:
+        quantization = QuantizationConfig(flags.quant_type, flags.block_size, flags.double_quant)
+    config = ExportConfig(
+        adapter=flags.adapter,
+        output_dir=flags.output_dir,
+        to=flags.to,
+        base=flags.base,
+        model=flags.model,
+        quantization=quantization,
+        dtype=flags.dtype,
+        max_shard_bytes=parse_size(flags.max_shard_size),
+        overwrite=flags.overwrite,
+    )
+    with tqdm(unit=" tensors", desc="Exporting", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = export(config, progress)
+    print(f"Wrote {result.directory}: {result.base}")
+    if result.left_out:
+        print(f"  left out, since nothing is in them: {', '.join(result.left_out)}")
+    if result.shares:
+        print("  share of the trained change that survives rounding, mean over layers and least:")
+        print(table(share_rows(result.shares)))
+    print(table([(name, format_bytes(size)) for name, size in sorted(result.files.items())]))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(f"  {result.seconds:.1f} s, peak memory {format_bytes(peak)}")
+
+
+def share_rows(shares: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Make a row for the linears of one name in all layers: mean share, least share, and whose that is."""
+    by_name: dict[str, dict[str, float]] = {}
+    for module, share in shares.items():
+        by_name.setdefault(module.rpartition(".")[2], {})[module] = share
+    rows: list[tuple[str, ...]] = []
+    for name, found in by_name.items():
+        least = min(found, key=lambda module: found[module])
+        mean = sum(found.values()) / len(found)
+        rows.append((name, f"{100 * mean:.1f} %", f"{100 * found[least]:.1f} % ({least})"))
+    return rows

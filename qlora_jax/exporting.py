@@ -1,0 +1,254 @@
+"""Exports of a trained adapter with its base: one function from a run's directory to files that people serve.
+
+Whatever the format, everything is written to a hidden sibling of the output directory and renamed when it is whole;
+export.json says what was made of what, and SHA256SUMS has the digest of every file.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_jax import files
+from qlora_jax.checkpoints.base_weights import BaseKind, BaseWeights, open_base
+from qlora_jax.checkpoints.hf_export import HuggingFaceFormat, write_hugging_face
+from qlora_jax.checkpoints.hub import resolve_model
+from qlora_jax.checkpoints.manifest import is_converted, read_manifest
+from qlora_jax.checkpoints.merging import Adapter, open_adapter
+from qlora_jax.checkpoints.peft import CONFIG_NAME
+from qlora_jax.checkpoints.streaming import Progress
+from qlora_jax.errors import UserError
+from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.training.ownership import RUN_FILE
+from qlora_jax.training.results import SUMMARY_FILE, read_summary
+
+logger = logging.getLogger(__name__)
+
+EXPORT_FILE = "export.json"
+"""Contents of an export; a directory that has one is complete."""
+
+ERASED = 0.1
+"""Share of a module's change below which rounding is said to erase it."""
+
+_HINT = "free some space or choose another output directory"
+_SHOWN = 5
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+Target = Literal["safetensors", "bitsandbytes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """An export.
+
+    Attributes:
+        adapter: directory of a run, one of its checkpoints, or an adapter in PEFT's format.
+        output_dir: directory to make.
+        to: format.
+        base: the base the adapter is merged into, see `BaseKind`.
+        model: base to use in place of the one the run names.
+        quantization: of the base in training; None for what the run, or the converted base, says.
+        dtype: of weights that the format does not quantise.
+        max_shard_bytes: most data of a safetensors file.
+        overwrite: replace an earlier export.
+    """
+
+    adapter: str
+    output_dir: str
+    to: Target = "safetensors"
+    base: BaseKind = "dequantized"
+    model: str | None = None
+    quantization: QuantizationConfig | None = None
+    dtype: str = "bfloat16"
+    max_shard_bytes: int = 5 * 10**9
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained adapter on disk, and what is known of the run that made it.
+
+    Attributes:
+        adapter: directory of the adapter.
+        run: contents of run.json; {} if there is none.
+        summary: contents of summary.json; {} if there is none.
+    """
+
+    adapter: Path
+    run: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+    @property
+    def flags(self) -> Mapping[str, Any]:
+        """Flags of the run."""
+        flags: Mapping[str, Any] = self.run.get("flags", {})
+        return flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Result of `export`.
+
+    Attributes:
+        directory: of all files.
+        files: name -> bytes.
+        shares: module -> share of its trained change that survives rounding, see `surviving_share`.
+        base: one line about the base.
+        left_out: tensors of the base that carry nothing and are in no export.
+        seconds: wall time.
+    """
+
+    directory: Path
+    files: Mapping[str, int]
+    shares: Mapping[str, float]
+    base: str
+    left_out: tuple[str, ...]
+    seconds: float
+
+
+def find_trained(path: str | Path) -> Trained:
+    """Find the adapter of a run, of a checkpoint or on its own, and the run's record.
+
+    Raises:
+        UserError: there is no adapter, or run.json or summary.json is not as it was written.
+    """
+    directory = files.user_path(path)
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist; give a run's directory, or an adapter in PEFT's format.")
+    adapter = directory if (directory / CONFIG_NAME).is_file() else directory / "adapter"
+    if not (adapter / CONFIG_NAME).is_file():
+        checkpoints = sorted(directory.glob(f"checkpoint-*/{CONFIG_NAME}"))
+        hint = f"; the run may be unfinished: give {checkpoints[-1].parent}" if checkpoints else ""
+        raise UserError(f"{directory} holds no adapter ({CONFIG_NAME}){hint}.")
+    record = next((place / RUN_FILE for place in (directory, adapter.parent) if (place / RUN_FILE).is_file()), None)
+    run: Mapping[str, Any] = {}
+    if record is not None:
+        try:
+            run = files.read_checked_json(record)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{record} is damaged ({files.reason(error)}); give the adapter alone, elsewhere."
+            ) from error
+    summary = read_summary(adapter.parent) if run and (adapter.parent / SUMMARY_FILE).is_file() else None
+    return Trained(adapter, run, summary or {})
+
+
+def export(config: ExportConfig, progress: Progress | None = None) -> Export:
+    """Export a trained adapter.
+
+    Args:
+        config: of what, to what and where.
+        progress: see `Progress`.
+
+    Raises:
+        UserError: an adapter or base that cannot be read or do not belong together, a format that cannot hold the
+            model, an output directory in use, or a disk that is full.
+    """
+    started = time.perf_counter()
+    output = Path(os.path.abspath(files.user_path(config.output_dir)))
+    _check_output(output, config.overwrite)
+    trained = find_trained(config.adapter)
+    model = resolve_model(config.model or _model_name(trained))
+    quantization = config.quantization or _quantization(trained, model)
+    base = open_base(model, config.base, quantization)
+    adapter = open_adapter(trained.adapter, base.config, base.specs)
+    with files.write_errors(output, _HINT), files.staged_directory(output, replace=config.overwrite) as staging:
+        shares = _write(config, base, adapter, staging, quantization, progress)
+        record = {
+            "format": config.to,
+            "base": config.base,
+            "model": base.description,
+            "quantization": str(quantization) if config.base == "dequantized" else None,
+            "surviving_share": shares,
+            "left_out": list(base.left_out),
+        }
+        files.write_json(staging / EXPORT_FILE, record)
+        files.write_checksums(staging)
+    _warn(config, shares)
+    return Export(
+        directory=output,
+        files=files.file_sizes(output),
+        shares=shares,
+        base=base.description,
+        left_out=base.left_out,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as 5GB or 300MB, in powers of 1000.
+
+    Raises:
+        UserError: it is none, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if match is None or not float(match[1]):
+        raise UserError(f"`max_shard_size={text}`: give a size such as 5GB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _model_name(trained: Trained) -> str:
+    """Return the base that an adapter was trained on."""
+    if name := trained.flags.get("model_name_or_path"):
+        return str(name)
+    from qlora_jax.checkpoints.model_files import read_json_object
+
+    name = read_json_object(trained.adapter / CONFIG_NAME, "save the adapter again").get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{trained.adapter / CONFIG_NAME} names no base model; give it as `model`.")
+    return name
+
+
+def _quantization(trained: Trained, model: Path) -> QuantizationConfig:
+    """Return how the base was stored in training: as the run says, else as a converted base is, else the default."""
+    flags = trained.flags
+    if flags:
+        kind = {4: flags["quant_type"], 8: "int8", 16: "none"}[flags["bits"]]
+        return QuantizationConfig(kind, flags["block_size"], flags["double_quant"])
+    if is_converted(model):
+        return read_manifest(model).quantization
+    default = QuantizationConfig()
+    logger.info("nothing says how the base of %s was quantised in training: %s is taken", trained.adapter, default)
+    return default
+
+
+def _write(
+    config: ExportConfig,
+    base: BaseWeights,
+    adapter: Adapter,
+    directory: Path,
+    quantization: QuantizationConfig,
+    progress: Progress | None,
+) -> dict[str, float]:
+    stored = None
+    if config.to == "bitsandbytes":
+        kind = quantization.quant_type if quantization.quant_type in ("nf4", "fp4") else "nf4"
+        stored = QuantizationConfig(kind, 64, quantization.double_quant or quantization.quant_type != kind)
+    return write_hugging_face(
+        base, adapter, directory, HuggingFaceFormat(config.dtype, config.max_shard_bytes, stored), progress
+    )
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / EXPORT_FILE).is_file():
+        raise UserError(f"{output} exists and is no earlier export; choose another output directory.")
+    if not overwrite:
+        raise UserError(f"{output} already holds an export; set `overwrite` to replace it.")
+
+
+def _warn(config: ExportConfig, shares: Mapping[str, float]) -> None:
+    """Name the modules whose change does not survive."""
+    if not shares:
+        logger.warning("every matrix B of the adapter is zero: it was not trained, and the export is its base")
+    if erased := [name for name, share in shares.items() if share < ERASED]:
+        shown = ", ".join(erased[:_SHOWN]) + (f" and {len(erased) - _SHOWN} more" if len(erased) > _SHOWN else "")
+        logger.warning(
+            "rounding to %s keeps less than %.0f %% of the trained change of %s (%s lists all); export to 16 bits, or "
+            "the adapter beside its base, to keep it", config.to, 100 * ERASED, shown, EXPORT_FILE,
+        )  # fmt: skip
