@@ -19,3 +19,11 @@ QuantType = Literal["nf4", "fp4", "int4", "q4_0", "q4_1"]
 
 OWN_BLOCKS = frozenset(("q4_0", "q4_1"))
 """Those of them with blocks and scales of their own, which `block_size` and `double_quant` do not change."""
+
+BaseKind = Literal["dequantized", "original"]
+"""The base that an adapter is merged into: its weights as training read them, or those they were quantised from."""
+
+ExportTarget = Literal[
+    "safetensors", "bitsandbytes", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1", "gguf-lora"
+]
+"""Formats of an export."""

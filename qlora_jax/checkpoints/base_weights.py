@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,12 +17,10 @@ from qlora_jax.checkpoints.converted import ConvertedBase
 from qlora_jax.checkpoints.manifest import is_converted, read_manifest
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import check_source, describe, stream_tensors
+from qlora_jax.choices import BaseKind
 from qlora_jax.errors import UserError
 from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, family_of
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize
-
-BaseKind = Literal["dequantized", "original"]
-"""The base that an adapter is merged into: its 4-bit weights as training read them, or those they were made of."""
 
 
 @runtime_checkable

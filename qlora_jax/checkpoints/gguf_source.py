@@ -17,7 +17,8 @@ from qlora_jax.errors import UserError
 from qlora_jax.models import FAMILIES, GGUF, Name, model_config, names
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, gguf_blocks
 
-_ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS = "rope_freqs.weight"
+"""Tensor of what divides the rotary frequencies, which is how LLaMA 3's scaling is stored."""
 _LEAVES = (".weight", ".bias")
 
 # Metadata of every architecture that is read below, or that says nothing the tensors do not.
@@ -66,7 +67,7 @@ class GGUFSource:
         self._entries: dict[str, Entry] = {}
         self._layouts: dict[str, str] = {}
         for gguf_name, entry in entries.items():
-            if gguf_name != _ROPE_FREQS:
+            if gguf_name != ROPE_FREQS:
                 name, layout = _hf_name(gguf_name, table)
                 self._entries[name], self._layouts[name] = entry, layout
         kinds = sorted({entry.kind.name for entry in entries.values()})
@@ -136,6 +137,12 @@ def _half_split(array: np.ndarray, head_dim: int) -> np.ndarray:
     """Reorder rows from (head, pair, half), rotated in neighbouring pairs, to (head, half, pair)."""
     pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+
+
+def interleaved(array: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorder rows from (head, half, pair) to (head, pair, half), as llama.cpp rotates them in some families."""
+    halves = array.reshape(-1, 2, head_dim // 2, *array.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
 
 
 def _shortest(value: Any) -> Any:
@@ -241,8 +248,8 @@ class _Metadata:
         return size or (embedding.shape[0] if embedding else 0)
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict[str, Any] | None:
-        if _ROPE_FREQS in self.entries:
-            return _llama3_scaling(self.path, head_dim, theta, read_tensor(self.path, self.entries[_ROPE_FREQS]))
+        if ROPE_FREQS in self.entries:
+            return _llama3_scaling(self.path, head_dim, theta, read_tensor(self.path, self.entries[ROPE_FREQS]))
         kind, architecture = self.get("rope.scaling.type", "none"), self.gguf.architecture
         factor = self.get("rope.scaling.factor", self.get("rope.scale_linear"))
         if kind == "none" and (factor is None or factor in (0.0, 1.0)):
@@ -289,7 +296,7 @@ def _llama3_scaling(path: Path, head_dim: int, theta: float, rope_freqs: np.ndar
     expected = 1.0 / ((1 - smooth) / scaling["factor"] + smooth)
     if rope_freqs.shape != expected.shape or not np.allclose(rope_freqs, expected, rtol=1e-3):
         raise UserError(
-            f"tensor {_ROPE_FREQS} in {path} does not follow LLaMA 3's rule for rotary scaling and is not supported; "
+            f"tensor {ROPE_FREQS} in {path} does not follow LLaMA 3's rule for rotary scaling and is not supported; "
             f"use the safetensors version."
         )
     return scaling

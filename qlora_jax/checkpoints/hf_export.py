@@ -23,8 +23,8 @@ from qlora_jax.errors import UserError
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize, to_bitsandbytes
 
 _GENERATION_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# transformers cannot be told another block size.
-_BITSANDBYTES_BLOCK = 64
+BITSANDBYTES_BLOCK = 64
+"""The block size of bitsandbytes checkpoints: transformers cannot be told another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ class HuggingFaceFormat:
     def __post_init__(self) -> None:
         """Refuse what bitsandbytes' loader in transformers does not read."""
         if self.quantization is not None and (
-            self.quantization.quant_type not in ("nf4", "fp4") or self.quantization.block_size != _BITSANDBYTES_BLOCK
+            self.quantization.quant_type not in ("nf4", "fp4") or self.quantization.block_size != BITSANDBYTES_BLOCK
         ):
             raise UserError(
-                f"transformers reads bitsandbytes checkpoints of nf4 or fp4 in blocks of {_BITSANDBYTES_BLOCK}, not of "
-                f"{self.quantization}; set `block_size={_BITSANDBYTES_BLOCK}`."
+                f"transformers reads bitsandbytes checkpoints of nf4 or fp4 in blocks of {BITSANDBYTES_BLOCK}, not of "
+                f"{self.quantization}; set `block_size={BITSANDBYTES_BLOCK}`."
             )
 
 

@@ -230,7 +230,7 @@ def _refuse_code(path: Path) -> None:
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | Path) -> tuple[Any, bool]:
     """Byte-level BPE as GPT-2's (Radford et al. 2019), cut as tokenizer.ggml.pre says; also whether BOS is usual."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
 
     kind = metadata.get("tokenizer.ggml.pre")
     if kind not in _PRE_TOKENIZERS:
@@ -243,6 +243,15 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | 
     if not merges or any(len(merge) != 2 for merge in merges):
         raise UserError(f"{path} has missing or malformed tokenizer.ggml.merges; use the safetensors version.")
     backend = Tokenizer(_bpe(models.BPE, path, tokens, merges, ignore_merges=pre.ignore_merges))
+    _set_cutting(backend, pre)
+    backend.decoder = decoders.ByteLevel()
+    return backend, pre.add_bos
+
+
+def _set_cutting(backend: Any, pre: _PreTokenizer) -> None:
+    """Give a tokenizer the normalizer and pre-tokenizer of byte-level BPE."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
     if pre.compose:
         backend.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None)
@@ -252,8 +261,34 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], path: str | 
     if pre.pattern is not None:
         first.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level]) if first else byte_level
-    backend.decoder = decoders.ByteLevel()
-    return backend, pre.add_bos
+
+
+def pre_tokenizer_name(contents: Mapping[str, Any]) -> str | None:
+    """Return the `tokenizer.ggml.pre` of a byte-level BPE with these contents of tokenizer.json; None if it has none.
+
+    Compared are normalizer, pre-tokenizer and the rule for whole pieces: the ids of all texts then agree.
+    """
+    from tokenizers import Tokenizer, models
+
+    for name, pre in _PRE_TOKENIZERS.items():
+        own = Tokenizer(models.BPE(ignore_merges=pre.ignore_merges))
+        _set_cutting(own, pre)
+        if _cutting(json.loads(own.to_str())) == _cutting(contents):
+            return name
+    return None
+
+
+def _cutting(contents: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what decides how a text is cut, without nesting and what concerns offsets only."""
+
+    def steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+        if part is None:
+            return []
+        found = [step for each in part[inner] for step in steps(each, inner)] if part["type"] == "Sequence" else [part]
+        return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in found]
+
+    whole = bool(contents["model"].get("ignore_merges"))
+    return steps(contents["normalizer"], "normalizers"), steps(contents["pre_tokenizer"], "pretokenizers"), whole
 
 
 def _has_space_prefix(metadata: Mapping[str, Any]) -> bool:

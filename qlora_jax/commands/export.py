@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
+from qlora_jax.choices import BaseKind, ExportTarget
 from qlora_jax.cli import argument, command, flag, parse_flags, spellings
 
 DESCRIPTION = """Export a fine-tuned model: the adapter of a run, merged into its base or beside it, as files that
@@ -18,11 +19,12 @@ class ExportFlags:
 
     adapter: str = argument("Directory of a run, of one of its checkpoints, or of an adapter in PEFT's format.")
     output_dir: str = argument("Directory to create.")
-    to: Literal["safetensors", "bitsandbytes"] = flag(
+    to: ExportTarget = flag(
         "safetensors",
-        "Format: safetensors (Hugging Face, 16 bits), or bitsandbytes (Hugging Face, 4 bits).",
+        "Format: safetensors (16 bits) or bitsandbytes (4 bits) for transformers and vLLM; gguf-... for llama.cpp and "
+        "Ollama, in the type of that name, or gguf-lora for the adapter alone.",
     )
-    base: Literal["dequantized", "original"] = flag(
+    base: BaseKind = flag(
         "dequantized",
         "Merge into the 4-bit weights that training saw (the model that was evaluated), or into the original ones.",
     )
@@ -35,6 +37,7 @@ class ExportFlags:
     dtype: Literal["bfloat16", "float16", "float32"] = flag("bfloat16", "Type of weights that are not quantised.")
     max_shard_size: str = flag("5GB", "Most data of a safetensors file.")
     overwrite: bool = flag(False, "Replace an earlier export in OUTPUT_DIR.")
+    push_to_hub: str | None = flag(None, "Repository (OWNER/NAME) on the Hugging Face hub to upload the result to.")
 
 
 def main(argv: Sequence[str], *, prog: str = "qlora-jax export") -> int:
@@ -48,6 +51,10 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax export") -> int:
 def refusals(values: Any, given: Set[str]) -> list[str]:
     """List a sentence for every flag that has no effect beside the others."""
     found = []
+    gguf = str(values.to).startswith("gguf")
+    idle = {"dtype", "max_shard_size"} if gguf else set()
+    idle |= {"base", "quant_type"} if values.to == "gguf-lora" else set()
+    found += [f"`{name}` has no effect with `to={values.to}`; leave it out." for name in sorted(idle & given)]
     if values.quant_type not in ("nf4", "fp4"):
         beside = "without `quant_type`" if values.quant_type is None else f"with `quant_type={values.quant_type}`"
         found += [
@@ -80,6 +87,7 @@ def export_adapter(flags: ExportFlags) -> None:
         dtype=flags.dtype,
         max_shard_bytes=parse_size(flags.max_shard_size),
         overwrite=flags.overwrite,
+        push_to_hub=flags.push_to_hub,
     )
     with tqdm(unit=" tensors", desc="Exporting", disable=None) as bar:
 

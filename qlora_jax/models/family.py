@@ -49,6 +49,8 @@ class GGUF(NamedTuple):
         reads: further metadata keys, without the architecture, that `derived` reads; any other is refused.
         derived: (the config.json made so far, lookup of a metadata key without the architecture, llama.cpp's names of
             the tensors) -> further fields of config.json.
+        written: (configuration) -> metadata, without the architecture, to write beside those of every decoder.
+        rope: name of the rotary table that the metadata of every decoder describe.
     """
 
     architecture: str
@@ -59,6 +61,8 @@ class GGUF(NamedTuple):
     derived: Callable[[Mapping[str, Any], Callable[[str], Any], Collection[str]], dict[str, Any]] = (
         lambda config, metadata, tensors: {}
     )
+    written: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    rope: str = "default"
 
 
 class Family(NamedTuple):

@@ -181,6 +181,17 @@ def _gguf_fields(config: Mapping[str, Any], metadata: Callable[[str], Any], tens
     return {"query_pre_attn_scalar": scale, "layer_types": kinds}
 
 
+def _gguf_metadata(config: Gemma3Config) -> dict[str, Any]:
+    """Window, pattern and table of the sliding layers; the pattern only where it is not the usual one."""
+    windows = [attention.window for attention in config.attentions]
+    window = next((window for window in windows if window is not None), None)
+    written: dict[str, Any] = {} if window is None else {"attention.sliding_window": window}
+    slides = [window is not None for window in windows]
+    if window is not None and slides != [(layer + 1) % 6 > 0 for layer in range(len(slides))]:
+        written["attention.sliding_window_pattern"] = slides
+    return {**written, "rope.freq_base_swa": dict(config.rotary)["local"].theta}
+
+
 FAMILY = Family(
     title="Gemma 3 (text)",
     architectures=("Gemma3ForCausalLM", _CONDITIONAL),
@@ -199,6 +210,8 @@ FAMILY = Family(
         },
         reads=("attention.sliding_window_pattern",),
         derived=_gguf_fields,
+        written=_gguf_metadata,
+        rope="global",
     ),
     ignored=_redundant,
     skipped={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the vision tower and its projector"},

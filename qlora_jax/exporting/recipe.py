@@ -1,4 +1,4 @@
-"""Exports of a trained adapter with its base: one function from a run's directory to files that people serve.
+"""The export of a trained adapter with its base: one function from a run's directory to files that people serve.
 
 Whatever the format, everything is written to a hidden sibling of the output directory and renamed when it is whole;
 export.json says what was made of what, and SHA256SUMS has the digest of every file.
@@ -10,18 +10,26 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePath
+from typing import Any
 
 from qlora_jax import files
-from qlora_jax.checkpoints.base_weights import BaseKind, BaseWeights, open_base
-from qlora_jax.checkpoints.hf_export import HuggingFaceFormat, write_hugging_face
-from qlora_jax.checkpoints.hub import resolve_model
+from qlora_jax.checkpoints.base_weights import open_base
+from qlora_jax.checkpoints.gguf_adapter import write_gguf_adapter
+from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, write_gguf
+from qlora_jax.checkpoints.hf_export import BITSANDBYTES_BLOCK, HuggingFaceFormat, write_hugging_face
+from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.manifest import is_converted, read_manifest
-from qlora_jax.checkpoints.merging import Adapter, open_adapter
+from qlora_jax.checkpoints.merging import open_adapter
+from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.peft import CONFIG_NAME
 from qlora_jax.checkpoints.streaming import Progress
+from qlora_jax.checkpoints.tokenizer import load_tokenizer
+from qlora_jax.choices import BaseKind, ExportTarget
 from qlora_jax.errors import UserError
+from qlora_jax.exporting.model_card import CardFacts, model_card, public_name
+from qlora_jax.exporting.modelfile import modelfile
+from qlora_jax.models import base_tensors
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.ownership import RUN_FILE
 from qlora_jax.training.results import SUMMARY_FILE, read_summary
@@ -36,9 +44,8 @@ ERASED = 0.1
 
 _HINT = "free some space or choose another output directory"
 _SHOWN = 5
+_ADAPTER = "adapter.gguf"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-Target = Literal["safetensors", "bitsandbytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +62,19 @@ class ExportConfig:
         dtype: of weights that the format does not quantise.
         max_shard_bytes: most data of a safetensors file.
         overwrite: replace an earlier export.
+        push_to_hub: repository to upload the finished export to; None for none.
     """
 
     adapter: str
     output_dir: str
-    to: Target = "safetensors"
+    to: ExportTarget = "safetensors"
     base: BaseKind = "dequantized"
     model: str | None = None
     quantization: QuantizationConfig | None = None
     dtype: str = "bfloat16"
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
+    push_to_hub: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +140,7 @@ def find_trained(path: str | Path) -> Trained:
             run = files.read_checked_json(record)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{record} is damaged ({files.reason(error)}); give the adapter alone, elsewhere."
+                f"{record} is damaged ({files.reason(error)}); copy {adapter} elsewhere and give that."
             ) from error
     summary = read_summary(adapter.parent) if run and (adapter.parent / SUMMARY_FILE).is_file() else None
     return Trained(adapter, run, summary or {})
@@ -152,31 +161,70 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
     output = Path(os.path.abspath(files.user_path(config.output_dir)))
     _check_output(output, config.overwrite)
     trained = find_trained(config.adapter)
-    model = resolve_model(config.model or _model_name(trained))
+    name = config.model or _model_name(trained)
+    merges = config.to != "gguf-lora"
+    model = resolve_model(name, weights=merges)
     quantization = config.quantization or _quantization(trained, model)
-    base = open_base(model, config.base, quantization)
-    adapter = open_adapter(trained.adapter, base.config, base.specs)
+    base = open_base(model, config.base, quantization) if merges else None
+    model_config = resolve_config(model) if base is None else base.config
+    adapter = open_adapter(trained.adapter, model_config, tuple(base_tensors(model_config)))
     with files.write_errors(output, _HINT), files.staged_directory(output, replace=config.overwrite) as staging:
-        shares = _write(config, base, adapter, staging, quantization, progress)
+        shares: dict[str, float] = {}
+        if base is None:
+            write_gguf_adapter(adapter, model_config, staging / _ADAPTER, title=_title(name))
+        elif config.to.startswith("gguf"):
+            kind = config.to.removeprefix("gguf-").upper()
+            file = staging / _merged_file(config)
+            shares = write_gguf(base, adapter, file, GGUF_FORMATS[kind], title=_title(name), progress=progress)
+        else:
+            shares = write_hugging_face(base, adapter, staging, _hugging_face(config, quantization), progress)
+        if config.to.startswith("gguf"):
+            text = _modelfile(config, trained, model, name)
+            (staging / "Modelfile").write_text(text, encoding="utf-8")
+        merged_into = config.base if merges else None
+        facts = CardFacts(_title(name), config.to, name, merged_into, str(quantization), shares)
+        (staging / "README.md").write_text(model_card(facts, trained.run, trained.summary), encoding="utf-8")
         record = {
             "format": config.to,
-            "base": config.base,
-            "model": base.description,
-            "quantization": str(quantization) if config.base == "dequantized" else None,
+            "model": public_name(name),
+            "base": merged_into,
+            "quantization": str(quantization),
             "surviving_share": shares,
-            "left_out": list(base.left_out),
+            "left_out": list(base.left_out) if base else [],
         }
         files.write_json(staging / EXPORT_FILE, record)
         files.write_checksums(staging)
-    _warn(config, shares)
+    if merges:
+        _warn(config, shares)
+    if config.push_to_hub is not None:
+        push(output, config.push_to_hub)
     return Export(
         directory=output,
         files=files.file_sizes(output),
         shares=shares,
-        base=base.description,
-        left_out=base.left_out,
+        base=base.description if base else f"the adapter of {public_name(name)}",
+        left_out=base.left_out if base else (),
         seconds=time.perf_counter() - started,
     )
+
+
+def push(directory: Path, repository: str) -> None:
+    """Upload a complete export to the Hugging Face hub; a repository that is not there is made, private.
+
+    Raises:
+        UserError: it cannot be uploaded; says why, and that the export is whole.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload an export of qlora-jax")
+    except Exception as error:  # the hub's client raises its own types, those of its HTTP library and ValueError
+        raise UserError(
+            f"{directory} is complete, but could not be pushed to {repository} ({files.reason(error)}); log in with "
+            f"`hf auth login` or upload it with `hf upload {repository} {directory}`."
+        ) from error
 
 
 def parse_size(text: str) -> int:
@@ -195,8 +243,6 @@ def _model_name(trained: Trained) -> str:
     """Return the base that an adapter was trained on."""
     if name := trained.flags.get("model_name_or_path"):
         return str(name)
-    from qlora_jax.checkpoints.model_files import read_json_object
-
     name = read_json_object(trained.adapter / CONFIG_NAME, "save the adapter again").get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(f"{trained.adapter / CONFIG_NAME} names no base model; give it as `model`.")
@@ -216,20 +262,36 @@ def _quantization(trained: Trained, model: Path) -> QuantizationConfig:
     return default
 
 
-def _write(
-    config: ExportConfig,
-    base: BaseWeights,
-    adapter: Adapter,
-    directory: Path,
-    quantization: QuantizationConfig,
-    progress: Progress | None,
-) -> dict[str, float]:
-    stored = None
-    if config.to == "bitsandbytes":
-        kind = quantization.quant_type if quantization.quant_type in ("nf4", "fp4") else "nf4"
-        stored = QuantizationConfig(kind, 64, quantization.double_quant or quantization.quant_type != kind)
-    return write_hugging_face(
-        base, adapter, directory, HuggingFaceFormat(config.dtype, config.max_shard_bytes, stored), progress
+def _hugging_face(config: ExportConfig, quantization: QuantizationConfig) -> HuggingFaceFormat:
+    """Return how a Hugging Face directory is stored; a bitsandbytes one in the type of training, where it has that."""
+    if config.to != "bitsandbytes":
+        return HuggingFaceFormat(config.dtype, config.max_shard_bytes)
+    kept = quantization.quant_type in ("nf4", "fp4")
+    kind = quantization.quant_type if kept else "nf4"
+    four_bit = QuantizationConfig(kind, BITSANDBYTES_BLOCK, quantization.double_quant or not kept)
+    return HuggingFaceFormat(config.dtype, config.max_shard_bytes, four_bit)
+
+
+def _merged_file(config: ExportConfig) -> str:
+    return f"model-{config.to.removeprefix('gguf-').upper()}.gguf"
+
+
+def _title(name: str) -> str:
+    """Name a model after its base."""
+    return f"{PurePath(public_name(name)).name.removesuffix('.gguf')}-lora"
+
+
+def _modelfile(config: ExportConfig, trained: Trained, model: Path, name: str) -> str:
+    tokenizer = load_tokenizer(model)
+    dataset_format = trained.flags.get("dataset_format")
+    if config.to != "gguf-lora":
+        return modelfile(f"./{_merged_file(config)}", tokenizer, dataset_format=dataset_format)
+    return modelfile(
+        f"./{model.name}" if model.is_file() else "./base.gguf",
+        tokenizer,
+        adapter=f"./{_ADAPTER}",
+        dataset_format=dataset_format,
+        note=f"FROM is a GGUF file of {public_name(name)}: put it here, or say where it is.",
     )
 
 
