@@ -4,6 +4,7 @@ Memory: one tensor as it is stored, and a float32 array of its size; of a conver
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -13,14 +14,37 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from qlora_jax.checkpoints.converted import ConvertedBase
+from qlora_jax.checkpoints.converted import ConvertedBase, converted_config
 from qlora_jax.checkpoints.manifest import is_converted, read_manifest
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import check_source, describe, stream_tensors
 from qlora_jax.choices import BaseKind
 from qlora_jax.errors import UserError
 from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, family_of
-from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize
+from qlora_jax.quantization import MixedQuantization, QuantizationConfig, QuantizedTensor, dequantize
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseStorage:
+    """How training kept the linear weights of a base.
+
+    Attributes:
+        default: of linears that its checkpoint does not hold quantised.
+        adopt: linears that it does are kept as they are.
+    """
+
+    default: QuantizationConfig = dataclasses.field(default_factory=QuantizationConfig)
+    adopt: bool = True
+
+    def of(self, config: DecoderConfig) -> MixedQuantization:
+        """Return the storage of each linear of a model."""
+        return MixedQuantization(self.default, config.stored if self.adopt else ())
+
+    def describe(self, config: DecoderConfig) -> str:
+        """Name the storages of a model's linears, for people."""
+        linears = dict.fromkeys(spec.linear for spec in base_tensors(config) if spec.quantized)
+        storage = self.of(config)
+        return ", ".join(dict.fromkeys(str(storage.of(name)) for name in linears))
 
 
 @runtime_checkable
@@ -54,18 +78,18 @@ class BaseWeights(Protocol):
         ...
 
 
-def open_base(path: str | Path, kind: BaseKind, quantization: QuantizationConfig | None) -> BaseWeights:
+def open_base(path: str | Path, kind: BaseKind, storage: BaseStorage) -> BaseWeights:
     """Open a base, reading headers only.
 
     Args:
         path: Hugging Face safetensors directory, GGUF file, or converted directory.
-        kind: "dequantized": linear weights are quantised as in training and dequantised, all in float32; "original": as
+        kind: "dequantized": linear weights are stored as in training and dequantised, all in float32; "original": as
             the checkpoint has them.
-        quantization: of "dequantized"; None for how a converted directory is quantised.
+        storage: of training, for "dequantized".
 
     Raises:
         UserError: whatever `open_source` and `check_source` refuse, a converted directory that is asked for its
-            original weights or is quantised otherwise, a checkpoint to be quantised in an unknown way.
+            original weights or is quantised otherwise.
     """
     path = Path(path)
     if is_converted(path):
@@ -74,22 +98,22 @@ def open_base(path: str | Path, kind: BaseKind, quantization: QuantizationConfig
                 f"{path} holds weights that were quantised when it was converted, not the original ones; use "
                 f"`base=dequantized`, or give the checkpoint it was made from as `model`."
             )
-        return _Converted(path, quantization)
-    return _Checkpoint(path, quantization if kind == "dequantized" else None)
+        return _Converted(path, storage)
+    return _Checkpoint(path, storage if kind == "dequantized" else BaseStorage(QuantizationConfig("none"), adopt=False))
 
 
 class _Checkpoint:
-    """`BaseWeights` of a checkpoint; `quantization` None: its weights as they are."""
+    """`BaseWeights` of a checkpoint."""
 
     kept_parts = True
 
-    def __init__(self, path: Path, quantization: QuantizationConfig | None):
+    def __init__(self, path: Path, storage: BaseStorage):
         self.source: TensorSource = open_source(path)
         self.path, self.config = self.source.path, self.source.config
-        self.description = describe(self.source)
         self.specs = tuple(base_tensors(self.config))
-        check_source(self.source, list(self.specs), quantization)
-        self._quantization = quantization or QuantizationConfig("none")
+        self._storage = storage.of(self.config)
+        check_source(self.source, list(self.specs), self._storage)
+        self.description = describe(self.source, list(self.specs), self._storage)
         used = {spec.name for spec in self.specs}
         skipped = re.compile("|".join(f"(?:{pattern})" for pattern in family_of(self.config).skipped) or r"(?!)")
         extra = [name for name in self.source.names() if name not in used]
@@ -98,10 +122,10 @@ class _Checkpoint:
 
     def weights(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """Read, and quantise where that is asked for."""
-        if self._quantization.quant_type == "none":
+        if not self._storage.linears and self._storage.default.quant_type == "none":
             yield from ((spec, self.source.read(spec.name)) for spec in self.specs)
             return
-        for spec, value in stream_tensors(self.source, list(self.specs), self._quantization, np.dtype(np.float32)):
+        for spec, value in stream_tensors(self.source, list(self.specs), self._storage, np.dtype(np.float32)):
             yield spec, _as_float(value)
 
     def other_weights(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -115,9 +139,9 @@ class _Converted:
     other_parts: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, quantization: QuantizationConfig | None):
+    def __init__(self, path: Path, storage: BaseStorage):
         manifest = read_manifest(path)
-        self._stored = ConvertedBase(path, quantization or manifest.quantization, np.dtype(manifest.dtype))
+        self._stored = ConvertedBase(path, storage.of(converted_config(path)), np.dtype(manifest.dtype))
         self.path, self.config, self.description = path, self._stored.config, self._stored.description
         self._base_tensors = base_tensors(self.config)
         self._by_place = {(spec.path, spec.layer): spec for spec in self._base_tensors}

@@ -238,7 +238,7 @@ def _check_read_back(
         writer.write_tensors_to_file()
         writer.close()
         again = GGUFSource(probe).config
-    told = {"architecture", "eos_token_ids", "source"}
+    told = {"architecture", "eos_token_ids", "source", "stored"}
     for field in dataclasses.fields(DecoderConfig):
         before, after = getattr(config, field.name), getattr(again, field.name)
         if field.name not in told and before != after:

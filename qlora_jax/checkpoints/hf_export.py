@@ -22,6 +22,8 @@ from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.errors import UserError
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize, to_bitsandbytes
 
+# Fields of config.json that say how the weights beside it are stored.
+_OF_THE_WEIGHTS = ("dtype", "torch_dtype", "quantization_config")
 _GENERATION_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 BITSANDBYTES_BLOCK = 64
 """The block size of bitsandbytes checkpoints: transformers cannot be told another."""
@@ -154,7 +156,9 @@ def _write_configs(base: BaseWeights, directory: Path, storage: HuggingFaceForma
 
 def _with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return the fields of a config.json whose weights have that dtype, nested ones of its parts too."""
-    kept = {name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype")}
+    kept = {
+        name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype", "quantization_config")
+    }
     nested = {
         name: _with_dtype(value, dtype)
         for name, value in kept.items()

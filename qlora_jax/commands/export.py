@@ -29,11 +29,11 @@ class ExportFlags:
         "Merge into the 4-bit weights that training saw (the model that was evaluated), or into the original ones.",
     )
     model: str | None = flag(None, "Base model, where it is not the one that the run names: path or hub id.")
-    quant_type: Literal["nf4", "fp4", "int8", "none"] | None = flag(
-        None, "How linear weights were stored in training; by default as the run says, else nf4."
+    quant_type: Literal["auto", "nf4", "fp4", "int4", "q4_0", "q4_1", "q8_0", "int8", "none"] | None = flag(
+        None, "How linear weights were stored in training (as convert has it); by default as the run says, else auto."
     )
-    block_size: int = flag(64, "Weights that shared a scale (with --quant_type nf4, fp4).")
-    double_quant: bool = flag(True, "Whether the scales were quantised too (with --quant_type nf4, fp4).")
+    block_size: int = flag(64, "Weights that shared a scale (with --quant_type auto, nf4, fp4, int4).")
+    double_quant: bool = flag(True, "Whether the scales were quantised too (with --quant_type auto, nf4, fp4, int4).")
     dtype: Literal["bfloat16", "float16", "float32"] = flag("bfloat16", "Type of weights that are not quantised.")
     max_shard_size: str = flag("5GB", "Most data of a safetensors file.")
     overwrite: bool = flag(False, "Replace an earlier export in OUTPUT_DIR.")
@@ -55,7 +55,7 @@ def refusals(values: Any, given: Set[str]) -> list[str]:
     idle = {"dtype", "max_shard_size"} if gguf else set()
     idle |= {"base", "quant_type"} if values.to == "gguf-lora" else set()
     found += [f"`{name}` has no effect with `to={values.to}`; leave it out." for name in sorted(idle & given)]
-    if values.quant_type not in ("nf4", "fp4"):
+    if values.quant_type not in ("auto", "nf4", "fp4", "int4"):
         beside = "without `quant_type`" if values.quant_type is None else f"with `quant_type={values.quant_type}`"
         found += [
             f"`{n}` has no effect {beside}; leave it out." for n in sorted(given & {"block_size", "double_quant"})
@@ -70,20 +70,23 @@ def export_adapter(flags: ExportFlags) -> None:
     # Imported once the flags are known to be good: loading JAX takes seconds.
     from tqdm import tqdm
 
+    from qlora_jax.checkpoints.base_weights import BaseStorage
     from qlora_jax.exporting import ExportConfig, export, parse_size
     from qlora_jax.formatting import format_bytes, table
     from qlora_jax.quantization import QuantizationConfig
 
-    quantization = None
+    storage = None
     if flags.quant_type is not None:
-        quantization = QuantizationConfig(flags.quant_type, flags.block_size, flags.double_quant)
+        adopt = flags.quant_type == "auto"
+        kind = "nf4" if adopt else flags.quant_type
+        storage = BaseStorage(QuantizationConfig(kind, flags.block_size, flags.double_quant), adopt)
     config = ExportConfig(
         adapter=flags.adapter,
         output_dir=flags.output_dir,
         to=flags.to,
         base=flags.base,
         model=flags.model,
-        quantization=quantization,
+        storage=storage,
         dtype=flags.dtype,
         max_shard_bytes=parse_size(flags.max_shard_size),
         overwrite=flags.overwrite,

@@ -14,12 +14,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from qlora_jax import files
-from qlora_jax.checkpoints.base_weights import open_base
+from qlora_jax.checkpoints.base_weights import BaseStorage, BaseWeights, open_base
 from qlora_jax.checkpoints.gguf_adapter import write_gguf_adapter
 from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, write_gguf
 from qlora_jax.checkpoints.hf_export import BITSANDBYTES_BLOCK, HuggingFaceFormat, write_hugging_face
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
-from qlora_jax.checkpoints.manifest import is_converted, read_manifest
 from qlora_jax.checkpoints.merging import open_adapter
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.peft import CONFIG_NAME
@@ -58,7 +57,7 @@ class ExportConfig:
         to: format.
         base: the base the adapter is merged into, see `BaseKind`.
         model: base to use in place of the one the run names.
-        quantization: of the base in training; None for what the run, or the converted base, says.
+        storage: of the base in training; None for what the run says.
         dtype: of weights that the format does not quantise.
         max_shard_bytes: most data of a safetensors file.
         overwrite: replace an earlier export.
@@ -70,7 +69,7 @@ class ExportConfig:
     to: ExportTarget = "safetensors"
     base: BaseKind = "dequantized"
     model: str | None = None
-    quantization: QuantizationConfig | None = None
+    storage: BaseStorage | None = None
     dtype: str = "bfloat16"
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
@@ -164,8 +163,8 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
     name = config.model or _model_name(trained)
     merges = config.to != "gguf-lora"
     model = resolve_model(name, weights=merges)
-    quantization = config.quantization or _quantization(trained, model)
-    base = open_base(model, config.base, quantization) if merges else None
+    storage = config.storage or _storage(trained)
+    base = open_base(model, config.base, storage) if merges else None
     model_config = resolve_config(model) if base is None else base.config
     adapter = open_adapter(trained.adapter, model_config, tuple(base_tensors(model_config)))
     with files.write_errors(output, _HINT), files.staged_directory(output, replace=config.overwrite) as staging:
@@ -177,18 +176,19 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
             file = staging / _merged_file(config)
             shares = write_gguf(base, adapter, file, GGUF_FORMATS[kind], title=_title(name), progress=progress)
         else:
-            shares = write_hugging_face(base, adapter, staging, _hugging_face(config, quantization), progress)
+            shares = write_hugging_face(base, adapter, staging, _hugging_face(config, storage, base), progress)
         if config.to.startswith("gguf"):
             text = _modelfile(config, trained, model, name)
             (staging / "Modelfile").write_text(text, encoding="utf-8")
         merged_into = config.base if merges else None
-        facts = CardFacts(_title(name), config.to, name, merged_into, str(quantization), shares)
+        kept_as = storage.describe(model_config)
+        facts = CardFacts(_title(name), config.to, name, merged_into, kept_as, shares)
         (staging / "README.md").write_text(model_card(facts, trained.run, trained.summary), encoding="utf-8")
         record = {
             "format": config.to,
             "model": public_name(name),
             "base": merged_into,
-            "quantization": str(quantization),
+            "storage": kept_as,
             "surviving_share": shares,
             "left_out": list(base.left_out) if base else [],
         }
@@ -249,26 +249,26 @@ def _model_name(trained: Trained) -> str:
     return name
 
 
-def _quantization(trained: Trained, model: Path) -> QuantizationConfig:
-    """Return how the base was stored in training: as the run says, else as a converted base is, else the default."""
+def _storage(trained: Trained) -> BaseStorage:
+    """Return how the base was stored in training: as the run says, else as runs store it by default."""
     flags = trained.flags
-    if flags:
-        kind = {4: flags["quant_type"], 8: "int8", 16: "none"}[flags["bits"]]
-        return QuantizationConfig(kind, flags["block_size"], flags["double_quant"])
-    if is_converted(model):
-        return read_manifest(model).quantization
-    default = QuantizationConfig()
-    logger.info("nothing says how the base of %s was quantised in training: %s is taken", trained.adapter, default)
-    return default
+    if not flags:
+        logger.info("nothing says how the base of %s was stored in training: nf4 is taken where it is not quantised "
+                    "already", trained.adapter)  # fmt: skip
+        return BaseStorage()
+    kind = {8: "int8", 16: "none"}.get(flags["bits"], flags["quant_type"])
+    default = QuantizationConfig(kind, flags["block_size"], flags["double_quant"])
+    return BaseStorage(default, adopt=flags["bits"] == "auto")
 
 
-def _hugging_face(config: ExportConfig, quantization: QuantizationConfig) -> HuggingFaceFormat:
+def _hugging_face(config: ExportConfig, storage: BaseStorage, base: BaseWeights) -> HuggingFaceFormat:
     """Return how a Hugging Face directory is stored; a bitsandbytes one in the type of training, where it has that."""
     if config.to != "bitsandbytes":
         return HuggingFaceFormat(config.dtype, config.max_shard_bytes)
-    kept = quantization.quant_type in ("nf4", "fp4")
-    kind = quantization.quant_type if kept else "nf4"
-    four_bit = QuantizationConfig(kind, BITSANDBYTES_BLOCK, quantization.double_quant or not kept)
+    trained = [storage.of(base.config).of(spec.linear) for spec in base.specs if spec.quantized]
+    # Whatever the size of its blocks.
+    kept = next((each for each in trained if each.quant_type in ("nf4", "fp4")), QuantizationConfig())
+    four_bit = QuantizationConfig(kept.quant_type, BITSANDBYTES_BLOCK, kept.double_quant)
     return HuggingFaceFormat(config.dtype, config.max_shard_bytes, four_bit)
 
 

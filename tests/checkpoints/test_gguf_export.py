@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from make_family_gguf import write_family_gguf
 
 from qlora_jax import models
-from qlora_jax.checkpoints.base_weights import open_base
+from qlora_jax.checkpoints.base_weights import BaseStorage, open_base
 from qlora_jax.checkpoints.gguf_file import read_header, read_metadata
 from qlora_jax.checkpoints.gguf_source import GGUFSource
 from qlora_jax.checkpoints.gguf_tokenizer import tokenizer_metadata
@@ -77,7 +77,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", [*IN_GGUF, *LLAMAS])
 @pytest.mark.parametrize("kind", ["F16", "Q4_0"])
 def test_reader_gives_what_the_writer_wrote(bases: dict[str, Path], tmp_path: Path, name: str, kind: str):
-    base = open_base(bases[name], "original", None)
+    base = open_base(bases[name], "original", BaseStorage())
     adapter = random_adapter(tmp_path / "adapter", base.config)
     storage = GGUF_FORMATS[kind]
     shares = export_gguf(base, adapter, tmp_path / "model.gguf", storage, title="tiny")
@@ -97,7 +97,7 @@ def test_reader_gives_what_the_writer_wrote(bases: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.parametrize("name", [*IN_GGUF, *LLAMAS])
 def test_read_back_as_the_same_model(bases: dict[str, Path], name: str):
-    config = open_base(bases[name], "original", None).config
+    config = open_base(bases[name], "original", BaseStorage()).config
     specs = tuple(models.base_tensors(config))
     metadata = model_metadata(config, bases[name], specs)
     assert metadata["general.type"] == "model"
@@ -111,7 +111,7 @@ def test_read_back_as_the_same_model(bases: dict[str, Path], name: str):
 def test_metadata_are_those_of_llama_cpps_converter(bases: dict[str, Path], tmp_path: Path, name: str):
     # Which make_family_gguf.py was compared with.
     converted = read_metadata(write_family_gguf(tmp_path / "converter.gguf", families.CASES[name]))
-    base = open_base(bases[name], "original", None)
+    base = open_base(bases[name], "original", BaseStorage())
     export_gguf(
         base,
         random_adapter(tmp_path / "adapter", base.config),
@@ -135,7 +135,7 @@ def test_metadata_are_those_of_llama_cpps_converter(bases: dict[str, Path], tmp_
 
 
 def test_types_of_tensors(bases: dict[str, Path], tmp_path: Path):
-    base = open_base(bases["qwen2_untied"], "original", None)
+    base = open_base(bases["qwen2_untied"], "original", BaseStorage())
     adapter = random_adapter(tmp_path / "adapter", base.config)
     for kind, storage in GGUF_FORMATS.items():
         export_gguf(base, adapter, tmp_path / f"{kind}.gguf", storage, title="tiny")
@@ -158,7 +158,7 @@ def test_models_that_gguf_cannot_express_are_refused(tmp_path: Path, name: str):
 def test_tokenizer_of_a_gguf_file_is_copied(tmp_path: Path):
     written = write_family_gguf(tmp_path / "base.gguf", families.CASES["gemma3_gguf"])
     before = {key: value for key, value in read_metadata(written).items() if key.startswith("tokenizer.")}
-    base = open_base(written, "original", None)
+    base = open_base(written, "original", BaseStorage())
     export_gguf(
         base, random_adapter(tmp_path / "adapter", base.config), tmp_path / "new.gguf", GGUF_FORMATS["Q8_0"], title="t"
     )

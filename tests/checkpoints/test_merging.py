@@ -12,7 +12,7 @@ from fixtures.tiny_configs import BIASED_LLAMA, LLAMA
 from fixtures.trained_adapters import random_adapter, write_adapter
 
 from qlora_jax import models
-from qlora_jax.checkpoints.base_weights import open_base
+from qlora_jax.checkpoints.base_weights import BaseStorage, open_base
 from qlora_jax.checkpoints.conversion import convert
 from qlora_jax.checkpoints.hf_export import HuggingFaceFormat, write_hugging_face
 from qlora_jax.checkpoints.loading import load_base
@@ -23,6 +23,7 @@ from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 
 NF4 = QuantizationConfig("nf4", 32, True)
+STORAGE = BaseStorage(NF4, adopt=False)
 IDS = np.arange(2, 34, dtype=np.int32).reshape(2, 16)
 
 
@@ -31,9 +32,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf(tmp_path_factory.mktemp("base"), BIASED_LLAMA, random_tensors(BIASED_LLAMA))
 
 
-def merge(base: Path, adapter: Path, output: Path, kind="dequantized", quantization=NF4, dtype="float32", **storage):
+def merge(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    kind="dequantized",
+    quantization=NF4,
+    dtype="float32",
+    adopt=False,
+    **storage,
+):
     """Write a merged model; return its directory and what survives."""
-    opened = open_base(base, kind, quantization)
+    opened = open_base(base, kind, BaseStorage(quantization, adopt))
     output.mkdir()
     shares = write_hugging_face(
         opened,
@@ -106,12 +116,12 @@ def test_converted_base_is_merged_as_its_checkpoint_is(checkpoint: Path, tmp_pat
     adapter = write_adapter(tmp_path / "adapter", models.model_config(BIASED_LLAMA))
     converted = convert(checkpoint, tmp_path / "converted", NF4, "bfloat16").directory
     merged, _ = merge(checkpoint, adapter, tmp_path / "merged", dtype="bfloat16")
-    again, _ = merge(converted, adapter, tmp_path / "again", dtype="bfloat16", quantization=None)
+    again, _ = merge(converted, adapter, tmp_path / "again", dtype="bfloat16", trained=BaseStorage())
     first, second = SafetensorsSource(merged), SafetensorsSource(again)
     assert sorted(first.names()) == sorted(second.names())
     assert all(np.array_equal(first.read(name), second.read(name)) for name in first.names())
     with pytest.raises(UserError, match="not the original ones"):
-        open_base(converted, "original", None)
+        open_base(converted, "original", BaseStorage())
 
 
 def test_share_of_a_change_that_survives(tmp_path: Path, checkpoint: Path):
@@ -134,8 +144,8 @@ def test_share_of_a_change_that_survives(tmp_path: Path, checkpoint: Path):
 def test_requantising_undoes_small_changes(checkpoint: Path, tmp_path: Path):
     nf4 = QuantizationConfig("nf4", 64, False)
     adapter = write_adapter(tmp_path / "adapter", models.model_config(BIASED_LLAMA), size=0.005)
-    settings = {"quantization": nf4, "dtype": "bfloat16"}
-    opened = open_base(checkpoint, "dequantized", nf4)
+    settings = {"trained": BaseStorage(nf4), "dtype": "bfloat16"}
+    opened = open_base(checkpoint, "dequantized", BaseStorage(nf4))
     (tmp_path / "4bit").mkdir()
     shares = write_hugging_face(
         opened,
@@ -160,7 +170,7 @@ def test_adapters_of_another_model_are_refused(checkpoint: Path, tmp_path: Path)
 
 
 def test_stream_gives_every_base_tensor_in_the_order_it_says(checkpoint: Path, tmp_path: Path):
-    base = open_base(checkpoint, "original", None)
+    base = open_base(checkpoint, "original", BaseStorage())
     adapter = random_adapter(tmp_path / "adapter", base.config, modules="attention")
     tensors = list(merged_tensors(base, adapter))
     assert [tensor.spec for tensor in tensors] == list(base.specs)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax import models
-from qlora_jax.commands import benchmark, convert, finetune, plan
+from qlora_jax.commands import benchmark, convert, export, finetune, plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -18,6 +18,7 @@ SCHEMAS = {
     "finetune": finetune.Flags,
     "plan": plan.schema(),
     "convert": convert.ConvertFlags,
+    "export": export.ExportFlags,
     "benchmark step": benchmark.StepFlags,
     "benchmark kernels": benchmark.KernelsFlags,
 }

@@ -1,6 +1,6 @@
 """Write our greedy continuations of a base with an adapter, for `check_llama_cpp.py` to compare llama.cpp's with.
 
-    python export_tokens.py --model base.gguf --adapter run/adapter --quant_type nf4 --output tokens.json
+python export_tokens.py --model base.gguf --adapter run/adapter --quant_type nf4 --output tokens.json
 """
 
 import argparse
