@@ -32,18 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf(tmp_path_factory.mktemp("base"), BIASED_LLAMA, random_tensors(BIASED_LLAMA))
 
 
-def merge(
-    base: Path,
-    adapter: Path,
-    output: Path,
-    kind="dequantized",
-    quantization=NF4,
-    dtype="float32",
-    adopt=False,
-    **storage,
-):
+def merge(base: Path, adapter: Path, output: Path, kind="dequantized", trained=STORAGE, dtype="float32", **storage):
     """Write a merged model; return its directory and what survives."""
-    opened = open_base(base, kind, BaseStorage(quantization, adopt))
+    opened = open_base(base, kind, trained)
     output.mkdir()
     shares = write_hugging_face(
         opened,
