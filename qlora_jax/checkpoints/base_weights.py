@@ -26,7 +26,7 @@ from qlora_jax.quantization import MixedQuantization, QuantizationConfig, Quanti
 
 @dataclasses.dataclass(frozen=True)
 class BaseStorage:
-    """How training kept the linear weights of a base.
+    """Storage of a base's linear weights in training.
 
     Attributes:
         default: of linears that its checkpoint does not hold quantised.

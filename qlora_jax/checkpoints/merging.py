@@ -111,7 +111,8 @@ def surviving_share(change: np.ndarray, kept: np.ndarray, kept_base: np.ndarray)
 
     It is the least-squares coefficient of the change that the rounded file makes on the one that was trained. 1: all of
     it, on average, whatever noise the rounding adds across it; 0: nothing in its direction is left, the file is the
-    base. A little above 1 or below 0 happens by chance, where few weights cross a rounding boundary.
+    base. A little below 0 or above 1 is chance, where few weights cross a boundary of the rounding. Well above 1, the
+    rounding overshoots: many weights of the base lie near such a boundary, as those of one 4-bit grid may on another.
 
     Args:
         change: D, of any shape.

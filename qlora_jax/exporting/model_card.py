@@ -18,7 +18,7 @@ _UNTOLD_GROUPS = frozenset({"output", "evaluation"})
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-    """What an export adds to the records of a run.
+    """Facts of an export that the records of its run lack.
 
     Attributes:
         title: first heading.

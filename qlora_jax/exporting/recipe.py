@@ -310,7 +310,12 @@ def _warn(config: ExportConfig, shares: Mapping[str, float]) -> None:
         logger.warning("every matrix B of the adapter is zero: it was not trained, and the export is its base")
     if erased := [name for name, share in shares.items() if share < ERASED]:
         shown = ", ".join(erased[:_SHOWN]) + (f" and {len(erased) - _SHOWN} more" if len(erased) > _SHOWN else "")
+        grid = (
+            "; where its base lies on that grid already, `base=original` may keep more"
+            if config.base != "original"
+            else ""
+        )
         logger.warning(
             "rounding to %s keeps less than %.0f %% of the trained change of %s (%s lists all); export to 16 bits, or "
-            "the adapter beside its base, to keep it", config.to, 100 * ERASED, shown, EXPORT_FILE,
+            "the adapter beside its base (gguf-lora), to keep it%s", config.to, 100 * ERASED, shown, EXPORT_FILE, grid,
         )  # fmt: skip
