@@ -165,10 +165,12 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], con
     print_section(f"Saved in {output_dir}", found)
     adapter = Path(output_dir) / "adapter"
     if adapter.exists():
+        export = f"{prog.replace('finetune', 'export')} {shlex.quote(output_dir)} DIRECTORY"
         print(
             "\nUse the adapter\n"
             f"  to answer prompts, one a line in FILE:\n    {answering_command(config, prog)}\n"
-            f'  in PEFT, with the base as transformers loads it:\n    PeftModel.from_pretrained(base, "{adapter}")'
+            f'  in PEFT, with the base as transformers loads it:\n    PeftModel.from_pretrained(base, "{adapter}")\n'
+            f"  merged, or as GGUF, in DIRECTORY:\n    {export}"
         )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from qlora_jax.formatting import format_bytes
 from qlora_jax.training.config import TrainConfig
 
-# Flags that say where things are, or how they are reported.
-_UNTOLD = frozenset({"adapter", "cache_dir", "do_eval", "do_train", "kernel", "prompts", "run_name", "seed_file"})
+# Flags that say where things are, how they are computed, or how they are reported.
+_UNTOLD = frozenset({"adapter", "do_train", "kernel"})
 _UNTOLD_GROUPS = frozenset({"output", "evaluation"})
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-from fixtures.finetune_helpers import make_model, make_tokenizer
+from fixtures.finetune_helpers import (
+    SMALL_RUN,
+    make_model,
+    make_resumable,
+    make_tokenizer,
+    resumable_flags,
+    run_in_process,
+)
 from fixtures.trained_adapters import write_adapter
 from gguf import GGUFReader
 
@@ -78,6 +85,19 @@ def test_every_format_is_whole_and_says_what_it_is(run: Path, tmp_path: Path, ta
             assert str(tmp_path) not in (result.directory / file).read_text()
     assert len(result.shares) == (0 if target == "gguf-lora" else 14)
     assert {file.suffix for file in result.directory.iterdir()} & {".gguf", ".safetensors"}
+
+
+@pytest.mark.e2e
+def test_a_run_and_its_checkpoints_are_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    make_resumable(tmp_path)
+    flags = resumable_flags(tmp_path, "run", SMALL_RUN)
+    assert run_in_process(flags) == 0
+    checkpoint = min(entry.name for entry in (tmp_path / "run").glob("checkpoint-*"))
+    for place in ("run", f"run/{checkpoint}"):
+        capsys.readouterr()
+        export_command.main([str(tmp_path / place), str(tmp_path / "out"), "--overwrite"])
+        assert "%" in capsys.readouterr().out
+        assert "| lora_r |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_gguf_adapter_holds_the_matrices_with_rows_as_the_base_has_them(run: Path, tmp_path: Path, model: Path):

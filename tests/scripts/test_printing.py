@@ -148,6 +148,8 @@ Use the adapter
 --adapter {tmp_path}/adapter --output_dir {tmp_path}-answers --prompts FILE
   in PEFT, with the base as transformers loads it:
     PeftModel.from_pretrained(base, "{tmp_path}/adapter")
+  merged, or as GGUF, in DIRECTORY:
+    qlora-jax export {tmp_path} DIRECTORY
 """
     )
 
