@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from qlora_jax.checkpoints.hf_export import HuggingFaceFormat, write_hugging_fac
 from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.merging import merged_tensors, open_adapter, surviving_share
 from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
+from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.errors import UserError
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
-from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.quantization import QuantizationConfig, quantize
 
 NF4 = QuantizationConfig("nf4", 32, True)
 STORAGE = BaseStorage(NF4, adopt=False)
@@ -148,6 +150,29 @@ def test_requantising_undoes_small_changes(checkpoint: Path, tmp_path: Path):
     assert max(map(abs, shares.values())) < 0.1
     _, shares = merge(checkpoint, adapter, tmp_path / "16bit", **settings)
     assert min(shares.values()) > 0.5
+
+
+def test_bitsandbytes_checkpoint_is_the_quantised_merged_model(checkpoint: Path, tmp_path: Path):
+    adapter = write_adapter(tmp_path / "adapter", models.model_config(BIASED_LLAMA))
+    storage = QuantizationConfig("nf4", 64, True)
+    merged, _ = merge(checkpoint, adapter, tmp_path / "16bit", dtype="bfloat16")
+    packed, _ = merge(checkpoint, adapter, tmp_path / "4bit", dtype="bfloat16", quantization=storage)
+    plain, source = open_source(merged), open_source(packed)
+    assert sorted(plain.names()) == sorted(source.names())
+    assert dict(source.config.stored) == dict.fromkeys(models.lora_modules(source.config, "all"), storage)
+    for spec in models.base_tensors(source.config):
+        weight = plain.read(spec.name)
+        if not spec.quantized:
+            np.testing.assert_array_equal(source.read(spec.name), weight)
+            continue
+        expected, found = quantize(weight, quant_type="nf4", double_quant=True), source.read_stored(spec.name)
+        assert found.dtype == expected.dtype == "bfloat16"
+        for before, after in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            np.testing.assert_array_equal(before, after)
+    config = json.loads((packed / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_quant_type"] == "nf4"
+    with pytest.raises(UserError, match="in blocks of 64, not of nf4 in blocks of 32"):
+        HuggingFaceFormat(quantization=NF4)
 
 
 def test_adapters_of_another_model_are_refused(checkpoint: Path, tmp_path: Path):
