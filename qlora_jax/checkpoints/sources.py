@@ -54,7 +54,7 @@ class TensorSource(Protocol):
         ...
 
     def stored(self, name: str) -> QuantizationConfig | None:
-        """How the tensor is stored, if it is quantised and `read_stored` can read it as it is."""
+        """Storage of the tensor, if it is quantised and `read_stored` can read it as it is."""
         ...
 
     def read_stored(self, name: str) -> QuantizedTensor:

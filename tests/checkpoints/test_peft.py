@@ -231,7 +231,7 @@ def test_logits_equal_pefts():
 
 
 def products(lora, alpha, rank):
-    """What is added to each weight, float64 {module: [layers, out, in]}."""
+    """Change of each weight, float64 {module: [layers, out, in]}."""
     return {
         path[:-1]: alpha / rank * np.float64(lora[(*path[:-1], "lora_b")]) @ np.float64(values)
         for path, values in lora.items()

@@ -32,7 +32,7 @@ finally:
 
 
 def refusal(*flags):
-    """What `finetune` says in a process that loads no JAX, and its processor time."""
+    """Message of `finetune` in a process that loads no JAX, and its processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", PROGRAM, "finetune", *flags], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
