@@ -18,8 +18,12 @@ from qlora_jax.files import reason
 if TYPE_CHECKING:
     import transformers
 
-# The largest known is that of Gemma 3, 33 MB; parsed, one takes up to 15 times its size in memory.
+# The largest tokenizer known is Gemma 3's: 33 MB, two million marks of JSON in its vocabulary and merges, 6,400 added
+# tokens, and a tokenizer_config.json of 1 MB. A list of special tokens takes transformers time by its square.
 _MOST_TOKENIZER_BYTES = 48 * 2**20
+_MOST_MARKS = {"tokenizer.json": 3 << 20, "vocab.json": 3 << 20, "merges.txt": 1 << 20}
+_MOST_OTHER_MARKS = 1 << 18
+_MOST_PARTS, _MOST_SPECIAL = 1 << 16, 1 << 13
 _TOKENIZER_FILES = tuple(name for name in COMPANION_FILES if name not in ("config.json", "generation_config.json"))
 
 # GGUF token types (llama.cpp's enum llama_token_type).
@@ -194,11 +198,8 @@ def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a model directory or a .gguf file.")
     for name in _TOKENIZER_FILES:
-        if (path / name).is_file() and (path / name).stat().st_size > _MOST_TOKENIZER_BYTES:
-            raise UserError(
-                f"{path / name} is larger than the {_MOST_TOKENIZER_BYTES} bytes that are read of such a file; "
-                f"{DOWNLOAD_AGAIN}."
-            )
+        if (path / name).is_file():
+            _refuse_oversized(path / name)
     library = import_transformers()
     whole = (path / "tokenizer.json").is_file()
     if not whole:
@@ -216,6 +217,25 @@ def _from_directory(path: Path) -> "transformers.PreTrainedTokenizerFast":
     if not isinstance(tokenizer, library.PreTrainedTokenizerFast):
         raise UserError(f"{path} has no fast tokenizer; add its tokenizer.json.")
     return tokenizer
+
+
+def _refuse_oversized(file: Path) -> None:
+    """Refuse a file before a library parses it: each value takes up to 250 bytes there, each typed part 1,400."""
+    if file.stat().st_size > _MOST_TOKENIZER_BYTES:
+        raise UserError(
+            f"{file} is larger than the {_MOST_TOKENIZER_BYTES} bytes that are read of such a file; {DOWNLOAD_AGAIN}."
+        )
+    if file.name == "tokenizer.model":
+        return
+    text = file.read_bytes()
+    marks = sum(map(text.count, (b"\n",) if file.suffix == ".txt" else (b",", b":", b"[", b"{")))
+    parts = text.count(b'"content"') + text.count(b'"type"')
+    special = 0
+    if file.name in ("tokenizer_config.json", "special_tokens_map.json") and marks <= _MOST_OTHER_MARKS:
+        values = read_json_object(file, DOWNLOAD_AGAIN).values()
+        special = max((len(value) for value in values if isinstance(value, list)), default=0)
+    if marks > _MOST_MARKS.get(file.name, _MOST_OTHER_MARKS) or parts > _MOST_PARTS or special > _MOST_SPECIAL:
+        raise UserError(f"{file} holds more tokens and merges than any known tokenizer; {DOWNLOAD_AGAIN}.")
 
 
 def _refuse_code(path: Path) -> None:

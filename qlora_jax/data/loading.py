@@ -3,9 +3,9 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import re
 import reprlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,11 +38,13 @@ REFERENCE_EVAL_SIZE = 1024
 
 _BAD_SHOWN = 20
 
-# A row takes up to 400 bytes of memory besides its text and a cell up to 100, however short they are in the file.
+# A value takes memory however short it is in the file; a row and its position, which count as two, 350 bytes.
 _MOST_SMALL_VALUES, _SMALL_BYTES = 1 << 20, 16
-# Compressed text may take 32 times its file, or 128 MiB. Few rows are unpacked at a time: a large value that a
+_MOST_BAD_ROWS = 1 << 17
+# Compressed text may take 6 times its file, or 128 MiB. Few rows are unpacked at a time: a large value that a
 # dictionary holds once may be that of every row.
-_MOST_UNPACKED, _UNPACKED_RATIO, _UNPACKED_ROWS = 1 << 27, 32, 64
+_MOST_UNPACKED, _UNPACKED_RATIO, _UNPACKED_ROWS, _UNPACKED_AT_ONCE = 1 << 27, 6, 64, 1 << 29
+_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 _HELD_OUT_SPLITS = ("heldout", "eval", "validation", "test")
 # What a data set is evaluated on: the first of these that it has.
@@ -256,12 +258,14 @@ class _Found:
 
     Attributes:
         path: of the file.
-        nbytes: its size; of a compressed one, of what was unpacked so far.
-        values: cells read so far, and rows.
+        size: its bytes.
+        nbytes: how much of it was read so far; of a compressed one, what was unpacked.
+        values: cells read so far, what lists and objects in them hold, and two for each row.
     """
 
     path: Path
-    nbytes: int
+    size: int
+    nbytes: int = 0
     values: int = 0
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     positions: list[str] = dataclasses.field(default_factory=list)
@@ -269,18 +273,37 @@ class _Found:
     bad: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, row: dict[str, Any], position: str) -> None:
-        self.values += 1 + len(row)
+        self.values += 1 + _count_values(row)
         self.check(self.values)
         self.rows.append(row)
         self.positions.append(position)
 
-    def check(self, values: int) -> None:
-        """Refuse a file with many values and little text, which would take many times its size in memory."""
-        if values > _MOST_SMALL_VALUES and values * _SMALL_BYTES > self.nbytes:
+    def refuse(self, message: str) -> None:
+        """Keep what is wrong with a row, which has no full stop."""
+        self.bad.append(message)
+        if len(self.bad) > _MOST_BAD_ROWS:
+            raise UserError(f"{self.path} has over {_MOST_BAD_ROWS} rows that cannot be used: {self.bad[0]}; mend it.")
+
+    def check(self, values: int, nbytes: int | None = None) -> None:
+        """Refuse a file with many values and little text, which would take many times its size in memory.
+
+        That shows early, if what was read so far has twice as many: rows may be sorted by length.
+        """
+        if values > _MOST_SMALL_VALUES and values * _SMALL_BYTES > min(
+            self.size, 2 * (self.nbytes if nbytes is None else nbytes)
+        ):
             raise UserError(
                 f"{self.path} holds over {values} values of less than {_SMALL_BYTES} bytes on average, which no text "
                 "does; mend it, or split it into smaller files."
             )
+
+
+def _count_values(value: Any) -> int:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 1
+    return 1 + len(value) + sum(_count_values(held) - 1 for held in value if isinstance(held, dict | list))
 
 
 def _visible_files(directory: Path) -> list[Path]:
@@ -355,11 +378,18 @@ def _read_jsonl(path: Path, found: _Found) -> None:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), start=1):
             if len(line) > MAX_BYTES:
                 raise UserError(f"{path} line {number}: longer than {MAX_BYTES} bytes, the most for a row; split it.")
+            found.nbytes += len(line)
             found.check(number)
+            if len(line) > _MOST_SMALL_VALUES:
+                _check_structure(line, found)
             if not line.strip():
                 continue
-            with collected(found.bad):
-                found.add(_parse_row(line, f"{path} line {number}"), f"{path.name} line {number}")
+            try:
+                row = _parse_row(line, f"{path} line {number}")
+            except UserError as error:
+                found.refuse(str(error).removesuffix("."))
+            else:
+                found.add(row, f"{path.name} line {number}")
 
 
 def _parse_row(line: bytes, position: str) -> dict[str, Any]:
@@ -382,7 +412,8 @@ def _read_json(path: Path, found: _Found) -> None:
     text = path.read_bytes()
     if not text.strip():
         return
-    found.check(sum(map(text.count, (b",", b"[", b"{", b":"))))
+    found.size = found.nbytes = len(text)
+    _check_structure(text, found)
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -394,28 +425,43 @@ def _read_json(path: Path, found: _Found) -> None:
     if not isinstance(content, list):
         raise UserError(f'{path} must hold a list of objects, or an object whose "data" is one.')
     for number, value in enumerate(content, start=1):
-        with collected(found.bad):
-            found.add(_as_row(value, f"{path} item {number}"), f"{path.name} item {number}")
+        try:
+            row = _as_row(value, f"{path} item {number}")
+        except UserError as error:
+            found.refuse(str(error).removesuffix("."))
+        else:
+            found.add(row, f"{path.name} item {number}")
+
+
+def _check_structure(text: bytes, found: _Found) -> None:
+    """Refuse JSON with many values before it is parsed, by its punctuation: that in strings does not count."""
+    marks = (b",", b"[", b"{", b":")
+    if sum(map(text.count, marks)) * _SMALL_BYTES > max(len(text), _MOST_SMALL_VALUES * _SMALL_BYTES):
+        found.check((text.count(b'"') - text.count(b'\\"')) // 4)  # a value may have a name and be text
+        most = max(len(text) // _SMALL_BYTES, _MOST_SMALL_VALUES) + 1
+        bare, strings = _JSON_STRING.subn(b"", text, count=most)
+        found.check(max(strings, sum(map(bare.count, marks))))
 
 
 def _read_delimited(path: Path, found: _Found, delimiter: str) -> None:
     # The module's own limit of 128 kB a field is process-wide and refuses long documents.
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    limit = csv.field_size_limit(MAX_BYTES)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
+        with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             header: list[str] | None = None
             first_line = 1
             for cells in reader:
                 line, first_line = first_line, reader.line_num + 1
-                found.check(found.values + len(cells))
+                found.nbytes = file.tell()
+                found.check(max(found.values + len(cells), reader.line_num))
                 if not cells:
                     continue
                 if header is None:
                     header = cells
                     _refuse_twice(header, f"{path} line {line}")
                 elif len(cells) != len(header):
-                    found.bad.append(f"{path} line {line}: {len(cells)} fields, but the header has {len(header)}")
+                    found.refuse(f"{path} line {line}: {len(cells)} fields, but the header has {len(header)}")
                 else:
                     found.add(dict(zip(header, cells, strict=True)), f"{path.name} line {line}")
     except csv.Error as error:
@@ -447,23 +493,32 @@ def _read_parquet(path: Path, found: _Found) -> None:
 
     try:
         file = pq.ParquetFile(path)
-        size, rows = path.stat().st_size, file.metadata.num_rows
+        size, rows = found.size, file.metadata.num_rows
         # Runs of equal values take no room in a file, and all of it in memory.
         if rows > 8 * size:
             raise UserError(f"{path} says that it has {rows} rows in {size} bytes, which no text takes.")
         _refuse_twice(file.schema_arrow.names, str(path))
         most = max(_MOST_UNPACKED, _UNPACKED_RATIO * size)
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        chunks = [group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)]
-        if sum(chunks) > most:
-            raise too_large(sum(chunks))
-        found.nbytes = 0
+        # Not the sizes of their columns: pyarrow ends the process when it is asked for those of a damaged one.
+        sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+        if sum(sizes) > most:
+            raise too_large(sum(sizes))
+        found.check(rows * (2 + len(file.schema_arrow)), most)
         left_out: set[str] = set()
-        for batch in file.iter_batches(_UNPACKED_ROWS):
-            found.nbytes += batch.nbytes
+        at_a_time = max(2, min(_UNPACKED_ROWS, _UNPACKED_AT_ONCE // max([1, *sizes])))
+        for batch in file.iter_batches(at_a_time):
+            columns = [_without_dictionary(batch, name, found) for name in batch.schema.names]
+            nbytes = sum(column.nbytes for column in columns)
+            if nbytes > batch.num_rows * MAX_BYTES:
+                raise UserError(
+                    f"{path} row {len(found.rows) + 1} or one of the next {at_a_time}: longer than {MAX_BYTES} bytes, "
+                    "the most for a row; split it."
+                )
+            found.nbytes += nbytes
             if found.nbytes > most:
                 raise too_large(found.nbytes)
-            _add_batch(batch, found, left_out)
+            found.check(found.values + sum(map(_count_cells, columns)))
+            _add_batch(batch.schema.names, columns, found, left_out)
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:200]}).") from error
     for row in found.rows if left_out else ():
@@ -471,12 +526,38 @@ def _read_parquet(path: Path, found: _Found) -> None:
             row.pop(name, None)
 
 
-def _add_batch(batch: Any, found: _Found, left_out: set[str]) -> None:
+def _without_dictionary(batch: Any, name: str, found: _Found) -> Any:
+    """Return a column of a batch as large as its values are, for each of them is an object of its own in a row."""
+    import pyarrow as pa
+
+    column = batch.column(name)
+    if isinstance(column, pa.DictionaryArray):
+        return column.dictionary_decode()
+    if "dictionary<" in str(column.type):
+        raise UserError(f"{found.path}: column {name!r} holds dictionaries inside lists or objects; write plain ones.")
+    return column
+
+
+def _count_cells(column: Any) -> int:
+    """Count the values of a column, and those in its lists and objects, before they are made Python's."""
+    import pyarrow as pa
+
+    held: list[Any] = []
+    if isinstance(column, pa.StructArray):
+        held = column.flatten()
+    elif isinstance(column, pa.MapArray):
+        held = [column.keys, column.items]
+    elif isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        held = [column.flatten()]
+    return len(column) + sum(map(_count_cells, held))
+
+
+def _add_batch(names: Sequence[str], parts: Sequence[Any], found: _Found, left_out: set[str]) -> None:
     """Add the rows of a part of a parquet file, without the columns that cannot be read."""
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+    for name, column in zip(names, parts, strict=True):
         if name in left_out:
             continue
         try:
@@ -485,7 +566,7 @@ def _add_batch(batch: Any, found: _Found, left_out: set[str]) -> None:
             found.notes.append(f"{found.path}: column {name!r} is left out, for it cannot be read ({error})")
             left_out.add(name)
     first = len(found.rows) + 1
-    for number in range(batch.num_rows):
+    for number in range(len(parts[0]) if parts else 0):
         row = {name: values[number] for name, values in columns.items()}
         found.add(row, f"{found.path.name} row {first + number}")
 

@@ -18,6 +18,8 @@ from qlora_jax.training.progress import announced
 from qlora_jax.training.run_directory import RunDirectory
 
 _BEFORE = "answers_before.json"
+# Every prompt is answered twice, so that no file comes near; lines of one character take 70 times their size.
+_MOST_CHARACTERS = 1 << 22
 logger = logging.getLogger(__name__)
 
 
@@ -34,9 +36,12 @@ def read_prompts(config: TrainConfig) -> tuple[str, ...]:
     if config.prompts is None:
         return data.default_prompts() if config.dataset == DEFAULT_DATASET else ()
     try:
-        text = user_path(config.prompts).read_text(encoding="utf-8-sig")
+        with user_path(config.prompts).open(encoding="utf-8-sig") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`prompts={config.prompts}` cannot be read: {error}.") from error
+    if len(text) > _MOST_CHARACTERS:
+        raise UserError(f"`prompts={config.prompts}` has over {_MOST_CHARACTERS} characters; give fewer prompts.")
     # Not `splitlines`, which takes form feeds and U+2028 for the end of a line.
     prompts = tuple(line for line in text.split("\n") if line.strip())
     if not prompts:
