@@ -235,7 +235,7 @@ def _refuse_oversized(file: Path) -> None:
         values = read_json_object(file, DOWNLOAD_AGAIN).values()
         special = max((len(value) for value in values if isinstance(value, list)), default=0)
     if marks > _MOST_MARKS.get(file.name, _MOST_OTHER_MARKS) or parts > _MOST_PARTS or special > _MOST_SPECIAL:
-        raise UserError(f"{file} holds more tokens and merges than any known tokenizer; {DOWNLOAD_AGAIN}.")
+        raise UserError(f"{file} holds more than that of any known tokenizer; {DOWNLOAD_AGAIN}.")
 
 
 def _refuse_code(path: Path) -> None:
