@@ -75,6 +75,8 @@ def finetune_in(claim: Claim) -> Result:
         prompts = read_prompts(config)
         path = resolve_model(config.model_name_or_path)
         declared = setup.declare(config, resolve_config(path))
+        for note in setup.quantization_notes(config, declared.model_config):
+            logger.info("%s", note)
         check_free_space(config, declared.parts.lora)
         tokenizer = ensure_pad(load_tokenizer(path))
 

@@ -50,6 +50,7 @@ class Conversion:
         parameters: numbers in all of them.
         quantized_parameters: numbers in those stored in 4 or 8 bits.
         seconds: wall time.
+        description: what was read, and what was made of it, in one line.
     """
 
     directory: Path
@@ -58,6 +59,7 @@ class Conversion:
     parameters: int
     quantized_parameters: int
     seconds: float
+    description: str
 
     @property
     def bits_per_parameter(self) -> float | None:
@@ -118,6 +120,7 @@ def convert(
         parameters=manifest.parameters,
         quantized_parameters=manifest.quantized_parameters,
         seconds=time.perf_counter() - started,
+        description=manifest.source,
     )
 
 

@@ -103,6 +103,11 @@ class GGUFSource:
             return array.astype(np.float32) - np.float32(1)
         return array
 
+    def quantized_type(self, name: str) -> str | None:
+        """Ggml's name of a quantised type."""
+        entry = self._entries[name]
+        return entry.kind.name if entry.quantized else None
+
     def stored(self, name: str) -> QuantizationConfig | None:
         """Storage of a matrix in blocks that can be kept."""
         entry, kind = self._entries[name], self._entries[name].kind.name.lower()

@@ -25,7 +25,7 @@ from qlora_jax.checkpoints.packed_safetensors import packed_weights
 from qlora_jax.errors import UserError
 from qlora_jax.json_text import MAX_BYTES, parse_json
 from qlora_jax.models import family_of, model_config
-from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize_on_host
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -125,8 +125,12 @@ class SafetensorsSource:
     def read(self, name: str) -> np.ndarray:
         """Read one tensor's byte range; dequantise it if it is stored in parts."""
         if name in self._packed:
-            return np.asarray(dequantize(self.read_stored(name), np.float32))
+            return dequantize_on_host(self.read_stored(name))
         return self._read(name, self._entries[name].shape, 0)
+
+    def quantized_type(self, name: str) -> str | None:
+        """Storage of a quantised weight, for people."""
+        return str(self._packed[name].storage) if name in self._packed else None
 
     def stored(self, name: str) -> QuantizationConfig | None:
         """Storage of a quantised weight."""

@@ -53,6 +53,10 @@ class TensorSource(Protocol):
         """The tensor in memory of its own: nothing of the file stays mapped."""
         ...
 
+    def quantized_type(self, name: str) -> str | None:
+        """Type of a quantised tensor for people, whether `read_stored` can read it as it is or not."""
+        ...
+
     def stored(self, name: str) -> QuantizationConfig | None:
         """Storage of the tensor, if it is quantised and `read_stored` can read it as it is."""
         ...

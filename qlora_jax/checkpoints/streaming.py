@@ -3,6 +3,7 @@
 Memory: the source is read one tensor at a time; the consumer of the stream decides how long a tensor is kept.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -73,16 +74,18 @@ def check_source(source: TensorSource, specs: list[TensorSpec], quantization: Qu
 def describe(source: TensorSource, specs: list[TensorSpec], quantization: Quantization) -> str:
     """Describe in one line for people what is read, what is made of it, and which parts of the model are left out."""
     said, linears = [source.description], [spec for spec in specs if spec.quantized]
-    fates: dict[str, dict[str, None]] = {}
+    layers = collections.Counter(spec.linear for spec in linears)
+    fates: dict[str, collections.Counter[str]] = {}
     for spec in linears:
-        stored, wanted = source.stored(spec.name), quantization.of(spec.linear)
-        if stored is not None:
-            fate = f"{stored} kept" if stored == wanted else f"{stored} dequantised and stored as {wanted}"
-            fates.setdefault(fate, {})[spec.linear] = None
-    names = dict.fromkeys(spec.linear for spec in linears)
-    for fate, of in fates.items():
-        said.append(f"{fate} in all linears" if of.keys() == names.keys() else f"{fate} in {', '.join(of)}")
-    packed = {spec.kind: source.stored(spec.name) for spec in specs if not spec.quantized}
+        kind, wanted = source.quantized_type(spec.name), quantization.of(spec.linear)
+        if kind is not None:
+            kept = source.stored(spec.name) == wanted
+            fate = f"{kind} kept" if kept else f"{kind} dequantised and stored as {wanted}"
+            fates.setdefault(fate, collections.Counter())[spec.linear] += 1
+    for fate, found in fates.items():
+        names = (name if n == layers[name] else f"{name} ({n} of {layers[name]} layers)" for name, n in found.items())
+        said.append(f"{fate} in {'all linears' if found == layers else ', '.join(names)}")
+    packed = {spec.kind: source.quantized_type(spec.name) for spec in specs if not spec.quantized}
     said += [f"{kind} dequantised from {stored}" for kind, stored in packed.items() if stored is not None]
     left_out = [
         part
@@ -97,8 +100,8 @@ def stream_tensors(
 ) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
     """Yield base tensors one after another as a model stores them, for a source that `check_source` accepts.
 
-    Linear weights that the checkpoint stores as they are wanted are taken over byte for byte, others are quantised from
-    the checkpoint's own precision; norms are float32; embedding, head, biases and,
+    Linear weights that the checkpoint stores as they are wanted are taken over byte for byte, their scales checked to
+    be finite; others are quantised from the checkpoint's own precision. Norms are float32; embedding, head, biases and,
     for quant_type "none", linear weights are cast to `dtype`.
 
     Raises:

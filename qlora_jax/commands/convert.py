@@ -70,6 +70,7 @@ def convert_model(flags: ConvertFlags) -> None:
             overwrite=flags.overwrite,
             progress=progress,
         )
+    print(f"Read {result.description}")
     print(f"Wrote {result.directory}: {result.tensors} tensors, {result.parameters:,} parameters")
     rows = [(name.replace("_", " "), format_bytes(size)) for name, size in result.bytes_by_class.items()]
     print(table([*rows, ("total", format_bytes(sum(result.bytes_by_class.values())))]))

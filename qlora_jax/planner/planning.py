@@ -13,6 +13,7 @@ from qlora_jax.models import DecoderConfig
 from qlora_jax.nn.long_sequence import TILE, tile_size
 from qlora_jax.planner import Allowance, Bound, Longest, Plan, bound, describe, describe_bound, longest_sequence
 from qlora_jax.planner.compiler import AttentionKind, CompilationFailed, CompiledStep, Compiler
+from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
 
 LEAST_RANK = 8
@@ -199,7 +200,8 @@ class Planner:
         change no result but by rounding, and by other dropout masks where they leave `remat` "none", see `StepConfig`.
         """
         best, changes = self.plan(config, length), dict[str, Any]()
-        for remedy in remedies(config, host_lacks=best.plan.host_excess > 0):
+        fusible = setup.stores_4_bits(config, self.model_config)
+        for remedy in remedies(config, host_lacks=best.plan.host_excess > 0, fusible=fusible):
             try:
                 tried = self.plan(dataclasses.replace(best.config, **remedy), length)
             except CompilationFailed:
@@ -215,15 +217,21 @@ class Planner:
         return Advice(changes, found, self.plan(best.config, found))
 
 
-def remedies(config: TrainConfig, *, host_lacks: bool = False) -> Iterator[dict[str, Any]]:
-    """Settings that take less device memory, or less host memory if that lacks; the least costly first."""
+def remedies(config: TrainConfig, *, host_lacks: bool = False, fusible: bool = True) -> Iterator[dict[str, Any]]:
+    """Settings that take less device memory, or less host memory if that lacks; the least costly first.
+
+    Args:
+        config: of the run.
+        host_lacks: host memory is what lacks.
+        fusible: the linear weights are such that kernels can dequantize them while they multiply.
+    """
     if host_lacks and config.remat_policy == "offload":
         yield {"gradient_checkpointing": True, "remat": "full"}
     if config.optim_placement != "host" and not host_lacks:
         yield {"optim_placement": "host"}
     if config.remat_policy in ("none", "save_attention"):
         yield {"gradient_checkpointing": True, "remat": "full"}
-    if config.bits in ("auto", 4) and config.kernel != "fused":
+    if fusible and config.kernel != "fused":
         yield {"kernel": "fused"}
     if config.remat_policy != "offload" and not host_lacks:
         yield {"gradient_checkpointing": True, "remat": "offload"}

@@ -1,7 +1,7 @@
 """Quantised weights: formats as data (`FORMATS`), NF4 and FP4 with double quantisation as in QLoRA, 8-bit ones."""
 
 from qlora_jax.quantization.bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from qlora_jax.quantization.blockwise import block_minima, block_scales, dequantize, lookup, quantize
+from qlora_jax.quantization.blockwise import block_scales, dequantize, dequantize_on_host, lookup, quantize
 from qlora_jax.quantization.codebooks import BLOCK_SIZES
 from qlora_jax.quantization.formats import FORMATS, Format
 from qlora_jax.quantization.gguf_blocks import from_gguf, to_gguf
@@ -19,9 +19,9 @@ __all__ = [
     "QuantizationConfig",
     "QuantizedTensor",
     "abstract_quantized",
-    "block_minima",
     "block_scales",
     "dequantize",
+    "dequantize_on_host",
     "from_awq",
     "from_bitsandbytes",
     "from_gguf",

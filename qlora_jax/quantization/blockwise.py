@@ -223,7 +223,7 @@ def power_of_two(code: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23), jnp.float32)
 
 
-def block_minima(q: QuantizedTensor, scales: jax.Array) -> jax.Array | None:
+def _block_minima(q: QuantizedTensor, scales: jax.Array) -> jax.Array | None:
     """Return the float32 minima [*stack, n_blocks] of a weight with these scales; None of a format without.
 
     Of zero points they are exact, and so are the sums with them: 4 bits times a float16 number.
@@ -320,7 +320,7 @@ def dequantize(q: QuantizedTensor, dtype: Any = None) -> jax.Array:
         values = _affine(blocks.astype(jnp.float32), scales, None).astype(dtype)
         return values.reshape(*stack, -1)[..., : q.n_elements].reshape(*stack, *q.shape)
     code = unpack(_padded(codes, scales.shape[-1] * q.block_size // 2)).reshape(*scales.shape, q.block_size)
-    minima = block_minima(q, scales)
+    minima = _block_minima(q, scales)
     by_entries = functools.partial(_scaled_entries, quant_type=q.quant_type, dtype=dtype)
     if dtype.itemsize == 2:
         by_tables = functools.partial(_entries_of_scaled_tables, quant_type=q.quant_type, dtype=dtype)
@@ -334,3 +334,47 @@ def _padded(codes: jax.Array, size: int) -> jax.Array:
     """Pad the last axis with zeros to whole blocks."""
     missing = size - codes.shape[-1]
     return jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)]) if missing else codes
+
+
+def dequantize_on_host(q: QuantizedTensor) -> np.ndarray:
+    """Return one weight float32 [*shape] in NumPy, in pieces, whose temporaries stay at a few MB.
+
+    Values are those of `dequantize`, but that subnormals are kept.
+
+    Args:
+        q: a quantised weight in NumPy arrays, not a stack.
+    """
+    out = np.empty(q.n_elements, np.float32)
+    if q.quant_type == "int8":
+        rows = out.reshape(q.shape)
+        step = max(1, _CHUNK_ELEMENTS // q.shape[1])
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            rows[part] = q.codes[part].astype(np.float32) * q.absmax[part, None] * int8.INVERSE_127
+        return rows
+    with jax.default_device(_cpu_device()):
+        scales = np.asarray(block_scales(q))
+    minima = None
+    if q.minimum is not None:
+        minima = q.minimum.astype(np.float32)
+        minima = -minima * scales if q.format.minimum == "zero_point" else minima
+    step = max(1, _CHUNK_ELEMENTS // q.block_size)
+    for first in range(0, len(scales), step):
+        blocks = slice(first, first + step)
+        values = _host_values(q, first * q.block_size, min(q.n_elements, (first + step) * q.block_size))
+        whole = np.zeros((len(scales[blocks]), q.block_size), np.float32)
+        whole.reshape(-1)[: values.size] = values
+        whole *= scales[blocks, None]
+        if minima is not None:
+            whole += minima[blocks, None]
+        out[first * q.block_size :][: values.size] = whole.reshape(-1)[: values.size]
+    return out.reshape(q.shape)
+
+
+def _host_values(q: QuantizedTensor, start: int, stop: int) -> np.ndarray:
+    """Values of some codes before they are scaled; `start` is even."""
+    if q.format.bits == 8:
+        return np.asarray(q.codes[start:stop], np.float32)
+    packed = np.asarray(q.codes[start // 2 : -(-stop // 2)])
+    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[: stop - start]
+    return TABLES[q.quant_type].take(codes)

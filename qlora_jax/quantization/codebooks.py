@@ -67,12 +67,6 @@ TABLES = {
 
 
 @functools.cache
-def e8m0_map() -> np.ndarray:
-    """Return the value of every power-of-two scale, float32[256]: 2^(i - 127), and NaN for 255 (OCP MX 1.0, 5.4.1)."""
-    return np.arange(256, dtype=np.uint8).view(jnp.dtype(jnp.float8_e8m0fnu)).astype(np.float32)
-
-
-@functools.cache
 def e4m3_map() -> np.ndarray:
     """Return the value of every 8-bit float scale, float32[256]: e4m3fn, NaN for 127 and 255."""
     return np.arange(256, dtype=np.uint8).view(jnp.dtype(jnp.float8_e4m3fn)).astype(np.float32)

@@ -26,18 +26,16 @@ class Format:
 
     Attributes:
         name: the `quant_type` of weights stored so.
-        title: for people.
         bits: of a code, 4 or 8.
         block_size: elements of a row that share a scale; None if the weight says how many, 0 for whole rows.
         scale: stored type of a scale: "float32", which may be quantised once more; "float16"; "e8m0", a power of two of
             8 bits; "e4m3", a code of 8 bits that the weight has a table of 256 float32 scales for.
         minimum: added to every element of a block: "none"; "float16", stored as such; "zero_point", -zero * scale of a
             stored integer.
-        quantizes: `quantize` makes this type; the others are only taken over from checkpoints.
+        quantizes: True if `quantize` can make this type; the others are only taken over from checkpoints.
     """
 
     name: str
-    title: str
     bits: int = 4
     block_size: int | None = None
     scale: ScaleType = "float32"
@@ -70,16 +68,16 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         row.name: row
         for row in (
-            Format("nf4", "NF4 (QLoRA)", quantizes=True),
-            Format("fp4", "bitsandbytes' FP4", quantizes=True),
-            Format("int4", "symmetric 4-bit integers", quantizes=True),
-            Format("q4_0", "GGUF Q4_0", block_size=32, scale="float16", quantizes=True),
-            Format("q4_1", "GGUF Q4_1", block_size=32, scale="float16", minimum="float16", quantizes=True),
-            Format("uint4", "AWQ and GPTQ", scale="float16", minimum="zero_point"),
-            Format("mxfp4", "OCP MXFP4", block_size=32, scale="e8m0"),
-            Format("nvfp4", "NVFP4", block_size=16, scale="e4m3"),
-            Format("q8_0", "GGUF Q8_0", bits=8, block_size=32, scale="float16", quantizes=True),
-            Format("int8", "LLM.int8() rows", bits=8, block_size=0, quantizes=True),
+            Format("nf4", quantizes=True),
+            Format("fp4", quantizes=True),
+            Format("int4", quantizes=True),
+            Format("q4_0", block_size=32, scale="float16", quantizes=True),
+            Format("q4_1", block_size=32, scale="float16", minimum="float16", quantizes=True),
+            Format("uint4", scale="float16", minimum="zero_point"),
+            Format("mxfp4", block_size=32, scale="e8m0"),
+            Format("nvfp4", block_size=16, scale="e4m3"),
+            Format("q8_0", bits=8, block_size=32, scale="float16", quantizes=True),
+            Format("int8", bits=8, block_size=0, quantizes=True),
         )
     }
 )

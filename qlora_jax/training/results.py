@@ -41,13 +41,12 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def changed_results(directory: Path, summary: Mapping[str, Any]) -> list[str]:
-    """Name the results that are missing or not as they were when the summary was written.
+    """Name the results that are missing, cannot be read, or are not as they were when the summary was written."""
 
-    Raises:
-        OSError: one is there and cannot be read.
-    """
-    return [
-        name
-        for name, digest in summary["files"].items()
-        if not (directory / name).is_file() or file_digest(directory / name) != digest
-    ]
+    def is_same(file: Path, digest: str) -> bool:
+        try:
+            return file_digest(file) == digest
+        except OSError:
+            return False
+
+    return [name for name, digest in summary["files"].items() if not is_same(directory / name, digest)]

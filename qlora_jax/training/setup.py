@@ -57,6 +57,27 @@ def quantization_of(config: TrainConfig, model_config: models.DecoderConfig) -> 
     return MixedQuantization(asked, kept) if kept else asked
 
 
+def stores_4_bits(config: TrainConfig, model_config: models.DecoderConfig) -> bool:
+    """Tell if every linear is stored in 4 bits, which the fused kernels need."""
+    storage = quantization_of(config, model_config)
+    kinds = [storage, *(each for _, each in model_config.stored)] if config.bits == "auto" else [storage]
+    each = [kind.default if isinstance(kind, MixedQuantization) else kind for kind in kinds]
+    return all(kind.quant_type != "none" and kind.format.bits == 4 for kind in each)
+
+
+def quantization_notes(config: TrainConfig, model_config: models.DecoderConfig) -> list[str]:
+    """List a sentence for every field of quantisation that has no effect, as the checkpoint's weights are kept."""
+    linears = {name for group in models.family_of(model_config).lora_groups.values() for name in group}
+    if config.bits != "auto" or linears - {name for name, _ in model_config.stored}:
+        return []
+    kept = ", ".join(dict.fromkeys(str(storage) for _, storage in model_config.stored))
+    return [
+        f"`{name}={getattr(config, name)}` has no effect: the checkpoint's own {kept} is kept; `bits=4` quantises again"
+        for name in ("quant_type", "block_size", "double_quant")
+        if getattr(config, name) != getattr(TrainConfig, name)
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapters:
     """Adapters of a run.

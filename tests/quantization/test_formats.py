@@ -402,7 +402,7 @@ def test_formats_refuse():
     with pytest.raises(UserError, match=r"block_size of mxfp4 is 32, not 64\.$"):
         FORMATS["mxfp4"].check_block_size(64)
     with pytest.raises(ValueError, match="no table of 16 values is called 'nf5'"):
-        Format("nf5", "of quantiles")
+        Format("nf5")
     with pytest.raises(UserError, match=r"quant_type must be one of nf4, .*, int8, not 'nf5'\.$"):
         abstract_quantized((4, 64), quant_type="nf5")
 
