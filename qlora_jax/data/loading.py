@@ -41,9 +41,9 @@ _BAD_SHOWN = 20
 # A value takes memory however short it is in the file; a row and its position, which count as two, 350 bytes.
 _MOST_SMALL_VALUES, _SMALL_BYTES = 1 << 20, 16
 _MOST_BAD_ROWS = 1 << 17
-# Compressed text may take 6 times its file, or 128 MiB. Few rows are unpacked at a time: a large value that a
+# Compressed text may take 6 times its file, or 256 MiB. Few rows are unpacked at a time: a large value that a
 # dictionary holds once may be that of every row.
-_MOST_UNPACKED, _UNPACKED_RATIO, _UNPACKED_ROWS, _UNPACKED_AT_ONCE = 1 << 27, 6, 64, 1 << 29
+_MOST_UNPACKED, _UNPACKED_RATIO, _UNPACKED_ROWS, _UNPACKED_AT_ONCE = 1 << 28, 6, 64, 1 << 29
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 _HELD_OUT_SPLITS = ("heldout", "eval", "validation", "test")

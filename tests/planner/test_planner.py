@@ -230,7 +230,7 @@ def test_json_holds_a_search_and_advice():
         (["llama-7b", "--gpu", "a6000", "--all-gpus"], "Give --gpu NAME"),
         (["llama-7b", "--gpu", "a5000"], r"No GPU is called 'a5000' here: choose one of a100"),
         (["llama-7b", "--gpu", "a6000", "--seq", "0"], r"--seq 0: must be positive\."),
-        (["llama-7b", "--gpu", "a6000", "--bits", "3"], r"--bits 3: choose 4, 8 or 16\."),
+        (["llama-7b", "--gpu", "a6000", "--bits", "3"], r"--bits: invalid choice: '3'"),
         (["llama-7b", "--gpu", "a6000", "--seqq", "3"], r"unknown flag --seqq\. Did you mean --seq\?"),
         (["llama-7b", "--gpu", "a6000", "--quant_type", "fp4", "--bits", "8"], r"--quant_type fp4 has no effect with"),
         (["llama-9b", "--gpu", "a6000"], "llama-9b is neither a file nor a directory"),

@@ -265,7 +265,9 @@ def test_what_a_person_sees(finished):
     for name in ("adapter", "checkpoint-*", "metrics.jsonl", "loss.png", "answers.json", "summary.json"):
         assert re.search(rf" {re.escape(name)}$", listing, re.MULTILINE)
         assert list(directory.glob(name))
-    assert f'PeftModel.from_pretrained(base, "{directory / "adapter"}")' in out.splitlines()[-1]
+    use = out.partition("Use the adapter")[2]
+    assert f'PeftModel.from_pretrained(base, "{directory / "adapter"}")' in use
+    assert f"qlora-jax export {directory} DIRECTORY" in use.splitlines()[-1]
     assert "Warning" not in err
     assert "Traceback" not in err
 
@@ -329,7 +331,7 @@ def test_a_converted_model_trains_to_the_same_bits(finished, place, capsys):
     )
     assert (
         run_in_process(
-            main_flags(place, model_name_or_path=place / "converted", quant_type="fp4", output_dir=place / "x")
+            main_flags(place, model_name_or_path=place / "converted", bits=4, quant_type="fp4", output_dir=place / "x")
         )
         == 1
     )
