@@ -318,6 +318,7 @@ def test_a_finished_run_with_another_flag_is_refused(finished, place, capsys):
     assert "--overwrite_output_dir" in message
 
 
+@pytest.mark.e2e
 def test_a_converted_model_trains_to_the_same_bits(finished, place, capsys):
     convert(place / "model", place / "converted", QuantizationConfig(), "float32")
     assert (
@@ -339,6 +340,7 @@ def test_a_converted_model_trains_to_the_same_bits(finished, place, capsys):
     assert not (place / "x").exists()
 
 
+@pytest.mark.e2e
 def test_a_saved_adapter_is_where_another_run_starts(finished, place):
     """The adapter's own rank, alpha and modules win over the flags."""
     output = place / "out-continued"
@@ -408,6 +410,7 @@ def test_no_rows_held_out(place):
 # --- a loss that is not finite
 
 
+@pytest.mark.e2e
 def test_divergence_names_step_rows_and_the_last_good_checkpoint(place, capsys):
     output = place / "out-diverged"
     argv = main_flags(

@@ -151,6 +151,7 @@ def test_killed_at_any_operation_on_the_disk_and_resumed_is_bit_identical(
         assert_same_run(place / name, inside)
 
 
+@pytest.mark.e2e
 def test_stopped_where_an_evaluation_is_due(place, inside, monkeypatch, compiled_once, capsys):
     """The stop comes first; the evaluation is made up for, so the log has no hole. Nor has a stop in an evaluation."""
     for name, method, step in (("stop-in-step", "_place", 2), ("stop-in-evaluation", "evaluate", 4)):
@@ -209,6 +210,7 @@ def test_ctrl_c_twice_saves_nothing_and_the_run_can_be_resumed(place, inside, mo
     assert_same_run(place / "twice", inside)
 
 
+@pytest.mark.e2e
 def test_other_prompts_on_resume(place, monkeypatch, compiled_once, capsys):
     """Answers from before training stay with their prompts."""
     more = place / "more.txt"
