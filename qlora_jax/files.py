@@ -272,6 +272,26 @@ def _json_digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def check_room(directory: Path, needed: int, disk: str, what: str) -> None:
+    """Refuse a directory on whose disk something has no room.
+
+    Args:
+        directory: there already.
+        needed: bytes.
+        disk: the disk, in messages.
+        what: takes them, in messages.
+
+    Raises:
+        UserError: says what is needed and what is there.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"{what} takes {needed / 1e6:,.1f} MB or more and {disk} has {free / 1e6:,.1f} MB left; free some space or "
+            "give another directory."
+        )
+
+
 @contextmanager
 def exclusive(directory: Path, name: str) -> Iterator[None]:
     """Let no other process into a directory during the block; its lock ends with this process, however that ends.

@@ -5,6 +5,7 @@ The command line asks before JAX is loaded, so that a refusal takes no time: thi
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -49,12 +50,30 @@ def claimed(config: TrainConfig) -> Iterator[Claim]:
     """Hold a run's directory during the block, against other processes and other runs.
 
     Raises:
-        UserError: as `files.exclusive` and `check_output_dir`.
+        UserError: as `files.exclusive` and `check_output_dir`; or the disk is full.
     """
     output = files.user_path(config.output_dir)
     config = dataclasses.replace(config, output_dir=str(output))
     with files.exclusive(output, f"`output_dir={output}`"):
-        yield Claim(config, check_output_dir(config))
+        record = check_output_dir(config)
+        if config.do_train and not config.overwrite_output_dir:
+            files.check_room(output, _least_bytes(config), f"the disk of `output_dir={output}`", "a checkpoint")
+        yield Claim(config, record)
+
+
+def _least_bytes(config: TrainConfig) -> int:
+    """Return fewer bytes than a checkpoint takes, by config.json alone: the rest is counted once JAX is loaded.
+
+    Of an adapter on every linear, the side that is as wide as the model, float32, in the two files that hold it.
+    """
+    if config.adapter is not None or config.lora_modules != "all":
+        return 1
+    try:
+        contents = json.loads((files.user_path(config.model_name_or_path) / "config.json").read_bytes())
+        text = contents.get("text_config", contents)
+        return 2 * 4 * 7 * config.lora_r * int(text["hidden_size"]) * int(text["num_hidden_layers"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return 1
 
 
 def check_output_dir(config: TrainConfig) -> Mapping[str, Any]:

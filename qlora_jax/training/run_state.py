@@ -1,7 +1,6 @@
 """State of a run when it begins or is resumed."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from flax import nnx
 
 from qlora_jax import data, models
 from qlora_jax.errors import UserError
+from qlora_jax.files import check_room
 from qlora_jax.optimizers import PagedOptimizer
 from qlora_jax.sharding import Devices
 from qlora_jax.training.config import TrainConfig
@@ -99,12 +99,7 @@ def check_free_space(config: TrainConfig, trained: nnx.State) -> None:
     # Adapters twice: in PEFT's format too.
     needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
     needed += make_optimizer(config, 1, trained, dtype=jnp.float32).state_bytes
-    free = shutil.disk_usage(config.output_dir).free
-    if needed > free:
-        raise UserError(
-            f"a checkpoint takes {needed / 1e9:.2f} GB and the disk of `output_dir={config.output_dir}` has "
-            f"{free / 1e9:.2f} GB left; free some space or give another `output_dir`."
-        )
+    check_room(Path(config.output_dir), needed, f"the disk of `output_dir={config.output_dir}`", "a checkpoint")
 
 
 def refuse_finished(config: TrainConfig, total_steps: int) -> None:

@@ -22,7 +22,10 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.ownership import _same_rule
 
 PROGRAM = """
-import sys
+import collections, shutil, sys
+if "--full" in sys.argv:
+    sys.argv.remove("--full")
+    shutil.disk_usage = lambda path: collections.namedtuple("Usage", "total used free")(1 << 40, 1 << 40, 1_000_000)
 from qlora_jax import commands
 try:
     commands.entry()
@@ -91,6 +94,20 @@ def test_a_directory_is_refused_in_no_time_without_jax(prepare, said, tmp_path):
     assert message.startswith(f"--output_dir {path} ") and said in message
     # Of the processor: a busy machine does not count.
     assert seconds < 1
+
+
+def test_a_full_disk_is_refused_in_no_time_without_jax(tmp_path):
+    config = {"hidden_size": 1024, "num_hidden_layers": 8}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    run = str(tmp_path / "run")
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--dataset", "rows.jsonl", "--output_dir", run, "--full"]
+    message, seconds = refusal(*flags, "--lora_r", "16")
+    assert message == (
+        f"a checkpoint takes 7.3 MB or more and the disk of --output_dir {run} has 1.0 MB left; free some space or "
+        "give another directory."
+    )
+    assert seconds < 1 and not (tmp_path / "run").exists()
 
 
 def test_optimizers_that_differ_in_paging_only_are_told_by_their_names():
