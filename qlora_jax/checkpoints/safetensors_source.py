@@ -88,9 +88,9 @@ class SafetensorsSource:
         self._entries = self._under_the_familys_names(self._read_headers())
         quantization = contents.get("quantization_config") or {}
         try:
-            self._packed, self._parts = packed_weights(self._entries, quantization, self._read_part)
+            self._packed, self._parts = packed_weights(self._entries, quantization, self._read_part, self.config)
         except UserError as error:
-            raise UserError(f"{self.path}: {error} {DOWNLOAD_AGAIN.capitalize()}.") from None
+            raise UserError(f"{self.path}: {error}") from None
         dtypes = sorted({entry.dtype for name, entry in self._entries.items() if name not in self._parts})
         self.description = f"Hugging Face safetensors directory {self.path} ({', '.join(dtypes)})"
 

@@ -25,7 +25,7 @@ from qlora_jax.models.common import (
 from qlora_jax.models.decoder import DecoderConfig, DecoderLM
 from qlora_jax.models.family import GGUF, Family, Name
 from qlora_jax.models.presets import PRESETS
-from qlora_jax.models.quantization_config import FIELD, stored_linears, with_stored
+from qlora_jax.models.quantization_config import FIELD, stored_linears
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 
@@ -49,7 +49,6 @@ __all__ = [
     "names",
     "split_model",
     "unflatten_like",
-    "with_stored",
 ]
 
 _FAMILIES = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gemma3.FAMILY)

@@ -1,15 +1,16 @@
 """Reading of config.json's `quantization_config`: which linears a checkpoint holds quantised already, and how.
 
-Methods: "bitsandbytes", "awq", "gptq", "compressed-tensors" (NVFP4, MXFP4), "modelopt" (NVFP4), and "qlora-jax", which
-is written here once the tensors themselves have been looked at.
+Methods: "bitsandbytes", "awq", "gptq", "compressed-tensors" (NVFP4, MXFP4) and "modelopt" (NVFP4).
 """
 
+import functools
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, TypedDict
+from typing import Any, TypedDict
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from qlora_jax.errors import UserError
 from qlora_jax.json_text import check_type
@@ -37,45 +38,17 @@ def stored_linears(contents: Mapping[str, Any], linears: Iterable[str]) -> Store
     if not isinstance(field, Mapping):
         raise UserError(f"config.json: {FIELD} must be an object, not {field!r}.")
     method = str(field.get("quant_method") or ("bitsandbytes" if "bnb_4bit_quant_type" in field else None))
-    if method == "qlora-jax":
-        return _own(field)
     if method not in _METHODS:
         raise UserError(
             f"config.json: {FIELD} has quant_method {method!r}, which is not supported; {_16_BIT}, or a checkpoint of "
             f"{', '.join(_METHODS)}."
         )
+    _check_neutral(field)
     storage, left_out = _METHODS[method](field)
     # A name in such a list is that of a module, the beginning or the end of one, or a pattern of them: what it says of
     # single layers is seen in the tensors.
     plain = {name for name in left_out if re.fullmatch(r"\w+", name)}
     return tuple((name, storage) for name in sorted(set(linears) - plain))
-
-
-def with_stored(contents: Mapping[str, Any], stored: Stored) -> dict[str, Any]:
-    """Return the contents of a config.json that say how linears are stored, whatever they said before."""
-    others = {name: value for name, value in contents.items() if name != FIELD}
-    if not stored:
-        return others
-    linears = {
-        name: {"quant_type": each.quant_type, "block_size": each.block_size, "double_quant": each.double_quant}
-        for name, each in stored
-    }
-    return {**others, FIELD: {"quant_method": "qlora-jax", "linears": linears}}
-
-
-class _Storage(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
-
-    quant_type: str
-    block_size: Annotated[int, Field(ge=0, lt=2**31)]
-    double_quant: bool
-
-
-class _Own(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
-
-    quant_method: str
-    linears: dict[str, _Storage]
 
 
 class _BitsAndBytes(TypedDict, total=False):
@@ -96,6 +69,8 @@ class _Groups(TypedDict, total=False):
     group_size: int
     q_group_size: int
     version: str
+    checkpoint_format: str | None
+    format: str | None
     desc_act: bool
     modules_to_not_convert: list[str] | None
 
@@ -109,14 +84,29 @@ class _Ignored(TypedDict, total=False):
     exclude_modules: list[str] | None
 
 
-_OWN, _BNB = TypeAdapter(_Own), TypeAdapter(_BitsAndBytes)
-_GROUPS, _IGNORED = TypeAdapter(_Groups), TypeAdapter(_Ignored)
+_BNB, _GROUPS, _IGNORED = TypeAdapter(_BitsAndBytes), TypeAdapter(_Groups), TypeAdapter(_Ignored)
 _WHERE = f"config.json: {FIELD}."
 
 
-def _own(field: Mapping[str, Any]) -> Stored:
-    linears = check_type(field, _OWN, _WHERE)["linears"]
-    return tuple((name, QuantizationConfig(**storage)) for name, storage in sorted(linears.items()))
+# Settings that would change what the tensors mean, and the only values under which they do not.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "dynamic": (None, False, {}),  # GPTQModel: other settings for some modules
+        "is_marlin_format": (None, False),
+        "pack_dtype": (None, "int32"),
+        "transform_config": (None, {}),  # compressed-tensors: rotations of the inputs
+    }
+)
+
+
+def _check_neutral(field: Mapping[str, Any]) -> None:
+    """Refuse settings that are not implemented."""
+    for name, allowed in _NEUTRAL.items():
+        if name in field and field[name] not in allowed:
+            raise UserError(f"{_WHERE}{name} is {reprlib.repr(field[name])}, which is not supported; {_16_BIT}.")
+    sparsity = field.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") not in (None, "dense")):
+        raise UserError(f"{_WHERE}sparsity_config is {reprlib.repr(sparsity)}; only dense is supported; {_16_BIT}.")
 
 
 def _bitsandbytes(field: Mapping[str, Any]) -> tuple[QuantizationConfig, list[str]]:
@@ -130,22 +120,33 @@ def _bitsandbytes(field: Mapping[str, Any]) -> tuple[QuantizationConfig, list[st
     return QuantizationConfig(quant_type, 64, checked.get("bnb_4bit_use_double_quant", False)), left_out
 
 
-def _grouped(field: Mapping[str, Any]) -> tuple[QuantizationConfig, list[str]]:
+def _grouped(field: Mapping[str, Any], layouts: tuple[str, ...]) -> tuple[QuantizationConfig, list[str]]:
+    """Read settings of AWQ or GPTQ; `layouts` are the orders of codes that are supported."""
     checked = check_type(field, _GROUPS, _WHERE)
     bits = checked.get("bits", checked.get("w_bit", 4))
     if bits != 4:
         raise UserError(f"{_WHERE}bits is {bits}; only 4 are supported; {_16_BIT}.")
-    version = checked.get("version", "gemm").lower()
-    if version != "gemm":
-        raise UserError(f"{_WHERE}version is {version!r}; of AWQ's layouts only gemm is supported; {_16_BIT}.")
+    # GPTQ's `version` is none of its layout.
+    fields = ("checkpoint_format", "format", *(("version",) if "gemm" in layouts else ()))
+    given = {name: checked[name] for name in fields if checked.get(name) is not None}
+    for name, layout in given.items():
+        if layout.lower() not in layouts:
+            raise UserError(f"{_WHERE}{name} is {layout!r}; only {' and '.join(layouts)} are supported; {_16_BIT}.")
+    if len({layout.lower() for layout in given.values()}) > 1:
+        raise UserError(f"{_WHERE}checkpoint_format and format are {given}, which contradict each other; {_16_BIT}.")
     if checked.get("desc_act"):
         raise UserError(
             f"{_WHERE}desc_act is true: inputs are out of the order of their groups (act-order), which is not "
             f"supported; {_16_BIT}, or a checkpoint with desc_act false."
         )
-    size = checked.get("group_size", checked.get("q_group_size", 128))
-    # -1: a group is a row, whose length the tensors say.
-    return QuantizationConfig("uint4", size if size > 0 else 64), checked.get("modules_to_not_convert") or []
+    name = "q_group_size" if "group_size" not in checked and "q_group_size" in checked else "group_size"
+    size = checked.get(name, 128)
+    try:
+        # -1: a group is a row, whose length the tensors say.
+        storage = QuantizationConfig("uint4", 64 if size == -1 else size)
+    except UserError as error:
+        raise UserError(f"{_WHERE}{name} is {size}, which is not supported: {error}") from None
+    return storage, checked.get("modules_to_not_convert") or []
 
 
 def _compressed(field: Mapping[str, Any]) -> tuple[QuantizationConfig, list[str]]:
@@ -167,8 +168,8 @@ def _modelopt(field: Mapping[str, Any]) -> tuple[QuantizationConfig, list[str]]:
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], tuple[QuantizationConfig, list[str]]]] = MappingProxyType(
     {
         "bitsandbytes": _bitsandbytes,
-        "awq": _grouped,
-        "gptq": _grouped,
+        "awq": functools.partial(_grouped, layouts=("gemm",)),
+        "gptq": functools.partial(_grouped, layouts=("gptq", "gptq_v2")),
         "compressed-tensors": _compressed,
         "modelopt": _modelopt,
     }

@@ -40,6 +40,7 @@ from qlora_jax.planner import (
     visible_fraction,
 )
 from qlora_jax.planner.scopes import temporaries_by_scope
+from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.sharding import Devices
 from qlora_jax.training import losses, setup
 from qlora_jax.training.config import TrainConfig
@@ -376,7 +377,8 @@ class Compiler:
         child = self._started()
         request = {
             "config": dataclasses.asdict(config),
-            "model": models.with_stored(model_config.source, model_config.stored),
+            "model": model_config.source,
+            "stored": [(name, dataclasses.asdict(storage)) for name, storage in model_config.stored],
             "gpu": self.chip.name,
             "length": length,
         }
@@ -437,7 +439,8 @@ class Compiler:
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config = TrainConfig(**request["config"])
-        model_config = models.model_config(request["model"])
+        stored = tuple((name, QuantizationConfig(**storage)) for name, storage in request["stored"])
+        model_config = dataclasses.replace(models.model_config(request["model"]), stored=stored)
         compiled = compile_step(config, model_config, gpus.chip_named(request["gpu"]), request["length"])
     except UserError as error:
         return {"error": str(error)}

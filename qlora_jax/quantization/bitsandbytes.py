@@ -1,15 +1,84 @@
 """The pair that puts a QuantizedTensor into a bitsandbytes 4-bit or 8-bit checkpoint's tensors and back."""
 
+import dataclasses
 import json
 import math
+import reprlib
+from typing import Any
 
 import numpy as np
 
 from qlora_jax.errors import UserError
-from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, TABLES, dynamic_map
+from qlora_jax.quantization.codebooks import BLOCK_SIZES, NESTED_BLOCK_SIZE, TABLES, dynamic_map
 from qlora_jax.quantization.quantized_tensor import QuantizedTensor, abstract_quantized
 
 _STATE_KEY = "quant_state.bitsandbytes__"
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantState:
+    """Contents of a quant_state tensor.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        block_size: elements that share a scale.
+        dtype: of the original weight.
+        shape: of the weight.
+        offset: of the scales; None without double quantisation.
+    """
+
+    quant_type: str
+    block_size: int
+    dtype: str
+    shape: tuple[int, ...]
+    offset: float | None
+
+
+def quant_state(raw: bytes, name: str) -> QuantState:
+    """Read the JSON object of a quant_state tensor.
+
+    Args:
+        raw: its bytes.
+        name: of the tensor, for messages.
+
+    Raises:
+        UserError: it is not what bitsandbytes writes; names the tensor and the first field that is wrong.
+    """
+    try:
+        state = json.loads(raw)
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise UserError(f"{name} is not the JSON that bitsandbytes writes.")
+
+    def check(field: str, valid: bool, wanted: str) -> None:
+        if not valid:
+            found = reprlib.repr(state[field]) if field in state else "missing"
+            raise UserError(f"{name} is not the JSON that bitsandbytes writes: {field} must be {wanted}, is {found}.")
+
+    def one_of(field: str, *allowed: Any) -> Any:
+        # JSON's true equals 1, and lists are in no set.
+        value = state.get(field)
+        check(field, any(type(value) is type(other) and value == other for other in allowed), _either(allowed))
+        return value
+
+    quant_type, block_size = one_of("quant_type", "nf4", "fp4"), one_of("blocksize", *BLOCK_SIZES)
+    dtype = one_of("dtype", *_DTYPES)
+    shape: Any = state.get("shape")
+    sizes = isinstance(shape, list) and shape and all(type(size) is int and 0 < size < 2**31 for size in shape)
+    check("shape", bool(sizes), "a list of positive integers")
+    if "nested_offset" not in state:
+        return QuantState(quant_type, block_size, dtype, tuple(shape), None)
+    offset, largest = state["nested_offset"], float(np.finfo(np.float32).max)
+    check("nested_offset", type(offset) in (int, float) and abs(offset) <= largest, "a finite number")
+    one_of("nested_blocksize", NESTED_BLOCK_SIZE)
+    one_of("nested_dtype", "float32")
+    return QuantState(quant_type, block_size, dtype, tuple(shape), float(offset))
+
+
+def _either(allowed: tuple[Any, ...]) -> str:
+    return " or ".join(map(str, allowed))
 
 
 def to_bitsandbytes(q: QuantizedTensor) -> dict[str, np.ndarray]:
@@ -67,31 +136,22 @@ def from_bitsandbytes(tensors: dict[str, np.ndarray], *, dtype: str = "float16")
     state_keys = [key for key in tensors if key.startswith(_STATE_KEY)]
     if len(state_keys) != 1:
         raise UserError(f"A bitsandbytes 4-bit weight needs one {_STATE_KEY}<type> tensor; found {len(state_keys)}.")
-    try:
-        state = json.loads(np.asarray(tensors[state_keys[0]]).tobytes())
-        quant_type, block_size = state["quant_type"], state["blocksize"]
-        dtype, shape = state["dtype"], tuple(state["shape"])
-        double_quant = "nested_offset" in state
-        nested_block_size = state["nested_blocksize"] if double_quant else NESTED_BLOCK_SIZE
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{state_keys[0]} is not the JSON that bitsandbytes writes: {error!r}.") from error
+    state = quant_state(np.asarray(tensors[state_keys[0]]).tobytes(), state_keys[0])
+    quant_type, double_quant = state.quant_type, state.offset is not None
     expected = abstract_quantized(
-        shape, quant_type=quant_type, block_size=block_size, double_quant=double_quant, dtype=dtype
+        state.shape, quant_type=quant_type, block_size=state.block_size, double_quant=double_quant, dtype=state.dtype
     )
-    if nested_block_size != NESTED_BLOCK_SIZE:
-        raise UserError(f"nested_blocksize is {nested_block_size}; only {NESTED_BLOCK_SIZE} is supported.")
     nested_absmax = offset = None
     tables = {"quant_map": TABLES[quant_type]}
     if double_quant:
-        nested_absmax = _take(tensors, "nested_absmax")
-        offset = np.asarray(np.float32(state["nested_offset"]))
+        nested_absmax, offset = _take(tensors, "nested_absmax"), np.asarray(state.offset, np.float32)
         tables["nested_quant_map"] = dynamic_map()
     for key, table in tables.items():
         if not np.array_equal(_take(tensors, key), table):
             raise UserError(f"{key} is not bitsandbytes' table for {quant_type}; such a weight cannot be represented.")
     codes = _take(tensors, "weight").reshape(-1)
     absmax = _take(tensors, "absmax")
-    q = QuantizedTensor(codes, absmax, nested_absmax, offset, shape, quant_type, block_size, dtype)
+    q = QuantizedTensor(codes, absmax, nested_absmax, offset, state.shape, quant_type, state.block_size, state.dtype)
     return _checked(q, expected)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.errors import UserError
+from qlora_jax.gpus import CHIPS
+from qlora_jax.planner import compiler
 from qlora_jax.quantization import MixedQuantization, QuantizationConfig, dequantize
 from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
@@ -130,6 +133,21 @@ def replaced(name, make):
     return lambda tensors: tensors.update({name: make(tensors[name])}) if name in tensors else None
 
 
+def added(**tensors):
+    """Put tensors beside the codes of `PROJ`; each is one number or an array."""
+    return lambda all_tensors: all_tensors.update({f"{PROJ}.{name}": np.asarray(t) for name, t in tensors.items()})
+
+
+def with_state(**changes):
+    """Change the quant_state of `PROJ`; a field of `...` is taken out."""
+
+    def change(tensor):
+        state = {**json.loads(tensor.tobytes()), **changes}
+        return np.frombuffer(json.dumps({name: v for name, v in state.items() if v is not ...}).encode(), np.uint8)
+
+    return replaced(f"{PROJ}.weight.quant_state.bitsandbytes__nf4", change)
+
+
 PROJ = "model.layers.0.mlp.down_proj"
 
 
@@ -150,6 +168,11 @@ PROJ = "model.layers.0.mlp.down_proj"
         ),
         ("nvfp4", without(f"{PROJ}.weight_global_scale"), f"{PROJ}.weight_global_scale is missing"),
         ("nvfp4", replaced(f"{PROJ}.weight_global_scale", lambda a: a * 0), f"{PROJ}.weight .*are not finite"),
+        (
+            "mxfp4",
+            replaced(f"{PROJ}.weight_packed", lambda a: a[:, :-1].copy()),
+            f"{PROJ}.weight_packed has 190 inputs",
+        ),
         ("mxfp4", replaced(f"{PROJ}.weight_scale", lambda a: a * 0 + np.uint8(255)), f"{PROJ}.weight .*hold NaN"),
     ],
 )
@@ -160,12 +183,111 @@ def test_damage_is_named(method, change, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "floap16"), ("dtype", ["float16"]), ("quant_type", "int8"), ("quant_type", 4), ("blocksize", 64.0),
+        ("blocksize", "64"), ("blocksize", 100), ("shape", 5), ("shape", [128, "192"]), ("shape", [True, -1]),
+        ("shape", []), ("nested_offset", "0.1"), ("nested_offset", None), ("nested_offset", float("nan")),
+        ("nested_blocksize", 512), ("nested_dtype", "float16"), ("shape", ...), ("nested_offset", 10**400),
+    ],
+)  # fmt: skip
+def test_what_bitsandbytes_says_of_a_weight_is_checked(field, value, tmp_path):
+    write_packed(tmp_path / "model", "bnb_nf4", CONFIG, change=with_state(**{field: value}))
+    with pytest.raises(UserError, match=rf"tensor {PROJ}.weight.quant_state\S* is not the JSON .*: {field} must be .*"):
+        open_source(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("bnb_int8", added(weight_format=np.uint8(2)), f"tensor {PROJ}.weight_format is 2 .col_turing.; only 0"),
+        ("gptq", added(bias=np.ones(3, np.float16)), f"tensor {PROJ}.bias is not zero"),
+        ("awq", replaced(f"{PROJ}.scales", lambda a: np.repeat(a, 2, 0)), f"tensor {PROJ}.scales makes groups of 16"),
+    ],
+)
+def test_what_is_not_supported_is_not_called_damaged(method, change, message, tmp_path):
+    write_packed(tmp_path / "model", method, CONFIG, change=change)
+    with pytest.raises(UserError, match=message) as refusal:
+        open_source(tmp_path / "model")
+    assert "ownload" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("bnb_int8", added(weight_format=np.uint8(0))),
+        ("gptq", added(bias=np.zeros(CONFIG["hidden_size"], np.float16))),
+        ("modelopt", added(k_scale=np.float32(1), v_scale=np.float32(1))),
+    ],
+)
+def test_parts_that_say_nothing_of_a_weight_are_left_alone(method, change, tmp_path):
+    write_packed(tmp_path / "model", method, CONFIG, change=change)
+    assert "kept in all linears" in load(tmp_path / "model").description
+
+
+def test_biases_of_zeros_stay_the_models_where_it_has_biases(tmp_path):
+    config = {**CONFIG, "attention_bias": True}
+    write_packed(tmp_path / "model", "gptq", config, change=zero_biases)
+    assert "kept in all linears" in load(tmp_path / "model").description
+    assert "model.layers.0.self_attn.q_proj.bias" in open_source(tmp_path / "model").names()
+
+
+def zero_biases(tensors):
+    tensors.update({name: values * 0 for name, values in tensors.items() if name.endswith(".bias")})
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_group_may_be_a_whole_row(method, tmp_path, monkeypatch):
+    monkeypatch.setitem(TYPES, method, ("uint4", 128, False))
+    square = {**CONFIG, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 32}
+    write_packed(tmp_path / "model", method, square, group_size=-1)
+    assert "uint4 in blocks of 128 kept in all linears" in load(tmp_path / "model").description
+
+
+def test_modelopt_without_its_settings_is_told_by_its_tensors(tmp_path):
+    write_packed(tmp_path / "model", "modelopt", CONFIG)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(UserError, match=r"no quantization_config, but tensor .*hf_quant_config.json"):
+        open_source(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"checkpoint_format": "gptq"}, {"format": "gptq", "checkpoint_format": "gptq", "dynamic": {}},
+        {"sparsity_config": {"format": "dense"}, "transform_config": {}, "pack_dtype": "int32", "meta": {"x": 1}},
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_accepted(settings):
+    assert models.model_config({**CONFIG, "quantization_config": {**METHODS["gptq"], **settings}}).stored
+
+
+def test_both_names_of_gptqs_second_format_are_read(tmp_path):
+    linears = write_packed(tmp_path / "model", "gptq_v2", CONFIG, checkpoint_format=None, format="GPTQ_v2")
+    source, name = open_source(tmp_path / "model"), f"{PROJ}.weight"
+    np.testing.assert_array_equal(source.read_stored(name).minimum, linears[name].minimum)
+
+
+@pytest.mark.parametrize(
     ("field", "message"),
     [
         ({"quant_method": "fp8"}, "quant_method 'fp8', which is not supported; give the model's 16-bit weights"),
         ({"quant_method": "gptq", "bits": 3}, "bits is 3; only 4"),
         ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act is true: .*act-order"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'; of AWQ's layouts only gemm"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'; only gemm"),
+        ({"quant_method": "awq", "bits": 4, "checkpoint_format": "gemv"}, "checkpoint_format is 'gemv'; only gemm"),
+        (
+            {"quant_method": "gptq", "checkpoint_format": "marlin"},
+            "checkpoint_format is 'marlin'; only gptq and gptq_v2",
+        ),
+        ({"quant_method": "gptq", "format": "marlin"}, r"quantization_config\.format is 'marlin'"),
+        ({"quant_method": "gptq", "format": "gptq", "checkpoint_format": "gptq_v2"}, "contradict each other"),
+        ({"quant_method": "gptq", "is_marlin_format": True}, "is_marlin_format is True, which is not supported"),
+        ({"quant_method": "gptq", "dynamic": {"-:x": {}}}, "dynamic is {'-:x': {}}, which is not supported"),
+        ({"quant_method": "gptq", "group_size": 16}, r"config.json: quantization_config\.group_size is 16"),
+        ({"quant_method": "awq", "q_group_size": 0}, r"config.json: quantization_config\.q_group_size is 0"),
+        ({**METHODS["nvfp4"], "transform_config": {"config_groups": {"a": {}}}}, "transform_config is .*not supported"),
+        ({**METHODS["nvfp4"], "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config .*only dense"),
         ({"quant_method": "awq", "bits": "4"}, "quantization_config.bits should be a valid integer"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "format is 'float-quantized'"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo is 'FP8'; only NVFP4"),
@@ -186,9 +308,24 @@ def test_a_plan_knows_the_storage_without_weights(tmp_path):
     weight = models.flatten(parts.frozen)[("layers", "self_attn", "q_proj", "weight")]
     assert (weight.quant_type, weight.absmax.dtype, weight.minimum.dtype) == ("uint4", jnp.float16, jnp.uint8)
     assert setup.quantization_of(TrainConfig(bits=4), config) == NF4
-    again = models.model_config(models.with_stored(config.source, config.stored))
-    assert again == config and again.stored == config.stored
-    assert isinstance(setup.quantization_of(TrainConfig(), again), MixedQuantization)
+    assert isinstance(setup.quantization_of(TrainConfig(), config), MixedQuantization)
+
+
+def test_the_compilers_process_is_told_the_storage(tmp_path, monkeypatch):
+    write_packed(tmp_path / "model", "awq", CONFIG)
+    config, seen = resolve_config(tmp_path / "model"), []
+    tell = "import json, sys; print(json.dumps({'error': sys.stdin.readline()}))"
+    monkeypatch.setattr(compiler, "_COMMAND", (sys.executable, "-c", tell))
+    with compiler.Compiler(CHIPS["a6000"]) as child, pytest.raises(UserError) as request:
+        child(TrainConfig(), config, 128)
+
+    def compile_step(train, model, chip, length):
+        seen.append(model)
+        raise UserError("enough")
+
+    monkeypatch.setattr(compiler, "compile_step", compile_step)
+    assert compiler._answer(json.loads(str(request.value))) == {"error": "enough"}
+    assert seen == [config] and seen[0].stored == config.stored != ()
 
 
 def test_parts_are_named_as_the_reader_says():

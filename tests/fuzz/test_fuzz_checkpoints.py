@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from fixtures.checkpoint_helpers import random_tensors, write_gguf, write_hf
+from fixtures.packed_checkpoints import write_packed
 from fixtures.tiny_configs import BIASED_LLAMA
 from fixtures.tiny_model import GOLDEN
 from fuzz.mutations import mutated_bytes, mutated_json, run_cases, writer
@@ -21,6 +22,7 @@ from qlora_jax.checkpoints.manifest import MANIFEST_NAME, read_manifest
 from qlora_jax.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.checkpoints.streaming import check_source
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 
 pytestmark = pytest.mark.fuzz
 
@@ -178,3 +180,56 @@ def test_adapter(cases, tmp_path, name):
 
     read = writer(directory / name, lambda: load_adapter(directory, model))
     run_cases(cases // 2, mutate, read, check, CONFIG_NAME, WEIGHTS_NAME)
+
+
+def adopted(directory):
+    """Open a checkpoint that is quantised already, and read its linears as they are stored or dequantised."""
+    source = open_source(directory)
+    specs = base_tensors(source.config)
+    check_source(source, specs, QuantizationConfig())
+    return source, {
+        spec.name: source.read_stored(spec.name) if source.stored(spec.name) else source.read(spec.name)
+        for spec in specs
+    }
+
+
+WIDE = {**TINY, "hidden_size": 64, "head_dim": 32, "intermediate_size": 64, "num_key_value_heads": 2}
+PACKED = ("bnb_nf4", "awq", "gptq", "nvfp4", "mxfp4")
+
+
+@pytest.mark.parametrize("method", PACKED)
+def test_packed(cases, tmp_path, method):
+    """Mutants of the settings, of the header, and of the tensors that make the weights of a 4-bit checkpoint."""
+    linears = write_packed(tmp_path / "model", method, WIDE)
+    model = tmp_path / "model"
+    config, file = model / "config.json", model / "model-00001-of-00002.safetensors"
+    contents, raw = json.loads(config.read_bytes()), file.read_bytes()
+    size = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:size])
+
+    def mutate(rng):
+        kind = rng.random()
+        if kind < 0.4:
+            changed = mutated_json(contents["quantization_config"], rng)
+            return b"config" + b'{"quantization_config": ' + changed + b", " + json.dumps(contents).encode()[1:]
+        if kind < 0.7:
+            changed = mutated_json(header, rng)
+            return b"tensor" + len(changed).to_bytes(8, "little") + changed + raw[size:]
+        return b"tensor" + raw[:size] + mutated_bytes(raw[size:], rng)
+
+    def read(mutant):
+        config.write_bytes(mutant[6:] if mutant[:6] == b"config" else json.dumps(contents).encode())
+        file.write_bytes(mutant[6:] if mutant[:6] == b"tensor" else raw)
+        return adopted(model)
+
+    def check(mutant, value):
+        source, tensors = value
+        for spec in base_tensors(source.config):
+            got = tensors[spec.name]
+            assert got.shape == spec.shape
+            if mutant[:6] == b"config" and spec.quantized and isinstance(got, QuantizedTensor):
+                want = linears[spec.name]
+                if got.quant_type == want.quant_type and got.block_size == want.block_size:
+                    assert got.codes.tobytes() == want.codes.tobytes() and got.absmax.tobytes() == want.absmax.tobytes()
+
+    run_cases(max(1, cases // len(PACKED)), mutate, read, check, "config.json", str(model), file.name)

@@ -191,7 +191,7 @@ def test_what_the_child_says_comes_back(monkeypatch):
 
 def request(**changes: Any) -> dict[str, Any]:
     config = dataclasses.asdict(TrainConfig(gradient_accumulation_steps=1))
-    return {"config": config, "model": SMALL, "gpu": "a6000", "length": 128, **changes}
+    return {"config": config, "model": SMALL, "stored": [], "gpu": "a6000", "length": 128, **changes}
 
 
 def test_the_child_answers_what_cannot_be_planned(monkeypatch):

@@ -205,7 +205,7 @@ def test_bitsandbytes_errors():
         from_bitsandbytes(without(state))
     with pytest.raises(UserError, match="not the JSON"):
         from_bitsandbytes(tensors | {state: np.frombuffer(b"{}", np.uint8)})
-    with pytest.raises(UserError, match="nested_blocksize is 512"):
+    with pytest.raises(UserError, match="nested_blocksize must be 256, is 512"):
         from_bitsandbytes(with_state(nested_blocksize=512))
     with pytest.raises(UserError, match="codes of a nf4 weight of shape"):
         from_bitsandbytes(with_state(shape=[32, 32]))
