@@ -73,6 +73,7 @@ def replay(model: Path, rows_path: Path, run: dict, kernel: str = "auto") -> tup
             model_config,
         )
         config = TrainConfig(
+            bits=4,
             model_name_or_path=str(model),
             adapter=str(adapter),
             bf16=run["compute_dtype"] == "bf16",

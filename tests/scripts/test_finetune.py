@@ -92,7 +92,7 @@ def test_a_process_of_its_own_comes_to_the_same(finished, place):
 
     def words(text):
         """Without paths, and without what a clock measured."""
-        text = text.replace(str(output), str(directory)).replace("python scripts/finetune.py", "qlora-jax finetune")
+        text = re.sub(r"python scripts/(\w+)\.py", r"qlora-jax \1", text.replace(str(output), str(directory)))
         return re.sub(r"[\d.:]+(?=s|it/s)|minutes .*|<.*?>", "", text)
 
     assert words(child_out) == words(out)

@@ -113,7 +113,9 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(place, doomed, grouped
     stops = []
     for number in (signal.SIGTERM, signal.SIGINT):
         target = count_metrics(output) + rng.randint(1, 4)
-        process = start_child(resumable_flags(place, output.name, GROUPED_RUN), env=doomed)
+        # A shell that starts tests in the background has them ignore Ctrl-C.
+        hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        process = start_child(resumable_flags(place, output.name, GROUPED_RUN), env=doomed, **hears)
         assert wait_until(process, lambda target=target: count_metrics(output) >= target)
         time.sleep(rng.uniform(0, 0.02))
         process.send_signal(number)
