@@ -108,14 +108,14 @@ def test_killed_and_resumed_is_bit_identical(place, doomed, request, rng, golden
     assert steps == list(range(1, 25))
 
 
-def test_stopped_by_a_signal_and_resumed_is_bit_identical(place, doomed, grouped, rng):
+def test_stopped_by_a_signal_and_resumed_is_bit_identical(place, doomed, grouped, rng, handlers):
+    # A shell that starts tests in the background has them ignore Ctrl-C, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output = place / "stopped"
     stops = []
     for number in (signal.SIGTERM, signal.SIGINT):
         target = count_metrics(output) + rng.randint(1, 4)
-        # A shell that starts tests in the background has them ignore Ctrl-C.
-        hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        process = start_child(resumable_flags(place, output.name, GROUPED_RUN), env=doomed, **hears)
+        process = start_child(resumable_flags(place, output.name, GROUPED_RUN), env=doomed)
         assert wait_until(process, lambda target=target: count_metrics(output) >= target)
         time.sleep(rng.uniform(0, 0.02))
         process.send_signal(number)
