@@ -57,22 +57,36 @@ def claimed(config: TrainConfig) -> Iterator[Claim]:
     with files.exclusive(output, f"`output_dir={output}`"):
         record = check_output_dir(config)
         if config.do_train and not config.overwrite_output_dir:
-            files.check_room(output, _least_bytes(config), f"the disk of `output_dir={output}`", "a checkpoint")
+            files.check_room(
+                output,
+                1 if config.adapter else least_checkpoint_bytes(config),
+                f"the disk of `output_dir={output}`",
+                "a checkpoint",
+            )
         yield Claim(config, record)
 
 
-def _least_bytes(config: TrainConfig) -> int:
-    """Return fewer bytes than a checkpoint takes, by config.json alone: the rest is counted once JAX is loaded.
+# Of the optimizers' state, for each parameter, without scales of blocks.
+_STATE_BYTES = {"adamw_32bit": 8, "adamw_8bit": 2, "lion_8bit": 1, "adafactor": 0, "sgd": 0}
 
-    Of an adapter on every linear, the side that is as wide as the model, float32, in the two files that hold it.
+
+def least_checkpoint_bytes(config: TrainConfig) -> int:
+    """Return the bytes of a checkpoint, or up to 6 % fewer, by a model's config.json alone; 1 if unknown.
+
+    JAX is not loaded for it: `run_state.check_free_space` counts them exactly once it is.
     """
-    if config.adapter is not None or config.lora_modules != "all":
-        return 1
     try:
         contents = json.loads((files.user_path(config.model_name_or_path) / "config.json").read_bytes())
         text = contents.get("text_config", contents)
-        return 2 * 4 * 7 * config.lora_r * int(text["hidden_size"]) * int(text["num_hidden_layers"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        hidden, heads, wide = text["hidden_size"], text["num_attention_heads"], text["intermediate_size"]
+        width = text.get("head_dim") or hidden // heads
+        queries, keys = heads * width, (text.get("num_key_value_heads") or heads) * width
+        sides = {"attention": 4 * hidden + 2 * queries + 2 * keys, "mlp": 3 * (hidden + wide)}
+        chosen = sides.values() if config.lora_modules == "all" else [sides[config.lora_modules]]
+        parameters = config.lora_r * text["num_hidden_layers"] * sum(chosen)
+        # Adapters twice: in PEFT's format too.
+        return max(1, int(parameters * (2 * 4 + _STATE_BYTES[config.optim.removeprefix("paged_")])))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return 1
 
 

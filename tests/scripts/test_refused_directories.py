@@ -16,10 +16,14 @@ from fixtures.finetune_helpers import (
     wait_for_child,
 )
 
+from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.files import exclusive, write_checked_json
+from qlora_jax.models import PRESETS
 from qlora_jax.optimizers import OPTIMIZERS
+from qlora_jax.training import run_state
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.ownership import _same_rule
+from qlora_jax.training.ownership import _same_rule, least_checkpoint_bytes
+from qlora_jax.training.setup import declare
 
 PROGRAM = """
 import collections, shutil, sys
@@ -97,17 +101,39 @@ def test_a_directory_is_refused_in_no_time_without_jax(prepare, said, tmp_path):
 
 
 def test_a_full_disk_is_refused_in_no_time_without_jax(tmp_path):
-    config = {"hidden_size": 1024, "num_hidden_layers": 8}
+    config = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2048}
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     run = str(tmp_path / "run")
     flags = ["--model_name_or_path", str(tmp_path / "model"), "--dataset", "rows.jsonl", "--output_dir", run, "--full"]
     message, seconds = refusal(*flags, "--lora_r", "16")
     assert message == (
-        f"a checkpoint takes 7.3 MB or more and the disk of --output_dir {run} has 1.0 MB left; free some space or "
+        f"a checkpoint takes 35.7 MB or more and the disk of --output_dir {run} has 1.0 MB left; free some space or "
         "give another directory."
     )
     assert seconds < 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "optim", "modules"),
+    [
+        ("smollm2-135m", "adamw_8bit", "attention"),
+        ("llama-3.1-8b", "paged_adamw_32bit", "all"),
+        ("llama-3.1-8b", "lion_8bit", "mlp"),
+        ("qwen3-0.6b", "adafactor", "all"),
+        ("gemma3-1b", "sgd", "attention"),
+    ],
+)
+def test_bytes_of_a_checkpoint_are_known_without_jax(preset, optim, modules, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS[preset]))
+    config = TrainConfig(
+        model_name_or_path=str(tmp_path), lora_r=16, lora_modules=modules, optim=optim, output_dir=str(tmp_path)
+    )
+    trained = declare(config, resolve_config(tmp_path)).parts.lora
+    asked = []
+    monkeypatch.setattr(run_state, "check_room", lambda directory, needed, *rest: asked.append(needed))
+    run_state.check_free_space(config, trained)
+    assert 0.94 * asked[0] < least_checkpoint_bytes(config) <= asked[0]
 
 
 def test_optimizers_that_differ_in_paging_only_are_told_by_their_names():
