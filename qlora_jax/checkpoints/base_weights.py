@@ -3,9 +3,7 @@
 Memory: one tensor as it is stored, and a float32 array of its size; of a converted directory, one part of it.
 """
 
-import contextlib
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from qlora_jax.checkpoints.streaming import check_source, describe, stream_tenso
 from qlora_jax.choices import BaseKind
 from qlora_jax.errors import UserError
 from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, family_of
-from qlora_jax.quantization import MixedQuantization, QuantizationConfig, QuantizedTensor, dequantize
+from qlora_jax.quantization import MixedQuantization, QuantizationConfig, QuantizedTensor, dequantize_on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,20 +167,5 @@ class _Converted:
         return iter(())
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _dequantize(value: QuantizedTensor, dtype: str) -> jax.Array:
-    return dequantize(value, dtype)
-
-
-def dequantized(value: QuantizedTensor) -> np.ndarray:
-    """Dequantise a weight on the host, to float32."""
-    with _on_host():
-        return np.asarray(_dequantize(value, "float32"))
-
-
-def _on_host() -> contextlib.AbstractContextManager[None]:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
-
-
 def _as_float(value: QuantizedTensor | np.ndarray) -> np.ndarray:
-    return dequantized(value) if isinstance(value, QuantizedTensor) else np.asarray(value)
+    return dequantize_on_host(value) if isinstance(value, QuantizedTensor) else np.asarray(value)

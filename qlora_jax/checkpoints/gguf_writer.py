@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from qlora_jax.checkpoints.base_weights import BaseWeights, dequantized
+from qlora_jax.checkpoints.base_weights import BaseWeights
 from qlora_jax.checkpoints.gguf_source import ROPE_FREQS, GGUFSource, interleaved
 from qlora_jax.checkpoints.gguf_tokenizer import tokenizer_metadata
 from qlora_jax.checkpoints.hf_export import round_to
@@ -30,7 +30,7 @@ from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.errors import UserError
 from qlora_jax.models import GGUF, DecoderConfig, Name, TensorSpec, family_of, names
 from qlora_jax.nn.rotary import RotaryConfig
-from qlora_jax.quantization import from_gguf, quantize, to_gguf
+from qlora_jax.quantization import dequantize_on_host, from_gguf, quantize, to_gguf
 
 _KIND = GGMLQuantizationType
 _PLAIN = {_KIND.F32: "float32", _KIND.F16: "float16", _KIND.BF16: "bfloat16"}
@@ -297,7 +297,7 @@ def decode(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Return the float32 weight that `encode` stored."""
     if kind in _PLAIN:
         return rows.astype(np.float32, copy=False)
-    return dequantized(from_gguf(rows, kind.name.lower()))
+    return dequantize_on_host(from_gguf(rows, kind.name.lower()))
 
 
 def add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:

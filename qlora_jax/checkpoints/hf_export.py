@@ -13,14 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.checkpoints.base_weights import BaseWeights, dequantized
+from qlora_jax.checkpoints.base_weights import BaseWeights
 from qlora_jax.checkpoints.companions import write_companions
 from qlora_jax.checkpoints.merging import Adapter, merged_tensors, stored
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.errors import UserError
-from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, quantize, to_bitsandbytes
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize_on_host, quantize, to_bitsandbytes
 
 # Fields of config.json that say how the weights beside it are stored.
 _OF_THE_WEIGHTS = ("dtype", "torch_dtype", "quantization_config")
@@ -99,7 +99,7 @@ def write_hugging_face(
                 writer.add(name, stored(tensor, store, _as_float32, shares))
                 continue
             store_4bit = functools.partial(_quantized, storage=storage, quantization=storage.quantization, name=name)
-            for suffix, array in to_bitsandbytes(stored(tensor, store_4bit, dequantized, shares)).items():
+            for suffix, array in to_bitsandbytes(stored(tensor, store_4bit, dequantize_on_host, shares)).items():
                 writer.add(name if suffix == "weight" else f"{name}.{suffix}", array)
         for name, weight in base.other_weights():
             writer.add(name, round_to(weight, storage.dtype, name))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _CHUNK_ELEMENTS = 1 << 18
-INVERSE_127 = np.float32(1 / 127)
+_INVERSE_127 = np.float32(1 / 127)
 
 
 def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -36,4 +36,4 @@ def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantize_rows(codes: Any, absmax: Any) -> jax.Array:
     """Return float32 [*stack, N, K]: codes * absmax / 127, in bitsandbytes' order of roundings."""
-    return jnp.asarray(codes).astype(jnp.float32) * jnp.asarray(absmax)[..., None] * INVERSE_127
+    return jnp.asarray(codes).astype(jnp.float32) * jnp.asarray(absmax)[..., None] * _INVERSE_127

@@ -52,8 +52,7 @@ def test_what_is_quantised_again_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("quant_type", [*FOUR_BITS, "q8_0", "int8"])
-def test_values_on_the_host_are_those_of_xla(quant_type, monkeypatch):
-    monkeypatch.setattr("qlora_jax.quantization.blockwise._CHUNK_ELEMENTS", 1024)
+def test_values_on_the_host_are_those_of_dequantize(quant_type):
     if quant_type in FOUR_BITS:
         q = jax.tree.map(lambda buffer: buffer[0], random_weight(quant_type, (33, 128)))
     else:
