@@ -22,6 +22,7 @@ import numpy as np
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN
 from qlora_jax.errors import UserError
 from qlora_jax.models import DecoderConfig, base_tensors
+from qlora_jax.models.quantization_config import quantization_method
 from qlora_jax.quantization import (
     QuantizationConfig,
     QuantizedTensor,
@@ -90,14 +91,14 @@ def packed_weights(
     """
     if not config:
         _refuse_unsaid(entries)
-    method = config.get("quant_method") or ("bitsandbytes" if "bnb_4bit_quant_type" in config else None)
+    method = quantization_method(config)
     find = {
         "bitsandbytes": _bitsandbytes,
         "awq": _awq,
         "gptq": _gptq,
         "compressed-tensors": _compressed,
         "modelopt": _modelopt,
-    }.get(str(method))
+    }.get(method)
     if find is None:
         return {}, frozenset()
     found: dict[str, PackedWeight] = {}

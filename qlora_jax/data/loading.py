@@ -278,6 +278,15 @@ class _Found:
         self.rows.append(row)
         self.positions.append(position)
 
+    def take(self, read: Callable[[Any, str], dict[str, Any]], value: Any, place: str) -> None:
+        """Add the row that `read` makes of a value at a place such as "line 3", or keep what is wrong with it."""
+        try:
+            row = read(value, f"{self.path} {place}")
+        except UserError as error:
+            self.refuse(str(error).removesuffix("."))
+        else:
+            self.add(row, f"{self.path.name} {place}")
+
     def refuse(self, message: str) -> None:
         """Keep what is wrong with a row, which has no full stop."""
         self.bad.append(message)
@@ -384,12 +393,7 @@ def _read_jsonl(path: Path, found: _Found) -> None:
                 _check_structure(line, found)
             if not line.strip():
                 continue
-            try:
-                row = _parse_row(line, f"{path} line {number}")
-            except UserError as error:
-                found.refuse(str(error).removesuffix("."))
-            else:
-                found.add(row, f"{path.name} line {number}")
+            found.take(_parse_row, line, f"line {number}")
 
 
 def _parse_row(line: bytes, position: str) -> dict[str, Any]:
@@ -425,12 +429,7 @@ def _read_json(path: Path, found: _Found) -> None:
     if not isinstance(content, list):
         raise UserError(f'{path} must hold a list of objects, or an object whose "data" is one.')
     for number, value in enumerate(content, start=1):
-        try:
-            row = _as_row(value, f"{path} item {number}")
-        except UserError as error:
-            found.refuse(str(error).removesuffix("."))
-        else:
-            found.add(row, f"{path.name} item {number}")
+        found.take(_as_row, value, f"item {number}")
 
 
 def _check_structure(text: bytes, found: _Found) -> None:

@@ -37,7 +37,7 @@ def stored_linears(contents: Mapping[str, Any], linears: Iterable[str]) -> Store
         return ()
     if not isinstance(field, Mapping):
         raise UserError(f"config.json: {FIELD} must be an object, not {field!r}.")
-    method = str(field.get("quant_method") or ("bitsandbytes" if "bnb_4bit_quant_type" in field else None))
+    method = quantization_method(field)
     if method not in _METHODS:
         raise UserError(
             f"config.json: {FIELD} has quant_method {method!r}, which is not supported; {_16_BIT}, or a checkpoint of "
@@ -49,6 +49,11 @@ def stored_linears(contents: Mapping[str, Any], linears: Iterable[str]) -> Store
     # single layers is seen in the tensors.
     plain = {name for name in left_out if re.fullmatch(r"\w+", name)}
     return tuple((name, storage) for name in sorted(set(linears) - plain))
+
+
+def quantization_method(field: Mapping[str, Any]) -> str:
+    """Return the method of a `quantization_config`; early files of bitsandbytes do not name theirs."""
+    return str(field.get("quant_method") or ("bitsandbytes" if "bnb_4bit_quant_type" in field else None))
 
 
 class _BitsAndBytes(TypedDict, total=False):
