@@ -142,8 +142,8 @@ def cancelling_scales(case):
     problem = Problem(case)
     absmax, nested, offset, table = problem.scales
     nested[:] = nested[0, 0]
-    product = table[200] * nested[0, 0]
-    assert float(table[200]) * float(nested[0, 0]) != float(product)  # what a fused multiply-add would leave
+    product = table[0, 200] * nested[0, 0]
+    assert float(table[0, 200]) * float(nested[0, 0]) != float(product)  # what a fused multiply-add would leave
     problem.scales = (np.full_like(absmax, 200), nested, np.full_like(offset, -product), table)
     return problem
 
