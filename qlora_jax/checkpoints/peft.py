@@ -16,9 +16,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from qlora_jax import models
 from qlora_jax.checkpoints.model_files import read_json_object
+from qlora_jax.checkpoints.patterns import Module, ends_with, matching_ends, named, targeted
 from qlora_jax.errors import UserError
 from qlora_jax.files import CHECKSUMS_NAME, atomic_write, checksums, damaged_file, user_path, write_errors
 from qlora_jax.json_text import check_type
@@ -44,30 +45,36 @@ _RANK_AXIS = {"lora_A": 0, "lora_B": 1}
 # Initialisations that leave the base weights as they are (pissa, olora, loftq, corda and others rewrite them).
 _HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
-# Fields of adapter_config.json that are read, or that say nothing about what a trained adapter computes.
-_NEUTRAL_FIELDS = frozenset(
+# Fields of adapter_config.json that are read.
+_READ_FIELDS = frozenset(
     {
         "alpha_pattern",
-        "auto_mapping",
         "base_model_name_or_path",
-        "ensure_weight_tying",
-        "eva_config",
+        "bias",
         "exclude_modules",
-        "inference_mode",
         "init_lora_weights",
         "lora_alpha",
         "lora_dropout",
-        "megatron_core",
         "peft_type",
-        "peft_version",
-        "qalora_group_size",
         "r",
         "rank_pattern",
-        "revision",
-        "runtime_config",
         "target_modules",
         "task_type",
         "use_rslora",
+    }
+)
+# Those that say nothing about what a trained adapter computes.
+_INERT_FIELDS = frozenset(
+    {
+        "auto_mapping",  # class of the base model, for PEFT to import
+        "ensure_weight_tying",  # of adapted embeddings and heads, whose matrices are refused
+        "eva_config",  # how A began
+        "inference_mode",
+        "megatron_core",  # a module's name, for `megatron_config`
+        "peft_version",
+        "qalora_group_size",  # for `use_qalora`
+        "revision",
+        "runtime_config",  # where PEFT computes
     }
 )
 
@@ -101,6 +108,12 @@ class _Names:
         inside = [name for name in table if LAYER in name.peft and name.ours.rpartition(".")[2] in linears]
         self.task_type = family.peft_task
         self.to_peft = {tuple(name.ours.split(".")): name.peft for name in inside}
+        self.layers = model.num_hidden_layers
+        self.modules = tuple(
+            Module(tuple(dict.fromkeys(n.replace(LAYER, str(layer)) for n in (name.hf, name.peft))), name in inside)
+            for name in table
+            for layer in range(model.num_hidden_layers if LAYER in name.hf else 1)
+        )
         self.to_ours = {template: tuple(name.ours.split(".")) for name in inside for template in (name.hf, name.peft)}
         self._other_parts = family.other_parts(model)
 
@@ -207,17 +220,17 @@ def _read_adapter(
     numbers = _check_config(fields, config_path, names.task_type)
     tensors = _read_tensors(weights_path)
     adapted = {name.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for name in tensors}
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in numbers[field]:
-            if not re.fullmatch(r"\^?[\w.]+", pattern):
-                raise UserError(f"{config_path}: {field} has the key {pattern!r}; only names of modules are supported.")
-            if not any(_matches(pattern, name) for name in adapted):
-                raise UserError(f"{config_path}: {field} names {pattern}, but {WEIGHTS_NAME} has no matrices for it.")
-    scales = {name: _Scale.of(name, numbers) for name in adapted}
+    ranks, alphas = (_own(field, numbers[field], adapted, config_path) for field in ("rank_pattern", "alpha_pattern"))
+    scales = {
+        name: _Scale(
+            ranks.get(name, numbers["r"]), float(alphas.get(name, numbers["lora_alpha"])), numbers["use_rslora"]
+        )
+        for name in adapted
+    }
     one = _Scale(max(scale.rank for scale in scales.values()), numbers["lora_alpha"], numbers["use_rslora"])
     _unify(tensors, scales, one, weights_path)
     lora = _from_peft(tensors, one.rank, weights_path, names)
-    _check_targets(fields, sorted(adapted), config_path)
+    _check_targets(fields, adapted, names.modules, config_path)
     config = AdapterConfig(
         rank=one.rank,
         alpha=one.factor * one.rank if one.rslora else one.alpha,
@@ -236,24 +249,18 @@ class _Scale:
     alpha: float
     rslora: bool
 
-    @classmethod
-    def of(cls, name: str, numbers: "_Numbers") -> "_Scale":
-        """Take the first pattern that matches the name of a module, as PEFT does, else what all have."""
-
-        def own(field: Literal["rank_pattern", "alpha_pattern"], default: float | int) -> Any:
-            return next((value for key, value in numbers[field].items() if _matches(key, name)), default)
-
-        rank, alpha = own("rank_pattern", numbers["r"]), own("alpha_pattern", numbers["lora_alpha"])
-        return cls(rank, float(alpha), numbers["use_rslora"])
-
     @property
     def factor(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Match a key of `rank_pattern` or `alpha_pattern`: a module's name, or its last parts; all of it after "^"."""
-    return name == pattern.removeprefix("^") or (pattern[0] != "^" and name.endswith(f".{pattern}"))
+def _own(field: str, values: Mapping[str, Any], adapted: Collection[str], path: Path) -> dict[str, Any]:
+    """Return the ranks or alphas that modules have of their own: of the first key that matches, as PEFT takes it."""
+    matched = matching_ends(list(values), adapted, f"{path}: {field}")
+    for pattern, names in matched.items():
+        if not names:
+            raise UserError(f"{path}: {field} names {pattern}, but {WEIGHTS_NAME} has no matrices for it.")
+    return {name: values[pattern] for pattern, names in reversed(matched.items()) for name in names}
 
 
 def _unify(tensors: dict[str, np.ndarray], scales: Mapping[str, _Scale], one: _Scale, path: Path) -> None:
@@ -381,8 +388,8 @@ def _check_config(fields: dict[str, Any], path: Path, task_type: str) -> "_Numbe
     if fields.get("init_lora_weights", True) not in _HARMLESS_INITIALISATIONS:
         raise refuse("init_lora_weights", ": it changes the base weights; convert it to a plain LoRA with PEFT first")
     for name, value in fields.items():
-        # Whatever is set beyond this would change the result, known to us or not.
-        if name not in _NEUTRAL_FIELDS and name != "bias" and value not in (None, False, "", [], {}):
+        # Whatever is set beyond this would change the result, known to us or not. Zero is set: it may be a layer.
+        if name not in _READ_FIELDS | _INERT_FIELDS and value is not False and value not in (None, "", [], {}):
             raise refuse(name)
 
     absent = {"lora_dropout": 0.0, "base_model_name_or_path": None}
@@ -446,7 +453,7 @@ def _from_peft(
 ) -> dict[tuple[str, ...], np.ndarray]:
     """Stack PEFT's tensors by layer; empties `tensors`, so that the adapter is not held twice."""
     grouped: dict[tuple[str, str], dict[int, str]] = {}
-    depth = 0
+    depth = names.layers
     for name, values in tensors.items():
         template, layer, matrix = _parse(name, path, names)
         _check_rank(name, values, matrix, rank, path)
@@ -488,25 +495,33 @@ def _parse(name: str, path: Path, names: _Names) -> tuple[str, int, str]:
     raise UserError(f"{path}: {name} is not a LoRA matrix of a linear inside the model's layers.")
 
 
-def _check_targets(fields: Mapping[str, Any], adapted: list[str], path: Path) -> None:
-    """Check that a list of target modules and the tensors agree, by PEFT's rule: equal, or ending in ".target".
+def _check_targets(
+    fields: Mapping[str, Any], adapted: Collection[str], modules: Collection[Module], path: Path
+) -> None:
+    """Check that the linears that have matrices are those that PEFT would adapt by the configuration.
 
-    A string (a regular expression, or "all-linear") says nothing the tensors do not. `exclude_modules` names modules
-    that `target_modules` would match but that have no matrices: with it, a target without matrices is no contradiction.
+    `exclude_modules` may name what `target_modules` would match. Modules of parts of the model that are left out, such
+    as a vision tower, are not looked at.
     """
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
     if excluded is not None and not _is_names_or_pattern(excluded):
         raise UserError(f"{path}: exclude_modules must be a list of names, a string or null.")
-    if isinstance(targets, str):
-        return
     if not targets or not _is_names_or_pattern(targets):
         raise UserError(f"{path}: target_modules must be a non-empty list of names, or a string.")
-    for target in targets:
-        if not excluded and not any(f".{name}".endswith(f".{target}") for name in adapted):
+    for target in () if isinstance(targets, str) or excluded else targets:
+        if not any(ends_with(name, target) for name in adapted):
             raise UserError(f"{path}: target_modules names {target}, but {WEIGHTS_NAME} has no matrices for it.")
-    for name in adapted:
-        if not any(f".{name}".endswith(f".{target}") for target in targets):
-            raise UserError(f"{path}: {WEIGHTS_NAME} has matrices for {name}, which target_modules does not name.")
+    wanted = targeted(targets, modules, f"{path}: target_modules")
+    left_out = named(excluded or [], modules, f"{path}: exclude_modules")
+    for module in modules:
+        spelled = next((name for name in module.spellings if name in adapted), None)
+        if spelled is None and module in wanted - left_out:
+            raise UserError(
+                f"{path}: target_modules names {module.spellings[-1]}, but {WEIGHTS_NAME} has no matrices for it."
+            )
+        if spelled is not None and module not in wanted - left_out:
+            reason = "exclude_modules names" if module in wanted else "target_modules does not name"
+            raise UserError(f"{path}: {WEIGHTS_NAME} has matrices for {spelled}, which {reason}.")
 
 
 def _is_names_or_pattern(value: Any) -> bool:

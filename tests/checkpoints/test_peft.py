@@ -291,10 +291,14 @@ def test_ranks_and_alphas_of_modules_compute_the_same(rslora, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, r"q_proj\.lora_A\.weight has shape \[4, 6\], but r=8 needs \[8, in\]"),
         ({"rank_pattern": {"v_proj": 8}}, "rank_pattern names v_proj, but"),
-        ({"rank_pattern": {"(q+)+_proj": 8}}, r"rank_pattern has the key '\(q\+\)\+_proj'; only names"),
+        ({"rank_pattern": {"q_proj": 4, "(v_proj": 8}}, r"rank_pattern has '\(v_proj', which is no regular expression"),
+        ({"target_modules": r"(.+)+!"}, "target_modules is .*, which takes too long to match"),
+        ({"target_modules": "(" * 5000}, r"target_modules has '\({12}.*', which is no regular expression"),
+        ({"exclude_modules": "*"}, "exclude_modules has '\\*', which is no regular expression that can be used"),
         ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.q_proj should be greater than 0"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern should be a valid dictionary"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": 0}, "layers_to_transform=0 is not supported"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
@@ -317,6 +321,13 @@ def test_ranks_and_alphas_of_modules_compute_the_same(rslora, tmp_path):
             "down_proj, which target_modules does",
         ),
         ({"target_modules": ["q_proj", "down_proj", "v_proj"], "exclude_modules": []}, "target_modules names v_proj"),
+        ({"target_modules": "all-linear"}, r"target_modules names model\.layers\.0\.self_attn\.k_proj, but"),
+        ({"target_modules": ".*_proj"}, r"target_modules names model\.layers\.0\.self_attn\.k_proj, but"),
+        ({"target_modules": r".*\.q_proj|.*\.down"}, r"0\.mlp\.down_proj, which target_modules does not"),
+        ({"target_modules": r".*[01].*(q|down)_proj"}, r"2\.self_attn\.q_proj, which target_modules does"),
+        ({"target_modules": r".*(q_proj|down_proj|lm_head)"}, "target_modules names lm_head, but"),
+        ({"target_modules": ["q_proj", "down_proj", "layers.1.mlp.up_proj"]}, r"names layers\.1\.mlp\.up_proj, but"),
+        ({"exclude_modules": ["1.mlp.down_proj"]}, r"layers\.1\.mlp\.down_proj, which exclude_modules names"),
         ({"exclude_modules": [3]}, "exclude_modules must be"),
         ({"r": 8}, r"lora_A.weight has shape \[4, 10\], but r=8"),
     ],
@@ -328,7 +339,7 @@ def test_refuses_config(tmp_path, fields, message):
         load(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|down_proj)", ["self_attn.q_proj", "mlp.down_proj"]])
+@pytest.mark.parametrize("targets", [r".*\.(q_proj|down_proj)", ["self_attn.q_proj", "mlp.down_proj"]])
 def test_accepts_other_ways_to_name_targets(tmp_path, targets):
     save(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", target_modules=targets)
@@ -348,6 +359,77 @@ def test_excluded_modules_are_those_without_matrices(tmp_path, targets, excluded
     save(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", target_modules=targets, exclude_modules=excluded)
     assert load(tmp_path / "adapter")[1].target_modules == ("down_proj", "q_proj")
+
+
+REFERENCE = json.loads((GOLDEN.parent / "peft_config.json").read_text())  # tests/reference/make_peft_config_golden.py
+
+
+@pytest.mark.parametrize("case", REFERENCE["cases"], ids=lambda case: str(case["fields"]))
+def test_adapts_what_peft_adapts(tmp_path, case):
+    """Linears, ranks and scales are those that PEFT gives a model of the same configuration."""
+    model = models.model_config(REFERENCE["config"])
+    expected = case.get("adapted", {})
+    fields = {"r": 4, "lora_alpha": 6, **case["fields"]}
+    tensors = {}
+    for name, (rank, _) in (expected or {"model.layers.0.self_attn.q_proj": (4, 1.5)}).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones((rank, 1), np.float32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones((1, rank), np.float32)
+    (tmp_path / peft.CONFIG_NAME).write_text(json.dumps({**REFERENCE["fields"], **fields}))
+    save_file(tensors, tmp_path / peft.WEIGHTS_NAME)
+
+    every_layer = all(re.sub(r"\d", str(i), name) in expected for name in expected for i in range(LAYERS))
+    unused = {"proj": 2, "self_attn": 3} in fields.values() or r"^self_attn\.q_proj" in fields.get("rank_pattern", {})
+    if not expected or not every_layer or "lm_head" in expected or unused:
+        message = "target_modules names|which target_modules does not|every layer|lm_head|rank_pattern names"
+        with pytest.raises(UserError, match=message):
+            load_adapter(tmp_path, model)
+        return
+    lora, config = load_adapter(tmp_path, model)
+    found = {
+        f"model.layers.{layer}.{'.'.join(module[1:])}": value.item()
+        for module, values in products(lora, config.alpha, config.rank).items()
+        for layer, value in enumerate(values)
+    }
+    assert found == {name: pytest.approx(rank * scale, rel=1e-6) for name, (rank, scale) in expected.items()}
+
+
+# A value of every field of PEFT's configuration that says something else than its default.
+OTHER_VALUES = {
+    "alora_invocation_tokens": [1], "alpha_pattern": {"q_proj": 3}, "arrow_config": {"top_k": 3},
+    "auto_mapping": {"base_model_class": "X"}, "base_model_name_or_path": "x", "bias": "lora_only",
+    "corda_config": {"corda_method": "ipm"}, "ensure_weight_tying": True, "eva_config": {"rho": 1.0},
+    "exclude_modules": ["q_proj"], "fan_in_fan_out": True, "inference_mode": True, "init_lora_weights": "olora",
+    "kasa_config": {"beta": 1.0}, "layer_replication": [[0, 2]], "layers_pattern": "layers", "layers_to_transform": 0,
+    "loftq_config": {"loftq_bits": 4}, "lora_alpha": 3, "lora_bias": True, "lora_dropout": 0.5,
+    "lora_ga_config": {"direction": "x"}, "megatron_config": {"x": 1}, "megatron_core": "x",
+    "modules_to_save": ["lm_head"], "monteclora_config": {"x": 1}, "peft_type": "ADALORA", "peft_version": "0.1",
+    "qalora_group_size": 32, "r": 5, "rank_pattern": {"q_proj": 3}, "revision": "main", "target_modules": ["q_proj"],
+    "target_parameters": ["mlp.experts.up"], "task_type": "SEQ_CLS", "trainable_token_indices": [0],
+    "use_bdlora": {"nblocks": 2}, "use_dora": True, "use_qalora": True, "use_rslora": True, "velora_config": {"x": 2},
+}  # fmt: skip
+# Of those, the ones that change nothing of what a trained adapter computes.
+SAYS_NOTHING = {
+    "auto_mapping", "ensure_weight_tying", "eva_config", "inference_mode", "megatron_core", "peft_version",
+    "qalora_group_size", "revision",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", REFERENCE["fields"])
+def test_no_field_of_pefts_is_ignored(tmp_path, field):
+    """It is refused by its name, or what is read differs, or it says nothing of a trained adapter."""
+    assert OTHER_VALUES[field] != REFERENCE["fields"][field]
+    save(tmp_path)
+    edit_config(tmp_path, **{**REFERENCE["fields"], "r": RANK, "target_modules": ["q_proj", "down_proj"]})
+    lora, config = load(tmp_path)
+    edit_config(tmp_path, **{field: OTHER_VALUES[field]})
+    try:
+        other, changed = load(tmp_path)
+    except UserError as error:
+        named = field if field != "rank_pattern" else "r=3"
+        assert re.search(rf"\b{named}\b", str(error)) and field not in SAYS_NOTHING
+        return
+    same = changed == config and all(np.array_equal(lora[path], other[path]) for path in lora)
+    assert same == (field in SAYS_NOTHING)
 
 
 @pytest.mark.parametrize(
