@@ -10,9 +10,8 @@ Memory: that of `qlora_jax.checkpoints.merging`, and what is stored of one tenso
 """
 
 import dataclasses
-import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from qlora_jax.checkpoints.base_weights import BaseWeights
 from qlora_jax.checkpoints.gguf_source import ROPE_FREQS, GGUFSource, interleaved
 from qlora_jax.checkpoints.gguf_tokenizer import tokenizer_metadata
 from qlora_jax.checkpoints.hf_export import round_to
-from qlora_jax.checkpoints.merging import Adapter, MergedTensor, merged_tensors, stored
+from qlora_jax.checkpoints.merging import Adapter, Codec, MergedTensor, merged_tensors, stored
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.errors import UserError
 from qlora_jax.models import GGUF, DecoderConfig, Name, TensorSpec, family_of, names
@@ -277,12 +276,27 @@ def _planned(spec: TensorSpec, table: Mapping[str, Name], storage: GGUFFormat) -
     return dataclasses.replace(planned, kind=kind)
 
 
+def codecs(config: DecoderConfig, storage: GGUFFormat) -> Callable[[TensorSpec], Codec[np.ndarray]]:
+    """Return the function from a base tensor of a model to its storage, rows in the base's order."""
+    table = _name_table(config)
+    return lambda spec: _codec(_planned(spec, table, storage), spec.name)
+
+
+def _codec(planned: _Planned, name: str) -> Codec[np.ndarray]:
+    added = np.float32(planned.layout == "plus_one")
+
+    def store(weight: np.ndarray) -> np.ndarray:
+        return encode(weight.astype(np.float32) + added if added else weight, planned.kind, name)
+
+    def load(rows: np.ndarray) -> np.ndarray:
+        return decode(rows, planned.kind) - added if added else decode(rows, planned.kind)
+
+    return Codec(store, load)
+
+
 def _payload(planned: _Planned, tensor: MergedTensor, config: DecoderConfig, shares: dict[str, float]) -> np.ndarray:
     """Store a weight: its rows, in llama.cpp's order."""
-    store = functools.partial(encode, kind=planned.kind, name=tensor.spec.name)
-    if planned.layout == "plus_one":
-        return encode(tensor.value.astype(np.float32) + np.float32(1), planned.kind, tensor.spec.name)
-    rows = stored(tensor, store, functools.partial(decode, kind=planned.kind), shares)
+    rows = stored(tensor, _codec(planned, tensor.spec.name), shares)
     return interleaved(rows, config.head_dim) if planned.layout == "interleaved_heads" else rows
 
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from qlora_jax.checkpoints.base_weights import BaseWeights
 from qlora_jax.checkpoints.companions import write_companions
-from qlora_jax.checkpoints.merging import Adapter, merged_tensors, stored
+from qlora_jax.checkpoints.merging import Adapter, Codec, merged_tensors, stored
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.errors import UserError
+from qlora_jax.models import TensorSpec
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize_on_host, quantize, to_bitsandbytes
 
 # Fields of config.json that say how the weights beside it are stored.
@@ -93,13 +94,10 @@ def write_hugging_face(
     writer = SafetensorsWriter(directory, names, storage.max_shard_bytes)
     try:
         for tensor in merged_tensors(base, adapter, progress):
-            name = tensor.spec.name
-            if storage.quantization is None or not tensor.spec.quantized:
-                store = functools.partial(round_to, dtype=storage.dtype, name=name)
-                writer.add(name, stored(tensor, store, _as_float32, shares))
-                continue
-            store_4bit = functools.partial(_quantized, storage=storage, quantization=storage.quantization, name=name)
-            for suffix, array in to_bitsandbytes(stored(tensor, store_4bit, dequantize_on_host, shares)).items():
+            name, kept = tensor.spec.name, stored(tensor, codec(tensor.spec, storage), shares)
+            for suffix, array in (
+                to_bitsandbytes(kept) if isinstance(kept, QuantizedTensor) else {"weight": kept}
+            ).items():
                 writer.add(name if suffix == "weight" else f"{name}.{suffix}", array)
         for name, weight in base.other_weights():
             writer.add(name, round_to(weight, storage.dtype, name))
@@ -107,6 +105,14 @@ def write_hugging_face(
     finally:
         writer.close()
     return shares
+
+
+def codec(spec: TensorSpec, storage: HuggingFaceFormat) -> Codec[Any]:
+    """Return the storage of a base tensor: arrays of `storage.dtype` or, of a linear weight, quantised ones."""
+    if storage.quantization is None or not spec.quantized:
+        return Codec(functools.partial(round_to, dtype=storage.dtype, name=spec.name), _as_float32)
+    quantized = functools.partial(_quantized, storage=storage, quantization=storage.quantization, name=spec.name)
+    return Codec(quantized, dequantize_on_host)
 
 
 _SUFFIXES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")

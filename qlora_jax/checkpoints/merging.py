@@ -126,23 +126,30 @@ def surviving_share(change: np.ndarray, kept: np.ndarray, kept_base: np.ndarray)
     return float(np.vdot(change, kept - kept_base)) / size if size else None
 
 
-def stored[Stored](
-    tensor: MergedTensor,
-    store: Callable[[np.ndarray], Stored],
-    load: Callable[[Stored], np.ndarray],
-    shares: dict[str, float],
-) -> Stored:
+@dataclasses.dataclass(frozen=True)
+class Codec[Stored]:
+    """Storage of one tensor in a format.
+
+    Attributes:
+        store: what the format makes of a float array.
+        load: float32 values of that.
+    """
+
+    store: Callable[[np.ndarray], Stored]
+    load: Callable[[Stored], np.ndarray]
+
+
+def stored[Stored](tensor: MergedTensor, codec: Codec[Stored], shares: dict[str, float]) -> Stored:
     """Store a merged weight, and note the share of its change that survives under its module's name.
 
     Args:
         tensor: the weight.
-        store: what a format makes of a float array.
-        load: float32 values of that.
+        codec: of the format.
         shares: module -> share, to be added to; a change of zero adds nothing.
     """
-    result = store(tensor.value)
+    result = codec.store(tensor.value)
     if tensor.change is not None:
-        share = surviving_share(tensor.change, load(result), load(store(tensor.base)))
+        share = surviving_share(tensor.change, codec.load(result), codec.load(codec.store(tensor.base)))
         if share is not None:
             shares[tensor.spec.name.removesuffix(".weight")] = share
     return result
