@@ -44,38 +44,58 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
     Raises:
         UserError: data that cannot be used, or a token that the model has no embedding for.
     """
-    vocabulary = resolve_config(tokenizer.name_or_path).vocab_size if tokenizer.name_or_path else None
-    objective = objective_of(config)
-    mode = "packing" if config.packing else "group_by_length" if config.group_by_length else "plain"
-    batching: dict[str, Any] = {
-        "mode": mode,
-        "pad_id": tokenizer.pad_token_id,
-        "sequence_length": config.packed_length,
-        "fields": objective.fields,
-    }
-
+    objective, batching = objective_of(config), _batching(config, tokenizer)
     ask_anew()  # a run before this one may have been without a network
     rows, held_out, notes = _load_rows(config)
     examples, report = objective.examples(rows, tokenizer, config)
-    _check_tokens(examples, tokenizer, vocabulary)
-    reports = [*notes, str(report)]
+    _check_tokens(examples, tokenizer)
     rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
     train = data.Batches(examples, batch_size=rows_a_step, seed=config.seed, **batching)
-
-    evaluation: list[data.Batch] = []
-    if held_out is not None and len(held_out):
-        eval_examples, eval_report = objective.examples(held_out, tokenizer, config)
-        _check_tokens(eval_examples, tokenizer, vocabulary)
-        reports.append(str(eval_report))
-        eval_rows = config.per_device_eval_batch_size * jax.device_count()
-        evaluation = data.evaluation_batches(eval_examples, batch_size=eval_rows, **batching)
-    return Datasets(train, evaluation, _total_steps(config, train), report.dataset_format, tuple(reports))
+    evaluation, eval_reports = _evaluation(config, tokenizer, held_out)
+    reports = (*notes, str(report), *eval_reports)
+    return Datasets(train, evaluation, _total_steps(config, train), report.dataset_format, reports)
 
 
-def _check_tokens(examples: Sequence[data.Example], tokenizer: Any, vocabulary: int | None) -> None:
+def load_evaluation(config: TrainConfig, tokenizer: Any) -> tuple[list[data.Batch], list[str]]:
+    """Return the held-out batches of `load_datasets`, and what became of their rows, without training batches.
+
+    Arguments and errors are those of `load_datasets`.
+    """
+    ask_anew()
+    held_out: data.Rows | None
+    notes: list[str] = []
+    if config.do_eval and config.eval_dataset is not None:
+        held_out = _first(_load_eval_dataset(config), config.max_eval_samples)
+    else:
+        _, held_out, notes = _load_rows(config)
+    batches, reports = _evaluation(config, tokenizer, held_out)
+    return batches, [*notes, *reports]
+
+
+def _batching(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return what training and held-out batches have in common."""
+    return {
+        "mode": "packing" if config.packing else "group_by_length" if config.group_by_length else "plain",
+        "pad_id": tokenizer.pad_token_id,
+        "sequence_length": config.packed_length,
+        "fields": objective_of(config).fields,
+    }
+
+
+def _evaluation(config: TrainConfig, tokenizer: Any, held_out: data.Rows | None) -> tuple[list[data.Batch], list[str]]:
+    if held_out is None or not len(held_out):
+        return [], []
+    examples, report = objective_of(config).examples(held_out, tokenizer, config)
+    _check_tokens(examples, tokenizer)
+    rows = config.per_device_eval_batch_size * jax.device_count()
+    return data.evaluation_batches(examples, batch_size=rows, **_batching(config, tokenizer)), [str(report)]
+
+
+def _check_tokens(examples: Sequence[data.Example], tokenizer: Any) -> None:
     """Refuse tokens beyond the model's vocabulary, whose embeddings would be NaN."""
-    if vocabulary is None:
+    if not tokenizer.name_or_path:
         return
+    vocabulary = resolve_config(tokenizer.name_or_path).vocab_size
     data.check_tokens([tokenizer.pad_token_id], tokenizer, vocabulary, "padding")
     for example in examples:
         data.check_tokens(example.input_ids, tokenizer, vocabulary, example.example_id)
