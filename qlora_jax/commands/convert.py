@@ -1,12 +1,11 @@
 """`qlora-jax convert`: quantise a model once, for many runs."""
 
 import dataclasses
-import resource
-import sys
 from collections.abc import Sequence, Set
 from typing import Any, Literal
 
 from qlora_jax.cli import argument, command, flag, parse_flags, spellings
+from qlora_jax.commands.terminal import peak_memory, progress_bar
 
 DESCRIPTION = "Quantise a model once: safetensors directory, hub id or GGUF file to a directory that finetune loads."
 
@@ -45,8 +44,6 @@ def refusals(values: Any, given: Set[str]) -> list[str]:
 def convert_model(flags: ConvertFlags) -> None:
     """Convert with a progress bar; print sizes, time and peak memory."""
     # Imported once the flags are known to be good: loading JAX takes seconds.
-    from tqdm import tqdm
-
     from qlora_jax.checkpoints.conversion import convert
     from qlora_jax.checkpoints.hub import resolve_model
     from qlora_jax.formatting import format_bytes, table
@@ -55,12 +52,7 @@ def convert_model(flags: ConvertFlags) -> None:
     adopt = flags.quant_type == "auto"
     quantization = QuantizationConfig("nf4" if adopt else flags.quant_type, flags.block_size, flags.double_quant)
     source = resolve_model(flags.model)
-    with tqdm(unit=" tensors", desc="Converting", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("Converting") as progress:
         result = convert(
             source,
             flags.output_dir,
@@ -76,6 +68,4 @@ def convert_model(flags: ConvertFlags) -> None:
     print(table([*rows, ("total", format_bytes(sum(result.bytes_by_class.values())))]))
     if result.bits_per_parameter is not None:
         print(f"  {result.bits_per_parameter:.3f} bits a quantised parameter, scales included")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(f"  {result.seconds:.1f} s, peak memory {format_bytes(peak)}")
+    print(f"  {result.seconds:.1f} s, peak memory {format_bytes(peak_memory())}")
