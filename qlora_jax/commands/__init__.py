@@ -9,6 +9,7 @@ COMMANDS = {
     "finetune": "Fine-tune a language model; without flags, a small example.",
     "plan": "Say what fine-tuning would take of a GPU that need not be here.",
     "convert": "Quantise a model once, for many runs.",
+    "merge": "Measure what merging an adapter costs in every format, before anything is written.",
     "export": "Write a fine-tuned model in the formats that others serve: safetensors, GGUF, Ollama.",
     "benchmark": "Time the training step, or the 4-bit kernels.",
 }

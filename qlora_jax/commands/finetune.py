@@ -165,12 +165,14 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], con
     print_section(f"Saved in {output_dir}", found)
     adapter = Path(output_dir) / "adapter"
     if adapter.exists():
-        export = f"{prog.replace('finetune', 'export')} {shlex.quote(output_dir)} DIRECTORY"
+        merge, export = (prog.replace("finetune", name) + f" {shlex.quote(output_dir)}" for name in ("merge", "export"))
         print(
             "\nUse the adapter\n"
             f"  to answer prompts, one a line in FILE:\n    {answering_command(config, prog)}\n"
             f'  in PEFT, with the base as transformers loads it:\n    PeftModel.from_pretrained(base, "{adapter}")\n'
-            f"  merged, or as GGUF, in DIRECTORY:\n    {export}"
+            f"  merged: what that costs, in every format:\n    {merge}\n"
+            f"  merged, in DIRECTORY, for transformers and vLLM:\n    {export} DIRECTORY\n"
+            f"  as GGUF, for llama.cpp and Ollama:\n    {export} DIRECTORY --to gguf-q8_0"
         )
 
 

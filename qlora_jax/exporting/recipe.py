@@ -160,10 +160,10 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
     output = Path(os.path.abspath(files.user_path(config.output_dir)))
     _check_output(output, config.overwrite)
     trained = find_trained(config.adapter)
-    name = config.model or _model_name(trained)
+    name = config.model or base_name(trained)
     merges = config.to != "gguf-lora"
     model = resolve_model(name, weights=merges)
-    storage = config.storage or _storage(trained)
+    storage = config.storage or storage_in_training(trained)
     base = open_base(model, config.base, storage) if merges else None
     model_config = resolve_config(model) if base is None else base.config
     adapter = open_adapter(trained.adapter, model_config, tuple(base_tensors(model_config)))
@@ -176,7 +176,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
             file = staging / _merged_file(config)
             shares = write_gguf(base, adapter, file, GGUF_FORMATS[kind], title=_title(name), progress=progress)
         else:
-            shares = write_hugging_face(base, adapter, staging, _hugging_face(config, storage, base), progress)
+            shares = write_hugging_face(base, adapter, staging, hugging_face_format(config, storage, base), progress)
         if config.to.startswith("gguf"):
             text = _modelfile(config, trained, model, name)
             (staging / "Modelfile").write_text(text, encoding="utf-8")
@@ -195,7 +195,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
         files.write_json(staging / EXPORT_FILE, record)
         files.write_checksums(staging)
     if merges:
-        _warn(config, shares)
+        warn_of_erased(config.to, config.base, shares)
     if config.push_to_hub is not None:
         push(output, config.push_to_hub)
     return Export(
@@ -239,8 +239,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _model_name(trained: Trained) -> str:
-    """Return the base that an adapter was trained on."""
+def base_name(trained: Trained) -> str:
+    """Return the path or hub id of the base that an adapter was trained on.
+
+    Raises:
+        UserError: neither the run nor the adapter names one.
+    """
     if name := trained.flags.get("model_name_or_path"):
         return str(name)
     name = read_json_object(trained.adapter / CONFIG_NAME, "save the adapter again").get("base_model_name_or_path")
@@ -249,7 +253,7 @@ def _model_name(trained: Trained) -> str:
     return name
 
 
-def _storage(trained: Trained) -> BaseStorage:
+def storage_in_training(trained: Trained) -> BaseStorage:
     """Return how the base was stored in training: as the run says, else as runs store it by default."""
     flags = trained.flags
     if not flags:
@@ -261,7 +265,7 @@ def _storage(trained: Trained) -> BaseStorage:
     return BaseStorage(default, adopt=flags["bits"] == "auto")
 
 
-def _hugging_face(config: ExportConfig, storage: BaseStorage, base: BaseWeights) -> HuggingFaceFormat:
+def hugging_face_format(config: ExportConfig, storage: BaseStorage, base: BaseWeights) -> HuggingFaceFormat:
     """Return how a Hugging Face directory is stored; a bitsandbytes one in the type of training, where it has that."""
     if config.to != "bitsandbytes":
         return HuggingFaceFormat(config.dtype, config.max_shard_bytes)
@@ -304,18 +308,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"{output} already holds an export; set `overwrite` to replace it.")
 
 
-def _warn(config: ExportConfig, shares: Mapping[str, float]) -> None:
-    """Name the modules whose change does not survive."""
+def warn_of_erased(to: str, base: BaseKind, shares: Mapping[str, float]) -> None:
+    """Name the modules whose change does not survive the rounding to a format, merged into that base."""
     if not shares:
         logger.warning("every matrix B of the adapter is zero: it was not trained, and the export is its base")
     if erased := [name for name, share in shares.items() if share < ERASED]:
         shown = ", ".join(erased[:_SHOWN]) + (f" and {len(erased) - _SHOWN} more" if len(erased) > _SHOWN else "")
-        grid = (
-            "; where its base lies on that grid already, `base=original` may keep more"
-            if config.base != "original"
-            else ""
-        )
+        grid = "; where its base lies on that grid already, `base=original` may keep more" if base != "original" else ""
         logger.warning(
-            "rounding to %s keeps less than %.0f %% of the trained change of %s (%s lists all); export to 16 bits, or "
-            "the adapter beside its base (gguf-lora), to keep it%s", config.to, 100 * ERASED, shown, EXPORT_FILE, grid,
+            "rounding to %s keeps less than %.0f %% of the trained change of %s (an export's %s lists all); export to "
+            "16 bits, or the adapter beside its base (gguf-lora), to keep it%s",
+            to, 100 * ERASED, shown, EXPORT_FILE, grid,
         )  # fmt: skip

@@ -225,9 +225,7 @@ class DecoderLM(nnx.Module):
             remat: what of a layer is kept for the backward pass, see `Stack.__call__`.
         """
         h = self.embed_tokens(input_ids, self.dtype)
-        with jax.named_scope("rotary_tables"):
-            rope = {name: rotary_tables(table, positions) for name, table in self.config.rotary}
-        ctx = Context(rope, segment_ids)
+        ctx = self.context(positions, segment_ids)
         if cache is not None and (segment_ids is not None or dropout_key is not None or remat != "none"):
             raise ValueError("A cache is for generation: no segment_ids, dropout_key or remat.")
         if cache is None:
@@ -236,6 +234,12 @@ class DecoderLM(nnx.Module):
         valid = jnp.ones(input_ids.shape, bool) if valid is None else valid
         h, cache = self.stack.decode(self.layers, h, ctx, cache, valid)
         return self.norm(h), cache
+
+    def context(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None) -> Context:
+        """Return what all layers see of tokens; arguments as for `__call__`."""
+        with jax.named_scope("rotary_tables"):
+            rope = {name: rotary_tables(table, positions) for name, table in self.config.rotary}
+        return Context(rope, segment_ids)
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Room for `capacity` tokens in each of `batch` rows."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax import models
-from qlora_jax.commands import benchmark, convert, export, finetune, plan
+from qlora_jax.commands import benchmark, convert, export, finetune, merge, plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -19,6 +19,7 @@ SCHEMAS = {
     "plan": plan.schema(),
     "convert": convert.ConvertFlags,
     "export": export.ExportFlags,
+    "merge": merge.MergeFlags,
     "benchmark step": benchmark.StepFlags,
     "benchmark kernels": benchmark.KernelsFlags,
 }

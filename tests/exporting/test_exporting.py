@@ -279,11 +279,19 @@ def test_flags_without_an_effect_are_refused(argv: str, message: str):
         export_command.main(["run", "out", *argv.split()])
 
 
+def test_serving_commands():
+    commands = export_command.serving_commands
+    assert commands("bitsandbytes", Path("a b"), ["config.json"])[0] == "vllm serve 'a b'"
+    assert commands("gguf-lora", Path("out"), ["adapter.gguf"])[0] == "llama-cli -m BASE.gguf --lora out/adapter.gguf"
+
+
 def test_the_command_prints_what_survives(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     export_command.main([str(run), str(tmp_path / "out"), "--to", "gguf-q8_0", "--base", "original"])
     out = capsys.readouterr().out
     assert "share of the trained change that survives rounding" in out
     assert "model-Q8_0.gguf" in out
     assert "(model.layers." in out
+    file = tmp_path / "out" / "model-Q8_0.gguf"
+    assert out.endswith(f"Serve it\n  llama-cli -m {file}\n  ollama create NAME -f {file.parent}/Modelfile\n")
     done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=tmp_path / "out", capture_output=True, check=True)
     assert done.stdout.count(b": OK") == 4

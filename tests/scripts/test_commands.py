@@ -38,7 +38,10 @@ def test_the_version(argv, capsys):
     ("argv", "message"),
     [
         (["finetun"], r"^unknown command 'finetun'; choose from finetune, .*\. Did you mean finetune\? See qlora-jax"),
-        (["--packing"], r"^unknown command '--packing'; choose from finetune, plan, convert, export, benchmark\. See"),
+        (
+            ["--packing"],
+            r"^unknown command '--packing'; choose from finetune, plan, convert, merge, export, benchmark\. See",
+        ),
         (
             ["benchmark", "kernel"],
             r"^unknown command .*Did you mean kernels\? See qlora-jax benchmark --help",
@@ -87,7 +90,7 @@ def test_help_is_quick_and_loads_no_jax():
     program = """
 import json, sys
 from qlora_jax import commands
-for argv in (["finetune"], ["plan"], ["convert"], ["export"], ["benchmark", "step"], ["benchmark", "kernels"]):
+for argv in (*([name] for name in commands.COMMANDS), ["benchmark", "step"], ["benchmark", "kernels"]):
     try:
         commands.main([*argv, "--help"])
     except SystemExit as stop:
@@ -99,5 +102,5 @@ print("\\n" + json.dumps(sorted({name.partition(".")[0] for name in sys.modules}
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert not loaded & {"jax", "jaxlib", "flax", "numpy", "orbax", "transformers", "datasets", "torch", "matplotlib"}
-    # Of the processor, all six together: a busy machine does not count.
+    # Of the processor, all together: a busy machine does not count.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5

@@ -267,6 +267,7 @@ def test_what_a_person_sees(finished):
         assert list(directory.glob(name))
     use = out.partition("Use the adapter")[2]
     assert f'PeftModel.from_pretrained(base, "{directory / "adapter"}")' in use
+    assert f"qlora-jax merge {directory}\n" in use
     assert f"qlora-jax export {directory} DIRECTORY" in use.splitlines()[-1]
     assert "Warning" not in err
     assert "Traceback" not in err

@@ -148,8 +148,12 @@ Use the adapter
 --adapter {tmp_path}/adapter --output_dir {tmp_path}-answers --prompts FILE
   in PEFT, with the base as transformers loads it:
     PeftModel.from_pretrained(base, "{tmp_path}/adapter")
-  merged, or as GGUF, in DIRECTORY:
+  merged: what that costs, in every format:
+    qlora-jax merge {tmp_path}
+  merged, in DIRECTORY, for transformers and vLLM:
     qlora-jax export {tmp_path} DIRECTORY
+  as GGUF, for llama.cpp and Ollama:
+    qlora-jax export {tmp_path} DIRECTORY --to gguf-q8_0
 """
     )
 

@@ -1,0 +1,141 @@
+"""Held-out loss of a model whose weights come one after another, and are never all in memory.
+
+Several models can be evaluated side by side, each with a residual stream of its own: when a layer's weights are there,
+all held-out batches pass through it. The computation is that of `qlora_jax.training.objectives.NextToken` with dense
+weights.
+
+Memory: of each model the residual streams of all held-out tokens, in the compute dtype, on the host; on the device one
+layer in the compute dtype, and one batch. Embedding and head take turns with the layers.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax import data, models
+from qlora_jax.models import DecoderConfig
+from qlora_jax.nn.attention import Attention
+from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
+from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.training.losses import next_token_loss
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLoss:
+    """Loss over all held-out tokens.
+
+    Attributes:
+        loss: mean cross-entropy of a trained token, in nats.
+        tokens: trained tokens.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+class LayerwiseModel:
+    """A model on its way through its layers: `embed`, then `layer` for each in order, then `loss`.
+
+    Weights are given by their paths in the model, such as ("layers", "self_attn", "q_proj", "weight"), those of a layer
+    without the axis of layers, and cast to what the model computes with.
+
+    Args:
+        config: of the model.
+        batches: held-out rows: input_ids, positions and labels, int32 [B, S], and segment_ids of packed rows.
+        dtype: compute dtype.
+        lora: adapters that are computed beside the weights, as ("layers", ..., "lora_a") [R, in] and "lora_b" [out, R];
+            None for weights alone.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, batches: Sequence[data.Batch], dtype: Any, lora: LoRAConfig | None = None
+    ):
+        self._config, self._batches, self._dtype, self._lora = config, batches, jnp.dtype(dtype), lora
+        self._streams: list[np.ndarray] = []
+
+    def embed(self, weights: Mapping[Path, np.ndarray]) -> None:
+        """Begin: look up every token in the embedding, all that `weights` has."""
+        stages = self._stages(0)
+        values = stages.cast(weights)
+        self._streams = [np.asarray(stages.embed(values, batch)) for batch in self._batches]
+
+    def layer(self, index: int, weights: Mapping[Path, np.ndarray]) -> None:
+        """Go through the layer with that index."""
+        stages = self._stages(index)
+        values = stages.cast({path: array[None] for path, array in weights.items()})
+        self._streams = [
+            np.asarray(stages.layer(values, stream, batch))
+            for stream, batch in zip(self._streams, self._batches, strict=True)
+        ]
+
+    def loss(self, weights: Mapping[Path, np.ndarray]) -> HeldOutLoss:
+        """End: the loss, by the final norm and the head (the embedding, where the two are tied)."""
+        stages = self._stages(0)
+        values = stages.cast(weights)
+        sums = [stages.loss(values, stream, batch) for stream, batch in zip(self._streams, self._batches, strict=True)]
+        tokens = sum(int(count) for _, count in sums)
+        return HeldOutLoss(sum(float(loss) for loss, _ in sums) / tokens, tokens)
+
+    def _stages(self, index: int) -> "_Stages":
+        return _stages(self._config, self._config.attentions[index], self._dtype.name, self._lora)
+
+
+class _Stages:
+    """The programs of a model of one layer; each reads the weights of its own part, and the others are never there."""
+
+    def __init__(self, config: DecoderConfig, attention: Attention, dtype: str, lora: LoRAConfig | None):
+        one = dataclasses.replace(config, num_hidden_layers=1, attentions=(attention,))
+        qlora = QLoRAConfig(QuantizationConfig("none"), jnp.dtype(dtype), lora)
+        self._graphdef, state = nnx.split(models.abstract_model(one, qlora))
+        self._variables = {tuple(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+
+    def cast(self, weights: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array]:
+        """Put weights on the device, in the dtypes that the model declares; each must be one of the model's."""
+        return {
+            path: jnp.asarray(array.astype(self._variables[path][1].get_value().dtype, copy=False))
+            for path, array in weights.items()
+        }
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def embed(self, values: Mapping[Path, jax.Array], batch: Mapping[str, jax.Array]) -> jax.Array:
+        model = self._model(values)
+        return model.embed_tokens(batch["input_ids"], model.dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def layer(self, values: Mapping[Path, jax.Array], h: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        model = self._model(values)
+        context = model.context(batch["positions"], batch.get("segment_ids"))
+        # Nothing is kept without a backward pass; `full` lets long rows pass by tiles.
+        return model.stack(model.layers, h, context, remat="full")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(
+        self, values: Mapping[Path, jax.Array], h: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        model = self._model(values)
+        return next_token_loss(model.norm(h), model.head, batch["labels"])
+
+    def _model(self, values: Mapping[Path, jax.Array]) -> Any:
+        """Build the model, with shapes in place of the weights that `values` lacks."""
+        filled = [
+            (path, variable.replace(values.get(key, variable.get_value())))
+            for key, (path, variable) in self._variables.items()
+        ]
+        return nnx.merge(self._graphdef, nnx.from_flat_state(filled))
+
+
+_stages = functools.lru_cache(_Stages)
