@@ -138,7 +138,7 @@ def test_runs_without_held_out_rows_need_some(tmp_path: Path):
         ("--to ,", r"^--to ,: choose from safetensors, "),
         ("--eval_split test", r"^--eval_split has no effect without --eval_dataset; give that too"),
         ("--overwrite", r"^--overwrite has no effect without --output_dir;"),
-        ("--block_size 32", r"^--block_size has no effect without --quant_type; leave it out\.$"),
+        ("--block_size 32", r"^--block_size has no effect without --quant_type; leave it out\."),
     ],
 )
 def test_flags_that_cannot_be_are_refused(argv: str, message: str):
