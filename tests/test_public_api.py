@@ -23,7 +23,7 @@ FLOORS = (
     ("choices", "defaults", "device_memory", "errors", "extras", "formatting", "repeating"),
     ("environment", "files", "gpus", "quantization"),
     ("cli", "kernels"),
-    ("json_text", "sharding"),
+    ("json_text", "pattern_child", "patterns", "sharding"),
     ("nn",),
     ("models",),
     ("checkpoints",),

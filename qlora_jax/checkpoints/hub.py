@@ -20,6 +20,7 @@ from qlora_jax.checkpoints.model_files import (
     is_inside,
     pickle_refusal,
     read_json_object,
+    read_model_config,
 )
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.defaults import DEFAULT_MODEL
@@ -27,6 +28,7 @@ from qlora_jax.environment import user_cache
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, file_digest, user_path, write_errors
 from qlora_jax.models import PRESETS, DecoderConfig, base_tensors, model_config
+from qlora_jax.models.quantization_config import MODELOPT_FILE
 from qlora_jax.quantization import QuantizationConfig
 
 logger = logging.getLogger(__name__)
@@ -94,8 +96,8 @@ def resolve_config(name_or_path: str | Path) -> DecoderConfig:
     """Read a model's config.json, wherever the model is; its weights are neither needed nor fetched.
 
     Args:
-        name_or_path: a config.json, a directory with one, a GGUF file, a hub id (of which config.json alone is
-            fetched), or a name of `qlora_jax.models.PRESETS`.
+        name_or_path: a config.json, a directory with one, a GGUF file, a hub id (of which config.json and
+            hf_quant_config.json are fetched), or a name of `qlora_jax.models.PRESETS`.
 
     Raises:
         UserError: there is no such model, or its config.json cannot be read or is not supported.
@@ -128,9 +130,9 @@ def _has_weights(path: Path) -> bool:
 def _config_contents(path: Path, name: str) -> Mapping[str, Any]:
     """Read config.json from a directory, a file, a preset or the hub; raises `_HubUnreachable` too."""
     if path.is_dir():
-        return read_json_object(path / "config.json", "give a model directory, or the config.json itself")
+        return read_model_config(path / "config.json", "give a model directory, or the config.json itself")
     if path.is_file():
-        return read_json_object(path, "give a config.json")
+        return read_model_config(path, "give a config.json")
     if name in PRESETS:
         return PRESETS[name]
     if not _is_hub_id(name):
@@ -138,11 +140,11 @@ def _config_contents(path: Path, name: str) -> Mapping[str, Any]:
             f"{name} is neither a file nor a directory; give a config.json, a model directory, a hub id, or one of "
             f"{', '.join(PRESETS)}."
         )
-    return read_json_object(_config_from_hub(name), DOWNLOAD_AGAIN)
+    return read_model_config(_config_from_hub(name), DOWNLOAD_AGAIN)
 
 
 def _config_from_hub(name: str) -> Path:
-    """Return the cached config.json, or the hub's."""
+    """Return the cached config.json, or the hub's; hf_quant_config.json, if there is one, comes to lie beside it."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -151,7 +153,10 @@ def _config_from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     with _telling_hub_errors(name):
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)  # the download itself would try again and again
+        # The download itself would try again and again.
+        siblings = HfApi().model_info(name, timeout=_HUB_TIMEOUT_S).siblings or ()
+        if any(sibling.rfilename == MODELOPT_FILE for sibling in siblings):
+            hf_hub_download(name, MODELOPT_FILE, etag_timeout=_HUB_TIMEOUT_S)
         file = hf_hub_download(name, "config.json", etag_timeout=_HUB_TIMEOUT_S)
     return Path(file)
 
@@ -202,7 +207,7 @@ def _download_from_hub(name: str, weights: bool) -> Path:
         shards = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("consolidated")]
         wanted = [_INDEX, *sorted(shards)] if _INDEX in files else [_WEIGHTS]
         logger.info("Model %s: downloading from the Hugging Face hub", name)
-        patterns = [*COMPANION_FILES, *(wanted if weights else [])]
+        patterns = [*COMPANION_FILES, MODELOPT_FILE, *(wanted if weights else [])]
         found = snapshot_download(name, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S)
     return Path(found)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from qlora_jax.errors import UserError
 from qlora_jax.json_text import MAX_BYTES, parse_json
+from qlora_jax.models.quantization_config import FIELD, MODELOPT_FILE, with_modelopt_file
 
 COMPANION_FILES = (
     "config.json",
@@ -55,6 +56,23 @@ def is_inside(name: str) -> bool:
 def read_json_object(file: Path, hint: str) -> dict[str, Any]:
     """Read a JSON object with `read_limited` and `json_object`."""
     return json_object(read_limited(file, hint), file)
+
+
+def read_model_config(file: Path, hint: str) -> dict[str, Any]:
+    """Read a config.json as `read_json_object` does, with what a hf_quant_config.json beside it says of the weights.
+
+    Raises:
+        UserError: also what `with_modelopt_file` refuses.
+    """
+    contents = read_json_object(file, hint)
+    beside = file.with_name(MODELOPT_FILE)
+    if file.name != "config.json" or not beside.is_file():
+        return contents
+    try:
+        field = with_modelopt_file(contents.get(FIELD), read_json_object(beside, DOWNLOAD_AGAIN))
+    except UserError as error:
+        raise UserError(str(error).replace(MODELOPT_FILE, str(beside), 1)) from None
+    return contents if field is None else {**contents, FIELD: field}
 
 
 def read_limited(file: Path, hint: str) -> bytes:

@@ -55,7 +55,7 @@ Reader = Callable[[str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedWeight:
+class PackedLinear:
     """A quantised weight of a checkpoint.
 
     Attributes:
@@ -73,7 +73,7 @@ class PackedWeight:
 
 def packed_weights(
     entries: Mapping[str, Stored], config: Mapping[str, Any], read: Reader, model: DecoderConfig
-) -> tuple[dict[str, PackedWeight], frozenset[str]]:
+) -> tuple[dict[str, PackedLinear], frozenset[str]]:
     """Find the quantised weights among a checkpoint's tensors.
 
     Args:
@@ -101,7 +101,7 @@ def packed_weights(
     }.get(method)
     if find is None:
         return {}, frozenset()
-    found: dict[str, PackedWeight] = {}
+    found: dict[str, PackedLinear] = {}
     for name in entries:
         weight = find(name, entries, config, read)
         if weight is not None:
@@ -124,15 +124,14 @@ def _refuse_unsaid(entries: Mapping[str, Stored]) -> None:
     for name in entries:
         if name.endswith((".weight_scale", ".weight_scale_2")):
             raise UserError(
-                f"config.json has no quantization_config, but tensor {name} is part of a quantised weight; modelopt's "
-                f"hf_quant_config.json, which may describe it, is not read: give a checkpoint with quantization_config "
-                f"or the model's 16-bit weights."
+                f"config.json has no quantization_config and no hf_quant_config.json is beside it, but tensor {name} "
+                f"is part of a quantised weight; give the checkpoint with all its files, or the model's 16-bit weights."
             )
 
 
 def _with_empty_biases(
-    found: Mapping[str, PackedWeight], entries: Mapping[str, Stored], read: Reader, model: DecoderConfig
-) -> dict[str, PackedWeight]:
+    found: Mapping[str, PackedLinear], entries: Mapping[str, Stored], read: Reader, model: DecoderConfig
+) -> dict[str, PackedLinear]:
     """Count biases of zeros among a weight's parts: AutoGPTQ writes one for every linear, the model's or not."""
     biases = {weight: f"{weight.removesuffix('.weight')}.bias" for weight in found}
     biases = {weight: bias for weight, bias in biases.items() if bias in entries}
@@ -149,7 +148,7 @@ def _with_empty_biases(
     return {**found, **empty}
 
 
-_Found = tuple[str, PackedWeight] | None
+_Found = tuple[str, PackedLinear] | None
 
 
 def _present(entries: Mapping[str, Stored], module: str, *suffixes: str) -> tuple[str, ...]:
@@ -173,7 +172,7 @@ def _bitsandbytes(name: str, entries: Mapping[str, Stored], config: Mapping[str,
 
         parts = (weight, name, *_present(entries, module, "weight_format"))
         _check_order(parts[2:], entries, read)
-        return module, PackedWeight(_matrix(entries, weight), QuantizationConfig("int8"), parts, unpack_rows)
+        return module, PackedLinear(_matrix(entries, weight), QuantizationConfig("int8"), parts, unpack_rows)
     weight, mark, _ = name.partition(_STATE)
     if not mark:
         return None
@@ -187,7 +186,7 @@ def _bitsandbytes(name: str, entries: Mapping[str, Stored], config: Mapping[str,
         return from_bitsandbytes({"weight": read(weight), **tensors})
 
     storage = QuantizationConfig(state.quant_type, state.block_size, double)
-    return weight.removesuffix(".weight"), PackedWeight(state.shape, storage, parts, unpack)
+    return weight.removesuffix(".weight"), PackedLinear(state.shape, storage, parts, unpack)
 
 
 def _state(name: str, entries: Mapping[str, Stored], read: Reader) -> QuantState:
@@ -234,7 +233,7 @@ def _groups(
     def read_all(read: Reader) -> QuantizedTensor:
         return unpack({suffix: read(part) for suffix, part in zip(suffixes, parts, strict=True)})
 
-    return module, PackedWeight(shape, storage, parts, read_all)
+    return module, PackedLinear(shape, storage, parts, read_all)
 
 
 def _awq(name: str, entries: Mapping[str, Stored], config: Mapping[str, Any], read: Reader) -> _Found:
@@ -267,13 +266,13 @@ def _compressed(name: str, entries: Mapping[str, Stored], config: Mapping[str, A
         def unpack(read: Reader) -> QuantizedTensor:
             return from_mxfp4(read(name).reshape(rows, half // 16, 16), read(scales))
 
-        return module, PackedWeight((rows, 2 * half), QuantizationConfig("mxfp4"), (name, scales), unpack)
+        return module, PackedLinear((rows, 2 * half), QuantizationConfig("mxfp4"), (name, scales), unpack)
 
     def unpack_scaled(read: Reader) -> QuantizedTensor:
         return from_nvfp4(read(name), read(scales), read(factor), convention="divide")
 
     parts = (name, scales, factor, *_present(entries, module, "input_global_scale"))
-    return module, PackedWeight((rows, 2 * half), QuantizationConfig("nvfp4"), parts, unpack_scaled)
+    return module, PackedLinear((rows, 2 * half), QuantizationConfig("nvfp4"), parts, unpack_scaled)
 
 
 def _modelopt(name: str, entries: Mapping[str, Stored], config: Mapping[str, Any], read: Reader) -> _Found:
@@ -287,4 +286,4 @@ def _modelopt(name: str, entries: Mapping[str, Stored], config: Mapping[str, Any
         return from_nvfp4(read(weight), read(scales), read(name), convention="multiply")
 
     parts = (weight, scales, name, *_present(entries, module, "input_scale", "k_scale", "v_scale"))
-    return module, PackedWeight((rows, 2 * half), QuantizationConfig("nvfp4"), parts, unpack)
+    return module, PackedLinear((rows, 2 * half), QuantizationConfig("nvfp4"), parts, unpack)

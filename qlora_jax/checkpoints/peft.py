@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from qlora_jax import models
 from qlora_jax.checkpoints.model_files import read_json_object
-from qlora_jax.checkpoints.patterns import Module, ends_with, matching_ends, named, targeted
+from qlora_jax.checkpoints.peft_modules import Module, ends_with, matching_ends, named, targeted
 from qlora_jax.errors import UserError
 from qlora_jax.files import CHECKSUMS_NAME, atomic_write, checksums, damaged_file, user_path, write_errors
 from qlora_jax.json_text import check_type

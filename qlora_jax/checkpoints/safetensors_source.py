@@ -20,11 +20,13 @@ from qlora_jax.checkpoints.model_files import (
     pickle_refusal,
     read_exactly,
     read_json_object,
+    read_model_config,
 )
 from qlora_jax.checkpoints.packed_safetensors import packed_weights
 from qlora_jax.errors import UserError
 from qlora_jax.json_text import MAX_BYTES, parse_json
 from qlora_jax.models import family_of, model_config
+from qlora_jax.models.quantization_config import FIELD, unused_settings
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize_on_host
 
 _DTYPES = {
@@ -83,16 +85,18 @@ class SafetensorsSource:
 
     def __init__(self, directory: str | Path):
         self.path = Path(directory)
-        contents = read_json_object(self.path / "config.json", "a Hugging Face model directory has one")
+        contents = read_model_config(self.path / "config.json", "a Hugging Face model directory has one")
         self.config = model_config(contents)
         self._entries = self._under_the_familys_names(self._read_headers())
-        quantization = contents.get("quantization_config") or {}
+        quantization = contents.get(FIELD) or {}
         try:
             self._packed, self._parts = packed_weights(self._entries, quantization, self._read_part, self.config)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         dtypes = sorted({entry.dtype for name, entry in self._entries.items() if name not in self._parts})
         self.description = f"Hugging Face safetensors directory {self.path} ({', '.join(dtypes)})"
+        if unused := unused_settings(quantization):
+            self.description += f"; {unused}"
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors of all shards; of one that is stored in parts its own."""

@@ -23,9 +23,9 @@ from qlora_jax.models.common import (
     unflatten_like,
 )
 from qlora_jax.models.decoder import DecoderConfig, DecoderLM
-from qlora_jax.models.family import GGUF, Family, Name
+from qlora_jax.models.family import GGUF, LAYER, Family, Name
 from qlora_jax.models.presets import PRESETS
-from qlora_jax.models.quantization_config import FIELD, stored_linears
+from qlora_jax.models.quantization_config import FIELD, Linear, stored_linears
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 
@@ -76,8 +76,21 @@ def model_config(contents: Mapping[str, Any]) -> DecoderConfig:
         )
     family = FAMILIES[architectures[0]]
     config: DecoderConfig = family.config({name: value for name, value in contents.items() if name != FIELD})
-    linears = (name for group in family.lora_groups.values() for name in group)
-    return dataclasses.replace(config, stored=stored_linears(contents, linears))
+    if contents.get(FIELD) is None:
+        return config
+    return dataclasses.replace(config, stored=stored_linears(contents, _linears(config)))
+
+
+def _linears(config: DecoderConfig) -> list[Linear]:
+    """Linears of all layers, by every name that they may have in a checkpoint."""
+    table = {name.ours: name for name in names(config)}
+    found = []
+    for spec in base_tensors(config):
+        if spec.quantized:
+            name = table[".".join(spec.path[:-1])]
+            spellings = (each.replace(LAYER, str(spec.layer)) for each in (name.hf, name.peft))
+            found.append(Linear(spec.linear, tuple(dict.fromkeys(spellings)), spec.shape[-1]))
+    return found
 
 
 def family_of(config: DecoderConfig) -> Family:

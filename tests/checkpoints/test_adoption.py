@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -238,16 +239,143 @@ def zero_biases(tensors):
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_a_group_may_be_a_whole_row(method, tmp_path, monkeypatch):
-    monkeypatch.setitem(TYPES, method, ("uint4", 128, False))
-    square = {**CONFIG, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 32}
-    write_packed(tmp_path / "model", method, square, group_size=-1)
-    assert "uint4 in blocks of 128 kept in all linears" in load(tmp_path / "model").description
+    monkeypatch.setitem(TYPES, method, ("uint4", -1, False))
+    wide = {**CONFIG, "hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+    write_packed(tmp_path / "model", method, wide, group_size=-1)
+    said = load(tmp_path / "model").description
+    assert "uint4 in blocks of 128 kept in " in said and "uint4 in blocks of 192 kept in down_proj" in said
+    loaded = resolve_config(tmp_path / "model").stored
+    assert without_weights(tmp_path / "model").stored == loaded
+    assert {storage.block_size for _, storage in loaded} == {128, 192}
+    with pytest.raises(
+        UserError, match="group_size is -1, which makes groups of the 96 inputs of down_proj, which are"
+    ):
+        models.model_config(
+            {**wide, "intermediate_size": 96, "quantization_config": {**METHODS[method], "group_size": -1}}
+        )
+
+
+def without_weights(model):
+    """Return the configuration of a model by its settings alone."""
+    bare = model.with_name("bare")
+    bare.mkdir()
+    for path in model.glob("*.json"):
+        if "index" not in path.name:
+            shutil.copyfile(path, bare / path.name)
+    return resolve_config(bare)
+
+
+@pytest.mark.parametrize(
+    ("method", "plain", "settings", "kept"),
+    [
+        ("bnb_nf4", ["layers.1.mlp."], {"llm_int8_skip_modules": ["model.layers.1.mlp", "lm_head"]}, "qkvo"),
+        ("bnb_nf4", ["self_attn"], {"llm_int8_skip_modules": ["self_attn"]}, "gud"),
+        ("bnb_fp4", ["k_proj"], {"llm_int8_skip_modules": ["k_proj"]}, "qvogud"),
+        ("bnb_int8", ["0.mlp.up"], {"llm_int8_skip_modules": [r"model\.layers\.0\.mlp\.(up|x)_proj"]}, "qkvogd"),
+        ("gptq", ["layers.0."], {"modules_to_not_convert": ["model.layers.0"]}, ""),
+        ("awq", ["gate", "v_proj"], {"modules_to_not_convert": ["gate", "attn.v"]}, "qkoud"),
+        ("nvfp4", ["1.mlp.down"], {"ignore": ["lm_head", r"re:.*layers\.1\.mlp\.d.*"]}, "qkvogu"),
+        (
+            "nvfp4",
+            ["q_proj"],
+            {"config_groups": {"group_0": {"targets": [r"re:.*\.([kvo]|.*[en]|up)_proj"]}}},
+            "kvogud",
+        ),
+        ("mxfp4", ["1.self_attn.o"], {"ignore": ["model.layers.1.self_attn.o_proj", "o_proj", "up"]}, "qkvgud"),
+        ("mxfp4", [], {"config_groups": {"g": {"targets": ["Linear"], "format": "mxfp4-pack-quantized"}}}, "qkvogud"),
+        ("modelopt", ["layers.0.self_attn"], {"ignore": ["model.layers.0.self_attn*", "lm_head"]}, "gud"),
+        ("modelopt", ["1.mlp.up"], {"exclude_modules": ["*1.mlp.u?_proj"], "ignore": None}, "qkvogd"),
+    ],
+)
+def test_a_plan_knows_which_linears_are_left_out(method, plain, settings, kept, tmp_path):
+    """The settings alone say what the tensors do."""
+    write_packed(tmp_path / "model", method, CONFIG, plain=plain, **settings)
+    loaded = resolve_config(tmp_path / "model").stored
+    assert without_weights(tmp_path / "model").stored == loaded
+    assert {name[0] for name, _ in loaded} == set(kept)
+
+
+@pytest.mark.parametrize(
+    ("method", "entries", "message"),
+    [
+        ("bnb_nf4", ["(.+)+!"], r"llm_int8_skip_modules is '.*', which takes too long to match"),
+        ("nvfp4", ["re:(x"], r"quantization_config\.ignore has '\(x', which is no regular expression"),
+    ],
+)
+def test_patterns_that_cannot_be_matched_are_named(method, entries, message):
+    field = {**METHODS[method], "ignore": entries, "llm_int8_skip_modules": entries}
+    with pytest.raises(UserError, match=message):
+        models.model_config({**CONFIG, "quantization_config": field})
+
+
+MODELOPT = {
+    "producer": {"name": "modelopt", "version": "0.19.0"},
+    "quantization": {
+        "quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"],
+    },
+}  # fmt: skip
+
+
+def write_modelopt(directory, config=CONFIG, **settings):
+    """Write a checkpoint of modelopt that is described beside config.json."""
+    linears = write_packed(directory, "modelopt", CONFIG)
+    (directory / "config.json").write_text(json.dumps(config))
+    said = {**MODELOPT, "quantization": {**MODELOPT["quantization"], **settings}}
+    (directory / "hf_quant_config.json").write_text(json.dumps(said))
+    return linears
+
+
+def test_modelopts_own_file_says_how_linears_are_stored(tmp_path):
+    linears = write_modelopt(tmp_path / "model", kv_cache_quant_algo="FP8")
+    base = load(tmp_path / "model")
+    assert "nvfp4 kept in all linears" in base.description
+    assert "keys and values are not quantised (kv_cache_scheme 'FP8' is for serving)" in base.description
+    for spec in linears_of(base):
+        jax.tree.map(np.testing.assert_array_equal, layer(base, spec).codes, linears[spec.name].codes)
+    assert without_weights(tmp_path / "model").stored == resolve_config(tmp_path / "model").stored != ()
+    assert resolve_config(tmp_path / "model" / "config.json").stored == resolve_config(tmp_path / "model").stored
+    # Where config.json says the same, as later versions write it.
+    both = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    write_modelopt(tmp_path / "both", {**CONFIG, "quantization_config": both})
+    assert load(tmp_path / "both").digest == base.digest
+    convert(tmp_path / "model", tmp_path / "converted", NF4, "float32", adopt=True)
+    assert load(tmp_path / "converted").digest == base.digest
+
+
+def test_cached_keys_and_values_may_be_all_that_modelopt_quantised(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    said = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(said))
+    assert resolve_config(tmp_path).stored == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "message"),
+    [
+        ({"quant_algo": "FP8"}, None, "hf_quant_config.json: quant_algo is 'FP8'; only NVFP4 is supported"),
+        ({"quant_algo": "W4A16_AWQ"}, None, "quant_algo is 'W4A16_AWQ'; only NVFP4 is supported"),
+        ({"quant_algo": "MIXED_PRECISION"}, None, "quant_algo is 'MIXED_PRECISION'; only"),
+        ({"group_size": 32}, None, "group_size is 32; NVFP4 has 16"),
+        ({"pre_quant_scale": True}, None, "pre_quant_scale is True, which is not supported"),
+        ({"exclude_modules": "lm_head"}, None, "quantization.exclude_modules should be a valid list"),
+        ({}, {"quant_method": "modelopt", "quant_algo": "FP8"}, "but config.json has quantization_config of 'FP8'"),
+        ({}, METHODS["nvfp4"], "but config.json has quantization_config of 'compressed-tensors'"),
+        ({"quant_algo": None}, METHODS["modelopt"], "quant_algo is None, but config.json has .* of 'NVFP4'"),
+        ({"exclude_modules": []}, METHODS["modelopt"], "exclude_modules and quantization_config of config.json name"),
+    ],
+)
+def test_what_modelopts_file_cannot_say_is_refused(settings, field, message, tmp_path):
+    write_modelopt(tmp_path / "model", {**CONFIG, **({"quantization_config": field} if field else {})}, **settings)
+    for read in (open_source, resolve_config):
+        with pytest.raises(UserError, match=message) as refusal:
+            read(tmp_path / "model")
+        assert str(refusal.value).startswith(str(tmp_path / "model" / "hf_quant_config.json"))
 
 
 def test_modelopt_without_its_settings_is_told_by_its_tensors(tmp_path):
     write_packed(tmp_path / "model", "modelopt", CONFIG)
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    with pytest.raises(UserError, match=r"no quantization_config, but tensor .*hf_quant_config.json"):
+    with pytest.raises(UserError, match=r"no hf_quant_config.json is beside it, but tensor .* quantised weight"):
         open_source(tmp_path / "model")
 
 

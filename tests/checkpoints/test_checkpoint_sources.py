@@ -464,7 +464,7 @@ def test_only_what_is_needed_is_downloaded(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     caplog.set_level("INFO", "qlora_jax")
     assert hub.resolve_model("some/model") == tmp_path
-    assert set(asked["allow_patterns"]) == {*COMPANION_FILES, index, *shards}
+    assert set(asked["allow_patterns"]) == {*COMPANION_FILES, "hf_quant_config.json", index, *shards}
     assert caplog.messages[-1] == f"Model some/model: from the Hugging Face hub, {tmp_path}"
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fixtures.tiny_configs import SMALL
@@ -20,7 +21,8 @@ def test_a_model_is_a_file_a_directory_or_a_preset(tmp_path):
     assert resolve_config("llama-7b").source == models.PRESETS["llama-7b"]
 
 
-def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside", [[], ["hf_quant_config.json"]])
+def test_of_a_hub_id_only_the_config_is_fetched(beside, tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -35,12 +37,18 @@ def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
 
     class Hub:
         def model_info(self, name, timeout):
-            pass
+            files = ["config.json", "model.safetensors", *beside]
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
 
+    for file in beside:
+        said = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head", "*.q_proj"]}}
+        (tmp_path / file).write_text(json.dumps(said))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert resolve_config("some/model").source == SMALL
-    assert asked == [("some/model", "config.json")]
+    config = resolve_config("some/model")
+    assert config.source == SMALL
+    assert len(config.stored) == (6 if beside else 0)
+    assert asked == [("some/model", file) for file in [*beside, "config.json"]]
 
 
 @pytest.mark.parametrize(

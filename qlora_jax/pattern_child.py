@@ -1,4 +1,4 @@
-"""Child process that matches regular expressions; see `qlora_jax.checkpoints.patterns`.
+"""Child process that matches regular expressions; see `qlora_jax.patterns`.
 
 Reads one request as JSON and answers it as JSON. It imports nothing of this package, so that it starts in hundredths of
 a second. An expression that takes too much of the processor ends the process; one that takes too much memory is an
