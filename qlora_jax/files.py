@@ -2,7 +2,7 @@
 
 They are written under a temporary name, flushed to disk, then renamed. The temporary name of `name` is `.name.tmp`
 beside it. It is locked while it is written, and the lock ends with its process: what a killed process left behind is
-cleared by the next one to write there.
+cleared by the next one to write there, or kept by one that goes on with it (`qlora_jax.checkpoints.journal`).
 """
 
 import datetime
@@ -15,7 +15,7 @@ import re
 import reprlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,14 +79,17 @@ def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
 
 
 @contextmanager
-def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary directory; it takes the name `path` when the block ends.
+def staged_directory(path: Path, *, replace: bool = False, keep: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory; it takes the name `path` when the block ends.
 
-    Nothing changes at `path`, and the temporary directory is removed, if the block raises.
+    Nothing changes at `path` if the block raises.
 
     Args:
         path: directory to make; it may exist if it is empty.
         replace: allow it to exist otherwise too; it is deleted once the new one is complete.
+        keep: leave in the temporary directory what an earlier process left there, and, if the block raises, what the
+            block leaves; the block removes what is not to be kept. By default the directory is empty at first, and
+            removed if the block raises.
 
     Raises:
         UserError: another process is writing it.
@@ -98,11 +101,18 @@ def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging, os.O_RDONLY, wait=False):
         try:
-            for leftover in staging.iterdir():
-                remove(leftover)
+            if not keep:
+                empty(staging)
             yield staging
-            for file in (staging, *staging.rglob("*")):
-                flush_to_disk(file)
+        except BaseException:
+            if keep:
+                with suppress(OSError):  # something is left in it
+                    staging.rmdir()
+            else:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        try:
+            flush_all_to_disk(staging)
             if replace and path.exists():
                 remove(replaced)
                 os.rename(path, replaced)
@@ -112,6 +122,13 @@ def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             raise
     flush_to_disk(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def empty(directory: Path, *, keep: Collection[str] = ()) -> None:
+    """Delete everything in a directory but the entries of these names."""
+    for entry in list(directory.iterdir()):
+        if entry.name not in keep:
+            remove(entry)
 
 
 def remove(path: Path) -> None:
@@ -129,6 +146,12 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_all_to_disk(directory: Path) -> None:
+    """Wait until a directory and everything below it are on disk."""
+    for file in (directory, *directory.rglob("*")):
+        flush_to_disk(file)
 
 
 @contextmanager
@@ -199,9 +222,9 @@ def checksums(files: Mapping[str, Path]) -> str:
     return "".join(f"{file_digest(file)}  {name}\n" for name, file in files.items())
 
 
-def write_checksums(directory: Path) -> None:
-    """Write SHA256SUMS: the digest of every other file below a directory."""
-    text = checksums({name: directory / name for name in _files_below(directory)})
+def write_checksums(directory: Path, *, without: Collection[str] = ()) -> None:
+    """Write SHA256SUMS: the digest of every other file below a directory but those `without`."""
+    text = checksums({name: directory / name for name in _files_below(directory) if name not in without})
     (directory / CHECKSUMS_NAME).write_text(text, encoding="utf-8")
 
 
