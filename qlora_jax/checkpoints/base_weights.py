@@ -5,8 +5,9 @@ Memory: one tensor as it is stored, and a float32 array of its size; of a conver
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from qlora_jax.checkpoints.converted import ConvertedBase, converted_config
 from qlora_jax.checkpoints.manifest import is_converted, read_manifest
 from qlora_jax.checkpoints.sources import TensorSource, open_source
-from qlora_jax.checkpoints.streaming import check_source, describe, stream_tensors
+from qlora_jax.checkpoints.streaming import check_source, check_tied_head, describe, stream_tensors
 from qlora_jax.choices import BaseKind
 from qlora_jax.errors import UserError
 from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, family_of
@@ -54,7 +55,8 @@ class BaseWeights(Protocol):
         config: of the model.
         description: one line for people.
         specs: the base tensors in the order of `weights`.
-        other_parts: names of tensors of parts that fine-tuning leaves out, which `other_weights` gives.
+        other_parts: name -> shape of tensors of parts that fine-tuning leaves out, which `other_weights` gives.
+        source_files: files that it is read from, where they are not simply those of the directory.
         left_out: names of tensors that carry nothing, and are in no export.
         kept_parts: False if the directory no longer has the parts that fine-tuning leaves out.
     """
@@ -63,16 +65,17 @@ class BaseWeights(Protocol):
     config: DecoderConfig
     description: str
     specs: tuple[TensorSpec, ...]
-    other_parts: tuple[str, ...]
+    other_parts: Mapping[str, tuple[int, ...]]
+    source_files: frozenset[Path]
     left_out: tuple[str, ...]
     kept_parts: bool
 
-    def weights(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """Every base tensor: float32 if it was quantised, else as it is stored."""
+    def weights(self, start: int = 0) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """Every base tensor from `specs[start]` on: float32 if it was quantised, else as it is stored."""
         ...
 
-    def other_weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor of `other_parts`, as it is stored."""
+    def other_weights(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor of `other_parts` but the first `start`, as it is stored."""
         ...
 
 
@@ -115,26 +118,34 @@ class _Checkpoint:
         used = {spec.name for spec in self.specs}
         skipped = re.compile("|".join(f"(?:{pattern})" for pattern in family_of(self.config).skipped) or r"(?!)")
         extra = [name for name in self.source.names() if name not in used]
-        self.other_parts = tuple(name for name in extra if skipped.fullmatch(name))
+        self.other_parts: Mapping[str, tuple[int, ...]] = {
+            name: self.source.shape(name) for name in extra if skipped.fullmatch(name)
+        }
+        self.source_files = frozenset(self.source.location(name) for name in self.source.names())
         self.left_out = tuple(name for name in extra if not skipped.fullmatch(name))
 
-    def weights(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+    def weights(self, start: int = 0) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """Read, and quantise where that is asked for."""
         if not self._storage.linears and self._storage.default.quant_type == "none":
-            yield from ((spec, self.source.read(spec.name)) for spec in self.specs)
+            for spec in self.specs[start:]:
+                if spec.kind == "embedding":
+                    check_tied_head(self.source, list(self.specs), spec)
+                yield spec, self.source.read(spec.name)
             return
-        for spec, value in stream_tensors(self.source, list(self.specs), self._storage, np.dtype(np.float32)):
+        values = stream_tensors(self.source, list(self.specs), self._storage, np.dtype(np.float32), start)
+        for spec, value in values:
             yield spec, _as_float(value)
 
-    def other_weights(self) -> Iterator[tuple[str, np.ndarray]]:
+    def other_weights(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         """Read."""
-        yield from ((name, self.source.read(name)) for name in self.other_parts)
+        yield from ((name, self.source.read(name)) for name in list(self.other_parts)[start:])
 
 
 class _Converted:
     """`BaseWeights` of a converted directory."""
 
-    other_parts: tuple[str, ...] = ()
+    other_parts: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    source_files: frozenset[Path] = frozenset()
     left_out: tuple[str, ...] = ()
 
     def __init__(self, path: Path, storage: BaseStorage):
@@ -143,26 +154,31 @@ class _Converted:
         self.path, self.config, self.description = path, self._stored.config, self._stored.description
         self._base_tensors = base_tensors(self.config)
         self._by_place = {(spec.path, spec.layer): spec for spec in self._base_tensors}
-        self.specs = tuple(
-            self._by_place[tensor.path, layer]
+        self._parts = [
+            [self._by_place[tensor.path, layer] for tensor in part.tensors for layer in tensor.indices]
             for part in manifest.parts
-            for tensor in part.tensors
-            for layer in tensor.indices
-        )
+        ]
+        self.specs = tuple(spec for part in self._parts for spec in part)
         self.kept_parts = not family_of(self.config).other_parts(self.config)
 
-    def weights(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+    def weights(self, start: int = 0) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """Read part by part."""
-        for path, first, value in self._stored.chunks(self._base_tensors, None):
-            if first is None:
-                yield self._by_place[path, None], _as_float(value)
-                continue
-            count = jax.tree.leaves(value)[0].shape[0]
-            for i in range(count):
+        first_part = 0
+        while first_part < len(self._parts) and start >= len(self._parts[first_part]):
+            start -= len(self._parts[first_part])
+            first_part += 1
+        for path, first, value in self._stored.chunks(self._base_tensors, None, first_part):
+            count = 1 if first is None else jax.tree.leaves(value)[0].shape[0]
+            skipped = min(start, count)
+            start -= skipped
+            for i in range(skipped, count):
+                if first is None:
+                    yield self._by_place[path, None], _as_float(value)
+                    continue
                 layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], value)
                 yield self._by_place[path, first + i], _as_float(layer)
 
-    def other_weights(self) -> Iterator[tuple[str, np.ndarray]]:
+    def other_weights(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         """Nothing: a conversion leaves them out."""
         return iter(())
 

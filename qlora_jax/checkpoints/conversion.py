@@ -5,7 +5,6 @@ Memory: one tensor of the source, its quantisation and the part being filled.
 
 import dataclasses
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from qlora_jax.checkpoints.companions import write_companions
 from qlora_jax.checkpoints.digests import layer_digests
+from qlora_jax.checkpoints.journal import (
+    JOURNAL_NAME,
+    Journal,
+    fingerprint,
+    resumable_directory,
+    say_continuing,
+    versions,
+)
 from qlora_jax.checkpoints.manifest import MANIFEST_NAME, Manifest, Part, StoredTensor, is_converted
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import (
@@ -29,14 +37,13 @@ from qlora_jax.checkpoints.streaming import (
     stream_tensors,
 )
 from qlora_jax.errors import UserError
-from qlora_jax.files import file_digest, file_sizes, staged_directory, write_checked_json, write_errors
+from qlora_jax.files import check_room, file_digest, file_sizes, write_checked_json, write_errors
 from qlora_jax.models import TensorSpec, base_tensors
 from qlora_jax.quantization import MixedQuantization, QuantizationConfig, QuantizedTensor
 
 # A part is one orbax checkpoint. Large enough that orbax's fixed cost (about 50 ms a save) does not count, small enough
 # that buffering one, and orbax's copy of it, stays far below the memory ceiling of a conversion.
 _PART_BYTES = 128 << 20
-_HINT = "free some space or choose another output directory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +90,7 @@ def convert(
     """Quantise a checkpoint once and keep the result: orbax parts, config.json, tokenizer files, qlora_jax.json.
 
     Everything is written to a hidden sibling of `output_dir` and renamed at the end, so that what carries the name is
-    complete; the sibling of a run that was killed is replaced by the next.
+    complete. The same conversion goes on after the last whole part of one that was killed or found the disk full.
 
     Args:
         source_path: Hugging Face safetensors directory or GGUF file.
@@ -108,11 +115,23 @@ def convert(
     check_source(source, specs, storage)
     _check_output(output, overwrite)
     tensors = [abstract_tensor(spec, storage, dtype, ()) for spec in specs]
-    with write_errors(output, _HINT), staged_directory(output, replace=overwrite) as staging:
-        _check_space(staging, output, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensors)))
-        write_companions(source.path, source.config, staging)
-        manifest = _write_parts(source, specs, storage, dtype, staging, progress)
-        write_checked_json(staging / MANIFEST_NAME, manifest.to_json())
+    identity = {
+        "command": "convert",
+        "versions": versions(),
+        "source": fingerprint(source.path, {source.location(name) for name in source.names()}),
+        "quantization": dataclasses.asdict(quantization),
+        "dtype": dtype.name,
+        "adopt": adopt,
+        "part_bytes": _PART_BYTES,
+    }
+    with resumable_directory(output, identity, replace=overwrite) as journal:
+        parts = _PartWriter(journal)
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensors)) - sum(parts.bytes.values())
+        what = "the rest of the converted model" if parts.written else "the converted model"
+        check_room(journal.directory, needed, f"the disk of {output.parent}", what)
+        write_companions(source.path, source.config, journal.directory)
+        manifest = _write_parts(source, specs, storage, dtype, parts, progress)
+        write_checked_json(journal.directory / MANIFEST_NAME, manifest.to_json())
     return Conversion(
         directory=output,
         bytes_by_class=manifest.bytes,
@@ -133,29 +152,18 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"{output} already holds a converted model; set `overwrite` to replace it.")
 
 
-def _check_space(staging: Path, output: Path, needed: int) -> None:
-    free = shutil.disk_usage(staging).free
-    if needed > free:
-        raise UserError(
-            f"the converted model needs {needed / 1e9:.2f} GB, but the disk of {output} has only "
-            f"{free / 1e9:.2f} GB left; {_HINT}."
-        )
-
-
 def _write_parts(
     source: TensorSource,
     specs: list[TensorSpec],
     quantization: MixedQuantization,
     dtype: np.dtype,
-    directory: Path,
+    parts: "_PartWriter",
     progress: Progress | None,
 ) -> Manifest:
-    """Quantise tensor by tensor and write the parts; return what was written."""
-    parts = _PartWriter(directory)
-    sizes = {"base_packed": 0, "scales": 0, "unquantised": 0}
-    for done, (spec, value) in enumerate(stream_tensors(source, specs, quantization, dtype), 1):
-        for name, size in inventory([value]).items():
-            sizes[name] += size
+    """Quantise tensor by tensor and write the parts that are not there yet; return what is."""
+    start = sum(tensor.layers for part in parts.written for tensor in part.tensors)
+    say_continuing(start, len(specs))
+    for done, (spec, value) in enumerate(stream_tensors(source, specs, quantization, dtype, start), start + 1):
         parts.add(spec, value)
         if progress is not None:
             progress(done, len(specs))
@@ -169,20 +177,43 @@ def _write_parts(
         tensors=len(specs),
         parameters=sum(_size(spec) for spec in specs),
         quantized_parameters=sum(_size(spec) for spec in quantized),
-        bytes=sizes,
+        bytes=parts.bytes,
         parts=tuple(parts.written),
-        files={file.name: file_digest(file) for file in sorted(directory.iterdir()) if file.is_file()},
+        files={
+            file.name: file_digest(file)
+            for file in sorted(parts.directory.iterdir())
+            if file.is_file() and file.name != JOURNAL_NAME
+        },
     )
 
 
 class _PartWriter:
-    """Collects tensors and writes them as orbax checkpoints of about `_PART_BYTES`, layers of one path stacked."""
+    """Collects tensors and writes them as orbax checkpoints of about `_PART_BYTES`, layers of one path stacked.
 
-    def __init__(self, directory: Path):
+    Parts of an earlier process are kept up to the first that is not as it was written.
+
+    Attributes:
+        written: all parts so far.
+        bytes: in them by class, see `inventory`.
+        directory: of the parts.
+    """
+
+    def __init__(self, journal: Journal):
         self.written: list[Part] = []
-        self._directory = directory
+        self.bytes = {"base_packed": 0, "scales": 0, "unquantised": 0}
+        self.directory = journal.directory
+        self._journal = journal
         self._pending: dict[TensorPath, list[tuple[int | None, QuantizedTensor | np.ndarray]]] = {}
         self._bytes = 0
+        for record in journal.records:
+            try:
+                recorded = _RECORD.validate_python(record)
+            except ValidationError:
+                break
+            if not _is_whole(self.directory, recorded.part):
+                break
+            self._count(recorded)
+        journal.keep(len(self.written), [part.name for part in self.written])
 
     def add(self, spec: TensorSpec, value: QuantizedTensor | np.ndarray) -> None:
         if self._bytes and self._bytes + value.nbytes > _PART_BYTES:
@@ -194,7 +225,7 @@ class _PartWriter:
         if not self._pending:
             return
         tree: dict[str, Any] = {}
-        contents = []
+        contents, values = [], []
         for path in list(self._pending):
             layers = self._pending.pop(path)
             leaf = layers[0][1] if layers[0][0] is None else _stack([value for _, value in layers])
@@ -202,14 +233,42 @@ class _PartWriter:
             for part in path[:-1]:
                 node = node.setdefault(part, {})
             node[path[-1]] = quantized_leaves(leaf) if isinstance(leaf, QuantizedTensor) else leaf
+            values.append(leaf)
             digests = layer_digests(layers[0][0], jax.tree.leaves(leaf))
             contents.append(StoredTensor(path, layers[0][0], len(layers), digests))
         name = f"part-{len(self.written):05d}"
-        _save_tree(self._directory / name, jax.tree.map(np.asarray, tree))
-        sizes = file_sizes(self._directory / name)
-        files = {file: file_digest(self._directory / name / file) for file in sizes}
-        self.written.append(Part(name, sizes, tuple(contents), files))
+        with write_errors(self.directory / name, self._journal.hint, orbax=True):
+            _save_tree(self.directory / name, jax.tree.map(np.asarray, tree))
+        sizes = file_sizes(self.directory / name)
+        files = {file: file_digest(self.directory / name / file) for file in sizes}
+        recorded = _Recorded(Part(name, sizes, tuple(contents), files), inventory(values))
+        self._journal.add(dataclasses.asdict(recorded))
+        self._count(recorded)
         self._bytes = 0
+
+    def _count(self, recorded: "_Recorded") -> None:
+        self.written.append(recorded.part)
+        for name, size in recorded.bytes.items():
+            self.bytes[name] += size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorded:
+    """A part in the journal, and its bytes by class."""
+
+    part: Part
+    bytes: dict[str, int]
+
+
+_RECORD = TypeAdapter(_Recorded)
+
+
+def _is_whole(directory: Path, part: Part) -> bool:
+    """Compare a part with the digests of its files."""
+    path = directory / part.name
+    if path.is_symlink() or not path.is_dir() or file_sizes(path) != part.files:
+        return False
+    return all(file_digest(path / name) == digest for name, digest in part.digests.items())
 
 
 def _stack(values: list[Any]) -> Any:
@@ -222,7 +281,7 @@ def _save_tree(path: Path, tree: dict[str, Any]) -> None:
     # Packed 4-bit codes do not compress; without zstd a save makes one copy less and a load takes a fifth of the time.
     context = ocp.Context()
     context.array.saving.use_compression = False
-    with write_errors(path, _HINT, orbax=True), context:
+    with context:
         ocp.save(path, tree)
 
 

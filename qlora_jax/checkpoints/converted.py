@@ -69,8 +69,8 @@ class ConvertedBase:
         }
         return digest_of_all(digests) if digests else None
 
-    def chunks(self, specs: list[TensorSpec], progress: Progress | None) -> Iterator[Chunk]:
-        """Read the tensors as they are stored, in that order; each part is read when it is its turn.
+    def chunks(self, specs: list[TensorSpec], progress: Progress | None, first_part: int = 0) -> Iterator[Chunk]:
+        """Read the tensors as they are stored, in that order; each part, from one on, is read when it is its turn.
 
         Raises:
             UserError: `specs`, the base tensors of the model, are not those stored, or a part cannot be read.
@@ -84,13 +84,15 @@ class ConvertedBase:
             raise UserError(f"{self.path / MANIFEST_NAME} and config.json disagree about {wrong[0]}; {CONVERT_AGAIN}.")
         stored = MixedQuantization(self._manifest.quantization, self.config.stored)
         abstract = abstract_stacks(specs, stored, jnp.dtype(self._manifest.dtype))
-        return self._chunks(abstract, len(specs), progress)
+        return self._chunks(abstract, len(specs), progress, first_part)
 
-    def _chunks(self, abstract: Mapping[TensorPath, Any], total: int, progress: Progress | None) -> Iterator[Chunk]:
+    def _chunks(
+        self, abstract: Mapping[TensorPath, Any], total: int, progress: Progress | None, first_part: int
+    ) -> Iterator[Chunk]:
         from orbax.checkpoint import v1 as ocp
 
         done = 0
-        for part in self._manifest.parts:
+        for part in self._manifest.parts[first_part:]:
             file = self.path / part.name
             _check_digests(file, part.digests)
             try:

@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from qlora_jax.checkpoints.gguf_source import interleaved
 from qlora_jax.checkpoints.gguf_writer import add_metadata, gguf_of
 from qlora_jax.checkpoints.merging import Adapter
+from qlora_jax.files import check_room
 from qlora_jax.models import DecoderConfig, names
 
 
@@ -25,8 +26,10 @@ def write_gguf_adapter(adapter: Adapter, config: DecoderConfig, file: Path, *, t
         title: `general.name`.
 
     Raises:
-        UserError: the family has no form in GGUF.
+        UserError: the family has no form in GGUF, or the disk has no room.
     """
+    needed = sum(matrices.nbytes for matrices in adapter.tensors.values())
+    check_room(file.parent, needed, f"the disk of {file.parent.parent}", "the export")
     writer = GGUFWriter(file, gguf_of(config, adapter.path).architecture)
     table = {name.ours: name for name in names(config)}
     try:

@@ -11,21 +11,29 @@ Memory: that of `qlora_jax.checkpoints.merging`, and what is stored of one tenso
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+)
 
 from qlora_jax.checkpoints.base_weights import BaseWeights
 from qlora_jax.checkpoints.gguf_source import ROPE_FREQS, GGUFSource, interleaved
 from qlora_jax.checkpoints.gguf_tokenizer import tokenizer_metadata
 from qlora_jax.checkpoints.hf_export import round_to
+from qlora_jax.checkpoints.journal import Journal, say_continuing
 from qlora_jax.checkpoints.merging import Adapter, Codec, MergedTensor, merged_tensors, stored
 from qlora_jax.checkpoints.streaming import Progress
+from qlora_jax.checkpoints.tensor_files import TensorFiles
 from qlora_jax.errors import UserError
 from qlora_jax.models import GGUF, DecoderConfig, Name, TensorSpec, family_of, names
 from qlora_jax.nn.rotary import RotaryConfig
@@ -92,6 +100,7 @@ def write_gguf(
     *,
     title: str,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, float]:
     """Write a merged model as a GGUF file.
 
@@ -102,12 +111,14 @@ def write_gguf(
         storage: one of `GGUF_FORMATS`.
         title: `general.name`.
         progress: see `Progress`.
+        journal: of the file's directory, to go on after the last tensor that an earlier process wrote there.
 
     Returns:
         Module -> share of its change that survives, see `surviving_share`.
 
     Raises:
-        UserError: a family, a setting or a tokenizer that GGUF does not have, or values that overflow; names it.
+        UserError: a family, a setting or a tokenizer that GGUF does not have, or values that overflow; names it. A disk
+            without room.
     """
     metadata = model_metadata(base.config, base.path, base.specs)
     metadata |= {
@@ -119,23 +130,25 @@ def write_gguf(
     table = _name_table(base.config)
     plan = [_planned(spec, table, storage) for spec in base.specs]
     freqs = rope_freqs(base.config)
-    writer = GGUFWriter(file, gguf_of(base.config, base.path).architecture)
+    first = [] if freqs is None else [_Planned(ROPE_FREQS, _KIND.F32, "as_is", freqs.shape)]
+    header = _header(gguf_of(base.config, base.path).architecture, metadata, [*first, *plan])
+    tensors = TensorFiles(file.parent, lambda count: [file.name][:count], journal, align=GGUF_DEFAULT_ALIGNMENT)
     try:
-        add_metadata(writer, metadata)
-        if freqs is not None:
-            _add_info(writer, _Planned(ROPE_FREQS, _KIND.F32, "as_is", freqs.shape))
-        for planned in plan:
-            _add_info(writer, planned)
-        begin_tensors(writer)
-        if freqs is not None:
-            writer.write_tensor_data(freqs)
-        shares: dict[str, float] = {}
-        for planned, tensor in zip(plan, merged_tensors(base, adapter, progress), strict=True):
-            payload = _payload(planned, tensor, base.config, shares)
-            writer.write_tensor_data(payload.view(np.uint8) if payload.dtype == ml_dtypes.bfloat16 else payload)
+        tensors.check_room(header.nbytes + sum(planned.nbytes for planned in (*first, *plan)))
+        done = len(tensors.written)
+        say_continuing(done, len(plan))
+        if not done:  # recorded with the first tensor
+            tensors.append(0, "header", header)
+            if freqs is not None:
+                tensors.append(0, ROPE_FREQS, freqs)
+        for planned, tensor in zip(plan[done:], merged_tensors(base, adapter, progress, done), strict=True):
+            shares: dict[str, float] = {}
+            tensors.append(0, planned.name, _payload(planned, tensor, base.config, shares))
+            tensors.commit(shares)
+        tensors.publish()
     finally:
-        writer.close()
-    return shares
+        tensors.close()
+    return tensors.shares
 
 
 def gguf_of(config: DecoderConfig, model: Path) -> GGUF:
@@ -329,13 +342,21 @@ def add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
             writer.add_array(key, value)
 
 
-def _add_info(writer: GGUFWriter, planned: _Planned) -> None:
-    # Of an element type that is not uint8, the writer takes the shape as it is.
-    writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), planned.nbytes, raw_dtype=planned.kind)
-
-
-def begin_tensors(writer: GGUFWriter) -> None:
-    """Write everything before the first tensor's data."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+def _header(architecture: str, metadata: Mapping[str, Any], plan: Sequence[_Planned]) -> np.ndarray:
+    """Return the bytes of a file before its first tensor, uint8."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "header.gguf"
+        writer = GGUFWriter(file, architecture)
+        try:
+            add_metadata(writer, metadata)
+            for planned in plan:
+                # Of an element type that is not uint8, the writer takes the shape as it is.
+                writer.add_tensor_info(
+                    planned.name, planned.shape, np.dtype(np.float32), planned.nbytes, raw_dtype=planned.kind
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        return np.fromfile(file, np.uint8)

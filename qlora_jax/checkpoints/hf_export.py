@@ -6,19 +6,22 @@ Memory: that of `qlora_jax.checkpoints.merging`, and what is stored of one tenso
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.base_weights import BaseWeights
 from qlora_jax.checkpoints.companions import write_companions
+from qlora_jax.checkpoints.journal import Journal, say_continuing
 from qlora_jax.checkpoints.merging import Adapter, Codec, merged_tensors, stored
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.safetensors_writer import SafetensorsWriter
-from qlora_jax.checkpoints.streaming import Progress
+from qlora_jax.checkpoints.streaming import Progress, abstract_tensor
 from qlora_jax.errors import UserError
 from qlora_jax.models import TensorSpec
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, dequantize_on_host, quantize, to_bitsandbytes
@@ -61,6 +64,8 @@ def write_hugging_face(
     directory: Path,
     storage: HuggingFaceFormat,
     progress: Progress | None = None,
+    *,
+    journal: Journal | None = None,
 ) -> dict[str, float]:
     """Write a merged model: safetensors, config.json, generation_config.json, tokenizer and chat template.
 
@@ -73,38 +78,58 @@ def write_hugging_face(
         directory: an existing directory to write to.
         storage: how.
         progress: see `Progress`.
+        journal: of the directory, to go on after the last tensor that an earlier process wrote there.
 
     Returns:
         Module -> share of its change that survives, see `surviving_share`.
 
     Raises:
-        UserError: values that do not fit the dtype, or a converted base that lacks parts of the model; names them.
+        UserError: values that do not fit the dtype, or a converted base that lacks parts of the model; names them. A
+            disk without room.
     """
     if not base.kept_parts:
         raise UserError(
             f"{base.path} is the text part of a {base.config.architecture} only; give the checkpoint it was converted "
             f"from as `model`, whose other parts belong in the merged model."
         )
-    write_companions(base.path, base.config, directory)
-    _write_configs(base, directory, storage)
     names = [spec.name for spec in base.specs] + list(base.other_parts)
     if storage.quantization is not None:
         names = [f"{name}{suffix}" for name in names for suffix in _SUFFIXES]
-    shares: dict[str, float] = {}
-    writer = SafetensorsWriter(directory, names, storage.max_shard_bytes)
+    writer = SafetensorsWriter(directory, names, storage.max_shard_bytes, journal)
     try:
-        for tensor in merged_tensors(base, adapter, progress):
+        writer.files.check_room(_least_bytes(base, storage))
+        done = len(writer.files.written)
+        say_continuing(done, len(base.specs) + len(base.other_parts))
+        write_companions(base.path, base.config, directory)
+        _write_configs(base, directory, storage)
+        for tensor in merged_tensors(base, adapter, progress, done):
+            shares: dict[str, float] = {}
             name, kept = tensor.spec.name, stored(tensor, codec(tensor.spec, storage), shares)
             for suffix, array in (
                 to_bitsandbytes(kept) if isinstance(kept, QuantizedTensor) else {"weight": kept}
             ).items():
                 writer.add(name if suffix == "weight" else f"{name}.{suffix}", array)
-        for name, weight in base.other_weights():
+            writer.commit(shares)
+        for name, weight in base.other_weights(max(0, done - len(base.specs))):
             writer.add(name, round_to(weight, storage.dtype, name))
+            writer.commit()
         writer.finish()
     finally:
         writer.close()
-    return shares
+    return writer.files.shares
+
+
+def _least_bytes(base: BaseWeights, storage: HuggingFaceFormat) -> int:
+    """Count the bytes of the weights; a bitsandbytes checkpoint has some small tensors more."""
+    dtype = jnp.dtype(storage.dtype)
+    count = dtype.itemsize * sum(map(math.prod, base.other_parts.values()))
+    for spec in base.specs:
+        if storage.quantization is None or not spec.quantized:
+            count += dtype.itemsize * math.prod(spec.shape)
+        else:
+            leaves = jax.tree.leaves(abstract_tensor(spec, storage.quantization, dtype, ()))
+            count += sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return count
 
 
 def codec(spec: TensorSpec, storage: HuggingFaceFormat) -> Codec[Any]:

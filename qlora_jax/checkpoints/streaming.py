@@ -96,9 +96,9 @@ def describe(source: TensorSource, specs: list[TensorSpec], quantization: Quanti
 
 
 def stream_tensors(
-    source: TensorSource, specs: list[TensorSpec], quantization: Quantization, dtype: np.dtype
+    source: TensorSource, specs: list[TensorSpec], quantization: Quantization, dtype: np.dtype, start: int = 0
 ) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
-    """Yield base tensors one after another as a model stores them, for a source that `check_source` accepts.
+    """Yield the base tensors from `specs[start]` on as a model stores them, for a source that `check_source` accepts.
 
     Linear weights that the checkpoint stores as they are wanted are taken over byte for byte, their scales checked to
     be finite; others are quantised from the checkpoint's own precision. Norms are float32; embedding, head, biases and,
@@ -108,13 +108,15 @@ def stream_tensors(
         UserError: while streaming, for a tensor that is not finite or does not fit `dtype`, or a head that is stored
             beside the embedding it is tied to and differs from it; names the tensor.
     """
-    for spec in specs:
-        yield spec, _store(source, spec, quantization, dtype)
-        if spec.kind == "embedding":
-            _check_tied_head(source, specs, spec)
+    for spec in specs[start:]:
+        value = _store(source, spec, quantization, dtype)
+        if spec.kind == "embedding":  # before it is given away: whoever has it may go on after it another time
+            check_tied_head(source, specs, spec)
+        yield spec, value
+        del value  # or it would be in memory beside the next
 
 
-def _check_tied_head(source: TensorSource, specs: list[TensorSpec], embedding: TensorSpec) -> None:
+def check_tied_head(source: TensorSource, specs: list[TensorSpec], embedding: TensorSpec) -> None:
     """Refuse a head that config.json says is the embedding, where the two differ: it would be left out."""
     used = {spec.name for spec in specs}
     for name in source.names():

@@ -1,7 +1,8 @@
 """The export of a trained adapter with its base: one function from a run's directory to files that people serve.
 
 Whatever the format, everything is written to a hidden sibling of the output directory and renamed when it is whole;
-export.json says what was made of what, and SHA256SUMS has the digest of every file.
+export.json says what was made of what, and SHA256SUMS has the digest of every file. The same export goes on after the
+last whole tensor of one that was killed or found the disk full (`qlora_jax.checkpoints.journal`).
 """
 
 import dataclasses
@@ -19,9 +20,10 @@ from qlora_jax.checkpoints.gguf_adapter import write_gguf_adapter
 from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, write_gguf
 from qlora_jax.checkpoints.hf_export import BITSANDBYTES_BLOCK, HuggingFaceFormat, write_hugging_face
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
+from qlora_jax.checkpoints.journal import JOURNAL_NAME, fingerprint, resumable_directory, versions
 from qlora_jax.checkpoints.merging import open_adapter
 from qlora_jax.checkpoints.model_files import read_json_object
-from qlora_jax.checkpoints.peft import CONFIG_NAME
+from qlora_jax.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.choices import BaseKind, ExportTarget
@@ -41,7 +43,6 @@ EXPORT_FILE = "export.json"
 ERASED = 0.1
 """Share of a module's change below which rounding is said to erase it."""
 
-_HINT = "free some space or choose another output directory"
 _SHOWN = 5
 _ADAPTER = "adapter.gguf"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -167,16 +168,33 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
     base = open_base(model, config.base, storage) if merges else None
     model_config = resolve_config(model) if base is None else base.config
     adapter = open_adapter(trained.adapter, model_config, tuple(base_tensors(model_config)))
-    with files.write_errors(output, _HINT), files.staged_directory(output, replace=config.overwrite) as staging:
+    identity = {
+        "command": "export",
+        "versions": versions(),
+        "to": config.to,
+        "model": name,
+        "source": fingerprint(model, base.source_files if base else ()),
+        "base": config.base,
+        "storage": dataclasses.asdict(storage),
+        "dtype": config.dtype,
+        "max_shard_bytes": config.max_shard_bytes,
+        "adapter": {file: files.file_digest(trained.adapter / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
+    }
+    with resumable_directory(output, identity, replace=config.overwrite) as journal:
+        staging = journal.directory
         shares: dict[str, float] = {}
         if base is None:
             write_gguf_adapter(adapter, model_config, staging / _ADAPTER, title=_title(name))
         elif config.to.startswith("gguf"):
             kind = config.to.removeprefix("gguf-").upper()
             file = staging / _merged_file(config)
-            shares = write_gguf(base, adapter, file, GGUF_FORMATS[kind], title=_title(name), progress=progress)
+            title = _title(name)
+            shares = write_gguf(
+                base, adapter, file, GGUF_FORMATS[kind], title=title, progress=progress, journal=journal
+            )
         else:
-            shares = write_hugging_face(base, adapter, staging, hugging_face_format(config, storage, base), progress)
+            into = hugging_face_format(config, storage, base)
+            shares = write_hugging_face(base, adapter, staging, into, progress, journal=journal)
         if config.to.startswith("gguf"):
             text = _modelfile(config, trained, model, name)
             (staging / "Modelfile").write_text(text, encoding="utf-8")
@@ -193,7 +211,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
             "left_out": list(base.left_out) if base else [],
         }
         files.write_json(staging / EXPORT_FILE, record)
-        files.write_checksums(staging)
+        files.write_checksums(staging, without=(JOURNAL_NAME,))
     if merges:
         warn_of_erased(config.to, config.base, shares)
     if config.push_to_hub is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fixtures.finetune_helpers import (
     SMALL_RUN,
-    make_model,
+    make_model_with_merges,
     make_resumable,
     make_tokenizer,
     resumable_flags,
@@ -19,7 +19,7 @@ from fixtures.finetune_helpers import (
 from fixtures.trained_adapters import write_adapter
 from gguf import GGUFReader
 
-from qlora_jax.checkpoints import gguf_writer, merging
+from qlora_jax.checkpoints import gguf_writer
 from qlora_jax.checkpoints.gguf_source import GGUFSource
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.sources import open_source
@@ -35,14 +35,7 @@ TARGETS = export_command.ExportFlags.__dataclass_fields__["to"].type.__args__
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_model(tmp_path_factory.mktemp("model") / "tiny-model")
-    # GGUF's byte-level BPE has merges.
-    file = directory / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    tokenizer["model"]["vocab"]["ab"] = 260
-    tokenizer["model"]["merges"] = [["a", "b"]]
-    file.write_text(json.dumps(tokenizer))
-    return directory
+    return make_model_with_merges(tmp_path_factory.mktemp("model") / "tiny-model")
 
 
 @pytest.fixture
@@ -130,18 +123,6 @@ def test_gguf_adapter_holds_the_matrices_with_rows_as_the_base_has_them(run: Pat
             before = gguf_writer.interleaved(before, config.head_dim)
             assert not np.allclose(after, plain.read(f"model.layers.1.{module}.weight"), atol=1e-2)
         np.testing.assert_allclose(before + 2 * b @ a, after, atol=1e-3)
-
-
-def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    for target in ("safetensors", "gguf-q4_0"):
-        with monkeypatch.context() as patch:
-            patch.setattr(merging, "surviving_share", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                export(ExportConfig(str(run), str(tmp_path / "out"), to=target))
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"]
 
 
 def test_earlier_exports_are_replaced_on_request_only(run: Path, tmp_path: Path):
