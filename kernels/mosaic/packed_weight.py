@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.kernels.mosaic import tiles
-from qlora_jax.quantization import FORMATS, QuantizedTensor
+from qlora_jax.kernels.mosaic.scale_operands import ScaleOperands
+from qlora_jax.quantization import QuantizedTensor
 from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, dynamic_map
 
 
@@ -17,9 +18,7 @@ class PackedWeight:
 
     Attributes:
         codes: uint8 [L, N, K / 2].
-        scales: stored scales [L, N K / block_size], then what the format has: nested_absmax float32 [L, ...], offset
-            float32 [L] and the dynamic map float32 [1, 256] (double quantization); minima, as the scales; scale_map
-            float32 [L, 256] ("e4m3").
+        scales: what the scales are made from.
         layer: int32 [1].
         quant_type: a 4-bit type of `quantization.FORMATS`.
         block_size: elements of one scale.
@@ -27,7 +26,7 @@ class PackedWeight:
     """
 
     codes: jax.Array
-    scales: tuple[jax.Array, ...]
+    scales: ScaleOperands
     layer: jax.Array
     quant_type: str
     block_size: int
@@ -42,13 +41,14 @@ class PackedWeight:
         def view(buffer: Any, *shape: int) -> jax.Array:
             return jnp.asarray(buffer).reshape(*stack, *shape)
 
-        scales: tuple[jax.Array, ...] = (view(w.absmax, -1),)
-        if w.double_quant:
-            scales = (*scales, view(w.nested_absmax, -1), view(w.offset), jnp.asarray(dynamic_map())[None])
-        if w.minimum is not None:
-            scales = (*scales, view(w.minimum, -1))
-        if w.scale_map is not None:
-            scales = (*scales, view(w.scale_map, 256))
+        scales = ScaleOperands(
+            view(w.absmax, -1),
+            nested=view(w.nested_absmax, -1) if w.double_quant else None,
+            offset=view(w.offset) if w.double_quant else None,
+            table=jnp.asarray(dynamic_map())[None] if w.double_quant else None,
+            minimum=None if w.minimum is None else view(w.minimum, -1),
+            scale_map=None if w.scale_map is None else view(w.scale_map, 256),
+        )
         layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
         return cls(view(w.codes, n, k // 2), scales, layer, w.quant_type, w.block_size, n)
 
@@ -59,19 +59,22 @@ class PackedWeight:
         if rows == n:
             return self
 
-        def pad(buffer: jax.Array, size: int) -> jax.Array:
+        def pad(buffer: Any, size: int) -> Any:
+            if buffer is None:
+                return None
             widths = [(0, 0)] * buffer.ndim
             widths[1] = (0, max(0, size - buffer.shape[1]))
             return jnp.pad(buffer, widths)
 
         # Rounded up: rows of padding may end within a block, whose scale every kernel reads.
         blocks = -(-rows * k // self.block_size)
-        absmax, *rest = self.scales
-        if self.double_quant:
-            rest[0] = pad(rest[0], -(-blocks // NESTED_BLOCK_SIZE))
-        elif FORMATS[self.quant_type].minimum != "none":
-            rest[0] = pad(rest[0], blocks)
-        return dataclasses.replace(self, codes=pad(self.codes, rows), scales=(pad(absmax, blocks), *rest))
+        scales = dataclasses.replace(
+            self.scales,
+            stored=pad(self.scales.stored, blocks),
+            nested=pad(self.scales.nested, -(-blocks // NESTED_BLOCK_SIZE)),
+            minimum=pad(self.scales.minimum, blocks),
+        )
+        return dataclasses.replace(self, codes=pad(self.codes, rows), scales=scales)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,12 +84,12 @@ class PackedWeight:
     @property
     def double_quant(self) -> bool:
         """True if the scales are quantized."""
-        return len(self.scales) == 4
+        return self.scales.nested is not None
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
         """Operands of a kernel: codes, scales, layer."""
-        return (self.codes, *self.scales, self.layer)
+        return (self.codes, *self.scales.operands, self.layer)
 
     def format(self, dtype: Any) -> tiles.WeightFormat:
         """Compile-time facts about the weight, dequantized to `dtype`."""

@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from qlora_jax.kernels.mosaic import ptx, tiles
+from qlora_jax.kernels.mosaic.scale_operands import ScaleOperands
 
 
 def fetch_scales(
@@ -207,17 +208,24 @@ class Scales:
         *,
         fragments: bool = False,
     ) -> "Scales":
-        """Take a kernel's scale operands (`PackedWeight.scales`); the next barrier publishes the map in `scratch`."""
+        """Take a kernel's operands of `ScaleOperands`; the next barrier publishes the map in `scratch`."""
         of_layer = functools.partial(cls._of_layer, layer=layer)
-        if weight_format.double_quant:
-            absmax, nested, offset, dynamic_map = refs
-            cls._publish(cls._of_layer(dynamic_map, 0), scratch)
-            return cls(weight_format, tile, (of_layer(absmax),), of_layer(nested), scratch, offset[layer], fragments)
-        if weight_format.format.scale == "e4m3":
-            absmax, scale_map = refs
-            cls._publish(of_layer(scale_map), scratch)
-            return cls(weight_format, tile, (of_layer(absmax),), None, scratch, None, fragments)
-        return cls(weight_format, tile, tuple(map(of_layer, refs)), None, None, None, fragments)
+        given = ScaleOperands.named(refs, weight_format)
+        if given.table is not None:
+            cls._publish(cls._of_layer(given.table, 0), scratch)
+        elif given.scale_map is not None:
+            cls._publish(of_layer(given.scale_map), scratch)
+        else:
+            scratch = None
+        return cls(
+            weight_format,
+            tile,
+            tuple(of_layer(ref) for ref in (given.stored, given.minimum) if ref is not None),
+            None if given.nested is None else of_layer(given.nested),
+            scratch,
+            None if given.offset is None else given.offset[layer],
+            fragments,
+        )
 
     @staticmethod
     def _of_layer(ref: Any, layer: Any) -> Any:

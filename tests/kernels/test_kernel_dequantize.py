@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from fixtures.simulated_kernels import Case, Problem, differences, execute, expected
 
+from qlora_jax.kernels.mosaic.scale_operands import ScaleOperands
+
 pytestmark = pytest.mark.compile
 
 COLUMNS, GROUP = 1024, 64
@@ -68,7 +70,7 @@ def test_every_code_and_hard_scales(case, launch):
     problem.codes = np.concatenate([words.view(np.uint8).reshape(CODE_ROWS, -1), packed.reshape(SCALE_ROWS, -1)])[None]
     # Of scales in [1, 2), the 16 products are as distinct as the codebook's entries are.
     plain = random.uniform(1, 2, CODE_ROWS * COLUMNS // GROUP).astype(np.float32)
-    problem.scales = (np.concatenate([plain, random.permutation(hard_scales(n_scales))])[None],)
+    problem.scales = ScaleOperands(np.concatenate([plain, random.permutation(hard_scales(n_scales))])[None])
     wanted = expected(problem)
     assert not differences(execute(launch, problem), wanted)
     # What was asked for did occur: infinities, subnormals, zeros of both signs.

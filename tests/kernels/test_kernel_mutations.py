@@ -4,6 +4,7 @@ Each mutation is one that a kernel's author could make: a wrong selector or cons
 rounding, a missing wait or barrier.
 """
 
+import dataclasses
 import re
 
 import numpy as np
@@ -131,8 +132,10 @@ def test_a_missing_wait_is_noticed(case, mutate, launch):
 def subnormal_products(case):
     """Scales so small that most of the 16 products of a block are subnormal, and x so large that they still count."""
     problem = Problem(case)
-    absmax, nested, offset, table = problem.scales
-    problem.scales = (absmax, nested * np.float32(2.0**-127), np.zeros_like(offset), table)
+    drawn = problem.scales
+    problem.scales = dataclasses.replace(
+        drawn, nested=drawn.nested * np.float32(2.0**-127), offset=np.zeros_like(drawn.offset)
+    )
     problem.x = (problem.x.astype(np.float32) * np.float32(2.0**100)).astype(problem.x.dtype)
     return problem
 
@@ -140,11 +143,13 @@ def subnormal_products(case):
 def cancelling_scales(case):
     """Scales that are exactly zero: the product of code and nested scale is rounded before the offset is added."""
     problem = Problem(case)
-    absmax, nested, offset, table = problem.scales
-    nested[:] = nested[0, 0]
-    product = table[0, 200] * nested[0, 0]
-    assert float(table[0, 200]) * float(nested[0, 0]) != float(product)  # what a fused multiply-add would leave
-    problem.scales = (np.full_like(absmax, 200), nested, np.full_like(offset, -product), table)
+    drawn = problem.scales
+    drawn.nested[:] = factor = drawn.nested[0, 0]
+    product = drawn.table[0, 200] * factor
+    assert float(drawn.table[0, 200]) * float(factor) != float(product)  # what a fused multiply-add would leave
+    problem.scales = dataclasses.replace(
+        drawn, stored=np.full_like(drawn.stored, 200), offset=np.full_like(drawn.offset, -product)
+    )
     return problem
 
 

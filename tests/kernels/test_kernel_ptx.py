@@ -183,7 +183,7 @@ def test_rows_of_padding_have_scales(case, launch):
     )
     packed = dispatch.pack(jax.tree.map(jnp.asarray, weight))
     problem = Problem(case)
-    problem.codes, problem.scales = np.array(packed.codes), tuple(map(np.array, packed.scales))
+    problem.codes, problem.scales = np.array(packed.codes), jax.tree.map(np.array, packed.scales)
     if case.transposed:
         problem.x[:, rows:] = 0  # as dy is padded
     assert packed.shape == (case.n, case.k)
@@ -223,5 +223,5 @@ def test_numpy_dequantizes_like_the_library(case):
     assert not differences(np.asarray(dequantize(q, DTYPES[case.dtype])), problem.weight)
     of_stack = PackedWeight.of(q)
     assert [a.shape[1:] for a in of_stack.arrays] == [
-        a.shape[1:] for a in (problem.codes, *problem.scales, problem.layer)
+        a.shape[1:] for a in (problem.codes, *problem.scales.operands, problem.layer)
     ]

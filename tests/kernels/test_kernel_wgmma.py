@@ -4,6 +4,7 @@ from fixtures.mosaic_helpers import check
 
 from qlora_jax.kernels.mosaic import wgmma
 from qlora_jax.kernels.mosaic.packed_weight import PackedWeight
+from qlora_jax.kernels.mosaic.scale_operands import ScaleOperands
 
 
 @pytest.mark.parametrize(
@@ -49,9 +50,9 @@ def test_sizes_that_do_not_fit():
     for shape in ((132, 128, 64), (120, 128, 64), (128, 132, 64), (128, 64, 64), (128, 128, 96)):
         m, n, k = shape
         codes, scales = jnp.zeros((1, n, k // 2), jnp.uint8), jnp.ones((1, n * k // 32))
-        w = PackedWeight(codes, (scales,), jnp.zeros(1, jnp.int32), "nf4", 32, n)
+        w = PackedWeight(codes, ScaleOperands(scales), jnp.zeros(1, jnp.int32), "nf4", 32, n)
         with pytest.raises(ValueError, match=r"multiples of 8|less than a tile|not whole tiles"):
             wgmma.matmul(jnp.zeros((m, k), jnp.bfloat16), w, config=wgmma.Config(block_m=128))
     with pytest.raises(ValueError, match="128 columns"):
-        w = PackedWeight(jnp.zeros((1, 128, 64), jnp.uint8), (jnp.ones((1, 512)),), w.layer, "nf4", 32, 128)
+        w = PackedWeight(jnp.zeros((1, 128, 64), jnp.uint8), ScaleOperands(jnp.ones((1, 512))), w.layer, "nf4", 32, 128)
         wgmma.matmul(jnp.zeros((128, 64), jnp.bfloat16), w, config=wgmma.Config(block_m=128))
