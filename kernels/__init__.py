@@ -95,9 +95,8 @@ def resolve(
     quantized = {name: w for name, w in weights.items() if isinstance(w, QuantizedTensor)}
     for m in dict.fromkeys(rows):
         for name, w in quantized.items():
-            n, k = w.shape
             for transposed in (False, True):
-                product = Product(m, n, k, transposed)
+                product = selection.product_with(w, m, transposed=transposed)
                 x = jax.ShapeDtypeStruct((m, product.contracted), dtype)
                 found[product] = selection.explain(implementation, x, w, transposed=transposed)
                 names.setdefault(product, []).append(name)

@@ -57,7 +57,8 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Return the fields, those of the product among them, and the percentage."""
         fields = dataclasses.asdict(self)
-        return {**fields.pop("product"), **fields, "percent": self.percent}
+        del fields["product"]
+        return {**self.product.to_json(), **fields, "percent": self.percent}
 
 
 def best_seconds(chip: Chip, product: Product, implementation: str) -> tuple[float, str]:

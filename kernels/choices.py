@@ -29,7 +29,7 @@ class Choice:
     """The implementation of one product.
 
     Attributes:
-        product: its shape.
+        product: its shape and storage.
         implementation: "xla", "fused" or "unfused".
         reason: a few words for people; not part of the choice, two choices may differ in it and be equal.
         weights: names of the weights that are multiplied so; not part of the choice.
@@ -61,7 +61,10 @@ def pinned(choices: Iterable[Choice]) -> contextlib.AbstractContextManager[None]
 def pinned_implementation(product: Product) -> tuple[bool, str | None]:
     """Return (choices are pinned, the implementation they name for a product or None)."""
     choices = _pinned.value
-    return choices is not None, None if choices is None else _by_product(choices).get(product)
+    if choices is None:
+        return False, None
+    named = _by_product(choices)
+    return True, named.get(product) or named.get(dataclasses.replace(product, storage=None))
 
 
 @functools.lru_cache(maxsize=8)
@@ -72,32 +75,29 @@ def _by_product(choices: tuple[Choice, ...]) -> dict[Product, str]:
 def choices_to_json(choices: Iterable[Choice]) -> list[dict[str, Any]]:
     """Return choices as JSON values, without their reasons: equal for runs that compile the same kernels."""
     return [
-        {**dataclasses.asdict(choice.product), "implementation": choice.implementation}
-        for choice in sorted(choices, key=lambda choice: dataclasses.astuple(choice.product))
+        {**choice.product.to_json(), "implementation": choice.implementation}
+        for choice in sorted(choices, key=lambda choice: _order(choice.product))
     ]
 
 
+def _order(product: Product) -> tuple[Any, ...]:
+    return product.m, product.n, product.k, product.transposed, repr(product.storage)
+
+
 def choices_from_json(value: Any) -> tuple[Choice, ...]:
-    """Return the choices of `choices_to_json`.
+    """Return the choices of `choices_to_json`; one that says no storage, as earlier versions wrote it, is for any.
 
     Raises:
         UserError: the value is something else.
     """
     try:
         choices = tuple(
-            Choice(
-                Product(entry["m"], entry["n"], entry["k"], entry["transposed"]),
-                entry["implementation"],
-                "recorded choice",
-            )
-            for entry in value
+            Choice(Product.from_json(entry, absent=None), entry["implementation"], "recorded choice") for entry in value
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"The recorded kernel choices cannot be read ({error!r}): start the run anew.") from error
     for choice in choices:
-        sizes = (choice.product.m, choice.product.n, choice.product.k)
-        known = choice.implementation in ("xla", "fused", "unfused") and isinstance(choice.product.transposed, bool)
-        if not (known and all(isinstance(size, int) and size > 0 for size in sizes)):
+        if choice.implementation not in ("xla", "fused", "unfused"):
             raise UserError(f"The recorded kernel choice {choice} cannot be used: start the run anew.")
     return choices
 

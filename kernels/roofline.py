@@ -23,13 +23,15 @@ gives. The dequantized weight is taken to go through device memory even where th
 """
 
 import dataclasses
+import functools
 import math
 from types import MappingProxyType
 
 from qlora_jax.gpus import Chip
 from qlora_jax.kernels import timings_cache
 from qlora_jax.kernels.mosaic import dequantize, dispatch, tiles
-from qlora_jax.kernels.product import Product
+from qlora_jax.kernels.product import NF4, Product
+from qlora_jax.quantization import QuantizationConfig, abstract_quantized
 
 # Assumptions, not measurements.
 MEMORY_FRACTION = 0.85
@@ -79,22 +81,22 @@ class Prediction:
     bound: str
 
 
-def packed_bytes(n: int, k: int, block_size: int = 64) -> float:
-    """Bytes of the codes and the doubly quantised scales of an (N, K) weight, which a product reads once."""
-    blocks = n * k / block_size
-    return n * k / 2 + blocks + 4 * math.ceil(blocks / 256)
+@functools.lru_cache(maxsize=256)
+def packed_bytes(n: int, k: int, storage: QuantizationConfig = NF4) -> int:
+    """Bytes of the codes, scales and minima of a 4-bit (N, K) weight, which a product reads once."""
+    return abstract_quantized(
+        (n, k), quant_type=storage.quant_type, block_size=storage.block_size, double_quant=storage.double_quant
+    ).nbytes
 
 
-def predict(chip: Chip, product: Product, *, block_size: int = 64) -> Prediction:
-    """Predict the seconds of both implementations by the model above, for a weight in bfloat16.
-
-    Its scales are taken to be as large as NF4's; `block_size` says how many tables a group of 64 codes has.
-    """
-    more = ALU_PER_TABLE * (max(1, tiles.GROUP // block_size) - 1)
+def predict(chip: Chip, product: Product) -> Prediction:
+    """Predict the seconds of both implementations by the model above, for a 4-bit weight used in bfloat16."""
+    storage = product.storage or NF4
+    more = ALU_PER_TABLE * (max(1, tiles.GROUP // storage.block_size) - 1)
     m, n, k = product.m, product.n, product.k
     bandwidth = chip.memory_bandwidth * MEMORY_FRACTION
     int32_ops = chip.int32_ops * ALU_FRACTION
-    packed, dequantized, activations = packed_bytes(n, k), 2.0 * n * k, 2.0 * m * (n + k)
+    packed, dequantized, activations = packed_bytes(n, k, storage), 2.0 * n * k, 2.0 * m * (n + k)
 
     choice = dispatch.select_kernel(chip, product)
     cost, config = choice.kernel.COST, choice.config
@@ -114,13 +116,12 @@ def predict(chip: Chip, product: Product, *, block_size: int = 64) -> Prediction
     return Prediction(fused, 2 * LAUNCH + first + then, choice.name, max(times, key=lambda name: times[name]))
 
 
-def explain(chip: Chip, product: Product, *, block_size: int = 64, timings: bool = True) -> tuple[str, str]:
+def explain(chip: Chip, product: Product, *, timings: bool = True) -> tuple[str, str]:
     """Return "fused" or "unfused", the faster by timings of this GPU or by the model with a `MARGIN`, and the reason.
 
     Args:
         chip: the GPU.
         product: what is multiplied.
-        block_size: weights that share a scale.
         timings: consult the file of timings.
 
     Raises:
@@ -128,16 +129,16 @@ def explain(chip: Chip, product: Product, *, block_size: int = 64, timings: bool
     """
     if timings and (timed := timings_cache.nearest(chip.title, product)):
         return ("unfused" if timed["unfused"] < timed["fused"] else "fused"), f"timings in {timings_cache.path()}"
-    return _by_model(chip, product, block_size), "roofline model"
+    return _by_model(chip, product), "roofline model"
 
 
-def _by_model(chip: Chip, product: Product, block_size: int = 64) -> str:
-    seconds = predict(chip, product, block_size=block_size)
+def _by_model(chip: Chip, product: Product) -> str:
+    seconds = predict(chip, product)
     return "unfused" if seconds.unfused * MARGIN < seconds.fused else "fused"
 
 
 def crossover(chip: Chip, n: int, k: int, *, transposed: bool = False, largest: int = LARGEST_M) -> int | None:
-    """Smallest M from which on the model chooses "unfused", up to `largest`; None if it is fused there.
+    """Smallest M from which on the model chooses "unfused" of NF4, up to `largest`; None if it is fused there.
 
     In steps of 16 rows: tiles round M up anyway.
     """

@@ -12,7 +12,7 @@ from qlora_jax.kernels.choices import pinned_implementation
 from qlora_jax.kernels.mosaic import dispatch
 from qlora_jax.kernels.product import Product
 from qlora_jax.kernels.weights import StackedWeight, Weight
-from qlora_jax.quantization import QuantizedTensor
+from qlora_jax.quantization import QuantizationConfig, QuantizedTensor
 
 # Implementations that need no GPU.
 ANYWHERE = ("auto", "xla", "interpreted_fused", "interpreted_unfused")
@@ -75,13 +75,18 @@ def explain(implementation: str, x: Any, w: Weight, *, transposed: bool) -> tupl
     chip = target_chip()
     if chip is None:
         return "xla", f"this runs on {_device_name()}"
-    n, k = w.shape
-    product = Product(x.size // x.shape[-1], n, k, transposed)
+    assert isinstance(w, QuantizedTensor | StackedWeight)
+    product = product_with(w, x.size // x.shape[-1], transposed=transposed)
     pinned, recorded = pinned_implementation(product)
     if recorded in ("fused", "unfused"):
         return recorded, "recorded choice"
-    block_size = w.block_size if isinstance(w, QuantizedTensor | StackedWeight) else 64
-    return roofline.explain(chip, product, block_size=block_size, timings=not pinned)
+    return roofline.explain(chip, product, timings=not pinned)
+
+
+def product_with(w: QuantizedTensor | StackedWeight, m: int, *, transposed: bool) -> Product:
+    """Return the product of `m` rows with a quantised weight, one or a stack."""
+    n, k = w.shape
+    return Product(m, n, k, transposed, QuantizationConfig(w.quant_type, w.block_size, w.double_quant))
 
 
 def _device_name() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from qlora_jax.environment import user_cache
 from qlora_jax.errors import UserError
 from qlora_jax.files import write_json
-from qlora_jax.kernels.product import Product
+from qlora_jax.kernels.product import NF4, Product
 
 VARIABLE = "QLORA_JAX_TUNING"
 _FORMAT = "qlora-jax kernel timings 1"
@@ -27,7 +27,7 @@ class Timing:
     """Time of one implementation of one product on a GPU.
 
     Attributes:
-        product: what was multiplied.
+        product: what was multiplied, and how the weight was stored.
         implementation: "fused" or "unfused".
         seconds: median of repeated calls.
     """
@@ -65,14 +65,15 @@ def timings(title: str) -> tuple[Timing, ...]:
 def nearest(title: str, product: Product) -> dict[str, float] | None:
     """Return the seconds of both implementations at the timed product nearest to this one, or None if none is near.
 
-    Distances are in logarithms: the factors between the two M, the two N and the two K, multiplied, are at most 16.
+    Only timings of the same direction, and of weights that are stored alike, count. Distances are in logarithms: the
+    factors between the two M, the two N and the two K, multiplied, are at most 16.
 
     Raises:
         UserError: as `timings`.
     """
     products: dict[Product, dict[str, float]] = {}
     for timing in timings(title):
-        if timing.product.transposed == product.transposed:
+        if (timing.product.transposed, timing.product.storage) == (product.transposed, product.storage):
             products.setdefault(timing.product, {})[timing.implementation] = timing.seconds
     both = {product: seconds for product, seconds in products.items() if len(seconds) == 2}
 
@@ -130,20 +131,19 @@ def _read(file: Path, modified: int, size: int) -> dict[str, tuple[Timing, ...]]
 
 def _entry(timing: Timing) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(timing.product),
+        **timing.product.to_json(),
         "implementation": timing.implementation,
         "seconds": timing.seconds,
     }
 
 
 def _timing(entry: dict[str, Any]) -> Timing:
-    product = Product(entry["m"], entry["n"], entry["k"], entry["transposed"])
+    # Files without it are of NF4.
+    product = Product.from_json(entry, absent=NF4)
     # Files written before the implementation was renamed.
     implementation = "unfused" if entry["implementation"] == "dequantize" else entry["implementation"]
     timing = Timing(product, implementation, entry["seconds"])
-    sizes, known = (product.m, product.n, product.k), implementation in ("fused", "unfused")
-    known = known and type(product.transposed) is bool
-    if not (known and all(type(size) is int and 0 < size < 2**31 for size in sizes) and 0 < timing.seconds < math.inf):
+    if implementation not in ("fused", "unfused") or not 0 < timing.seconds < math.inf:
         raise ValueError(f"{entry}")
     return timing
 

@@ -39,6 +39,11 @@ class StackedWeight:
         """Weights of the stack that share a scale."""
         return self.stack.block_size
 
+    @property
+    def double_quant(self) -> bool:
+        """True if the scales of the stack are quantized."""
+        return self.stack.double_quant
+
     def take(self) -> QuantizedTensor:
         """Return the weight by itself; compiled, a slice of each buffer."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stack)

@@ -20,7 +20,7 @@ from qlora_jax.gpus import CHIPS
 from qlora_jax.kernels import Choice, roofline, selection, timings_cache, xla
 from qlora_jax.kernels.product import Product
 from qlora_jax.kernels.timings_cache import Timing
-from qlora_jax.quantization import abstract_quantized, quantize
+from qlora_jax.quantization import QuantizationConfig, abstract_quantized, quantize
 
 ENTRY = {"m": 512, "n": 4096, "k": 4096, "transposed": False, "implementation": "fused", "seconds": 1.0}
 # (N, K) of the linears of LLaMA-7B and 13B and Llama-3.1-8B, and of Llama-2-70B.
@@ -56,10 +56,11 @@ def test_more_rows_and_larger_weights_take_longer(name, transposed):
 @pytest.mark.parametrize("name", CHIPS)
 def test_smaller_blocks_take_longer_where_dequantizing_is_the_bound(name):
     for m in (64, 512, 4096):
-        found = [roofline.predict(CHIPS[name], Product(m, 4096, 4096), block_size=size) for size in (16, 32, 64, 256)]
+        storages = (QuantizationConfig(*of) for of in (("nvfp4", 16), ("mxfp4", 32), ("nf4", 64), ("nf4", 256)))
+        found = [roofline.predict(CHIPS[name], Product(m, 4096, 4096, storage=storage)) for storage in storages]
         for smaller, larger in itertools.pairwise(found):
             assert smaller.fused >= larger.fused and smaller.unfused >= larger.unfused
-        assert found[2] == found[3]
+        assert found[2].bound == "memory" or found[2].fused == found[3].fused
         if found[2].bound == "alu":
             assert found[0].fused > found[1].fused > found[2].fused
 
@@ -81,8 +82,28 @@ def test_reading_is_what_generating_a_token_takes_on_cards_with_slow_memory():
         assert (found.kernel, found.bound) == ("small_m", "memory")
         wanted = roofline.packed_bytes(n, k) / (CHIPS[name].memory_bandwidth * roofline.MEMORY_FRACTION)
         np.testing.assert_allclose(found.fused - roofline.LAUNCH, wanted, rtol=0.01)
-    # 4 bits a code, 8 a scale, 32 for 256 scales: the issue's 0.54 bytes at most.
-    assert roofline.packed_bytes(n, k) / (n * k) == 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@pytest.mark.parametrize(
+    ("storage", "bits"),
+    [
+        (QuantizationConfig(), 4 + 8 / 64 + 32 / (64 * 256)),
+        (QuantizationConfig("fp4", 128, False), 4 + 32 / 128),
+        (QuantizationConfig("q4_0"), 4 + 16 / 32),
+        (QuantizationConfig("q4_1"), 4 + 32 / 32),
+        (QuantizationConfig("uint4", 128), 4 + (16 + 8) / 128),
+        (QuantizationConfig("mxfp4"), 4 + 8 / 32),
+        (QuantizationConfig("nvfp4"), 4 + 8 / 16),
+    ],
+    ids=str,
+)
+def test_a_product_reads_the_codes_scales_and_minima_of_its_format(storage, bits):
+    n, k, chip = 4096, 4096, CHIPS["a6000"]
+    assert 0 <= roofline.packed_bytes(n, k, storage) - bits * n * k / 8 <= 4 * 256  # a table, an offset
+    found = roofline.predict(chip, Product(1, n, k, storage=storage))
+    if found.bound == "memory":
+        wanted = (bits * n * k / 8 + 2 * (n + k)) / (chip.memory_bandwidth * roofline.MEMORY_FRACTION)
+        np.testing.assert_allclose(found.fused - roofline.LAUNCH, wanted, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "shape", "transposed"), pairwise(TABLED, SHAPES_70B, (False, True)))
@@ -128,6 +149,43 @@ def test_timings_overrule_the_model_near_what_was_timed(timings_file):
     assert timings_cache.nearest(CHIPS["h200"].title, Product(512, 4096, 4096)) is None
     timings_cache.save(CHIPS["h200"].title, [timing("unfused", 1e-4)])
     assert roofline.explain(CHIPS["h200"], Product(512, 4096, 4096))[0] == "fused"
+
+
+def test_timings_are_of_one_format(timings_file):
+    """Those of NF4 say nothing of NVFP4, whose tables are four times as many."""
+    chip, nvfp4 = CHIPS["h100"], QuantizationConfig("nvfp4")
+    product, other = Product(4000, 4096, 11008), Product(4000, 4096, 11008, storage=nvfp4)
+    for storage, seconds in ((product.storage, 2e-4), (nvfp4, 3e-4)):
+        timed = Product(4096, 4096, 11008, storage=storage)
+        timings_cache.save(chip.title, [Timing(timed, "fused", 1e-4), Timing(timed, "unfused", seconds)])
+        assert (timings_cache.nearest(chip.title, other) is None) == (storage != nvfp4)
+    assert timings_cache.nearest(chip.title, product) == {"fused": 1e-4, "unfused": 2e-4}
+    assert timings_cache.nearest(chip.title, other) == {"fused": 1e-4, "unfused": 3e-4}
+    entries = json.loads(timings_file.read_text())["chips"][chip.title]
+    assert {(entry["quant_type"], entry["block_size"]) for entry in entries} == {("nf4", 64), ("nvfp4", 16)}
+
+
+def test_weights_of_one_shape_and_two_formats_have_a_choice_each(monkeypatch):
+    monkeypatch.setattr(selection, "target_chip", lambda: CHIPS["h100"])
+
+    def explain(chip, product, timings):
+        return ("fused" if product.storage.quant_type == "nf4" else "unfused"), "why"
+
+    monkeypatch.setattr(roofline, "explain", explain)
+    weights = {"q_proj": abstract_quantized((128, 128)), "k_proj": abstract_quantized((128, 128), quant_type="nvfp4")}
+    choices = kernels.resolve(weights, [64], jnp.bfloat16)
+    assert kernels.describe(choices) == [
+        "kernel: fused (auto: why) for q_proj 128x128 at M=64",
+        "kernel: unfused (auto: why) for k_proj 128x128 at M=64",
+    ]
+    record = json.loads(json.dumps(kernels.choices_to_json(choices)))
+    monkeypatch.setattr(roofline, "explain", None)
+    with kernels.pinned(kernels.choices_from_json(record)):
+        assert kernels.resolve(weights, [64], jnp.bfloat16) == choices
+    # Records of earlier versions named no format.
+    old = [{"m": 64, "n": 128, "k": 128, "transposed": t, "implementation": "unfused"} for t in (False, True)]
+    with kernels.pinned(kernels.choices_from_json(old)):
+        assert {choice.implementation for choice in kernels.resolve(weights, [64], jnp.bfloat16)} == {"unfused"}
 
 
 def test_the_nearest_timed_shape_counts():
@@ -220,7 +278,7 @@ def test_describing_choices(monkeypatch):
     assert "xla (auto: the activations are float32" in line
     assert kernels.describe(kernels.resolve({}, [64], jnp.float32)) == []
 
-    def explain(chip, product, block_size, timings):
+    def explain(chip, product, timings):
         return "fd"[product.transposed and product.k > 128], "why"
 
     monkeypatch.setattr(roofline, "explain", explain)
@@ -308,6 +366,9 @@ def test_pinned_choices_reach_compiled_functions(monkeypatch):
         [{**ENTRY, "m": 0}],
         [{**ENTRY, "transposed": []}],
         [{**ENTRY, "implementation": "magic"}],
+        [{**ENTRY, "quant_type": "nf5", "block_size": 64, "double_quant": True}],
+        [{**ENTRY, "quant_type": "nf4", "block_size": 64, "double_quant": []}],
+        [{**ENTRY, "quant_type": "nf4"}],
     ],
     ids=str,
 )
