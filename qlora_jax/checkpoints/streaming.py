@@ -68,7 +68,9 @@ def check_source(source: TensorSource, specs: list[TensorSpec], quantization: Qu
     for spec in specs:
         source.check_readable(spec.name)
     if quantization is not None:
-        _check_block_size(specs, quantization)
+        for spec in specs:
+            if spec.quantized:
+                quantization.of(spec.linear).check_rows(spec.shape[-1], spec.name)
 
 
 def describe(source: TensorSource, specs: list[TensorSpec], quantization: Quantization) -> str:
@@ -189,17 +191,6 @@ def quantized_leaves(value: QuantizedTensor) -> dict[str, Any]:
     """Map the arrays of a quantised tensor by field name, without those it does not have."""
     leaves = {name: getattr(value, name) for name in _LEAVES}
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
-
-
-def _check_block_size(specs: list[TensorSpec], quantization: Quantization) -> None:
-    for spec in (spec for spec in specs if spec.quantized):
-        storage = quantization.of(spec.linear)
-        # The layers need it: a block that ran over the end of a row would tie two outputs together.
-        if storage.quant_type != "none" and storage.block_size and spec.shape[-1] % storage.block_size:
-            raise UserError(
-                f"`block_size={storage.block_size}` does not divide the {spec.shape[-1]} inputs of {spec.name}; "
-                f"choose a power of two that does."
-            )
 
 
 def _listing(items: list[str], limit: int = 3) -> str:

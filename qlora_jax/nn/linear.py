@@ -11,7 +11,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qlora_jax import kernels
-from qlora_jax.errors import UserError
 from qlora_jax.nn.variables import (
     Axes,
     Frozen,
@@ -134,11 +133,7 @@ class QLoRALinear(nnx.Module):
             # Its rows have no logical axis: a layer gathers quantised weights only.
             self.weight = frozen_array((*stack, *shape), qlora.dtype, "linear", (*layers, None, None))
         else:
-            if quantization.block_size and in_features % quantization.block_size:
-                raise UserError(
-                    f"`block_size={quantization.block_size}` does not divide the {in_features} inputs of {name}; "
-                    f"choose a power of two that does."
-                )
+            quantization.check_rows(in_features, name)
             abstract = abstract_quantized(
                 shape,
                 quant_type=quantization.quant_type,

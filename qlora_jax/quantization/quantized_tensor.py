@@ -47,6 +47,19 @@ class QuantizationConfig:
         """Return the storage of a linear by its name: the same for all; see `MixedQuantization`."""
         return self
 
+    def check_rows(self, inputs: int, name: str) -> None:
+        """Raise UserError unless a linear's rows are whole blocks: one that ran over an end would tie two outputs.
+
+        Args:
+            inputs: elements of a row.
+            name: of the linear, for the message.
+        """
+        if self.quant_type != "none" and self.block_size and inputs % self.block_size:
+            raise UserError(
+                f"`block_size={self.block_size}` does not divide the {inputs} inputs of {name}; choose a power of two "
+                f"that does."
+            )
+
     @property
     def format(self) -> Format:
         """The format; KeyError for "none"."""
