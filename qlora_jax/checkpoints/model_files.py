@@ -30,6 +30,8 @@ DOWNLOAD_AGAIN = "the file is damaged or its download incomplete: download it ag
 """Advice in messages about files that are not whole."""
 
 _CHECKED = 1 << 18
+# Bits of the exponent, all of which are set of what is not finite: NumPy converts each of these numbers to look at it.
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}
 
 
 def pickle_refusal(subject: str) -> UserError:
@@ -102,8 +104,15 @@ def check_finite(values: np.ndarray, name: str, file: Path) -> None:
     """Raise `UserError`, which names tensor and file, if a value is NaN or infinite; memory: a slice of the tensor."""
     flat = values.reshape(-1)
     # Slices that stay in the processor's cache.
-    if not all(np.isfinite(flat[start : start + _CHECKED]).all() for start in range(0, flat.size, _CHECKED)):
+    if not all(_all_finite(flat[start : start + _CHECKED]) for start in range(0, flat.size, _CHECKED)):
         raise UserError(f"tensor {name} in {file} holds NaN or infinity; {DOWNLOAD_AGAIN}.")
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    exponent = _EXPONENTS.get(values.dtype.name)
+    if exponent is None:
+        return bool(np.isfinite(values).all())
+    return bool((values.view(np.uint16) & exponent).max() < exponent)
 
 
 def read_exactly(file: Path, offset: int, destination: np.ndarray, name: str) -> None:

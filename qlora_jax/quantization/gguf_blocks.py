@@ -20,7 +20,7 @@ BLOCK = 32
 # Elements that are quantised at a time: bounds the temporaries.
 _CHUNK_ELEMENTS = 1 << 20
 # Blocks whose codes are put into another order at a time: with what is made of them they fit a core's cache.
-_CHUNK_BLOCKS = 1 << 12
+_CHUNK_BLOCKS = 1 << 13
 
 
 class Layout(NamedTuple):
@@ -184,7 +184,8 @@ def _halves_to_pairs(halves: np.ndarray, pairs: np.ndarray) -> None:
         words = np.ascontiguousarray(halves[part]).view(np.uint16)
         for half in range(2):
             nibbles = words >> 4 * half & 0x0F0F  # two neighbours, a byte each
-            pairs[part, half] = (nibbles << 4 | nibbles >> 8).astype(np.uint8).view(np.uint64)[:, 0]
+            nibbles *= 0x1001  # the high byte is now the first's code beside the second's
+            pairs[part, half] = (nibbles >> 8).astype(np.uint8).view(np.uint64)[:, 0]
 
 
 def _pairs_to_halves(pairs: np.ndarray, halves: np.ndarray) -> None:

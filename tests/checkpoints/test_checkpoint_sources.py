@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from fixtures.checkpoint_helpers import random_tensors, write_gguf, write_hf, write_raw_safetensors
@@ -15,7 +16,7 @@ from fixtures.tiny_configs import BIASED_LLAMA
 
 from qlora_jax import models
 from qlora_jax.checkpoints import gguf_file, hub
-from qlora_jax.checkpoints.model_files import COMPANION_FILES
+from qlora_jax.checkpoints.model_files import COMPANION_FILES, check_finite
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.errors import UserError
 from qlora_jax.quantization import QuantizationConfig, dequantize
@@ -93,6 +94,20 @@ def test_eight_bit_floats_are_refused_by_name(tmp_path: Path):
     assert source.dtype("w") == "F8_E4M3"
     with pytest.raises(UserError, match=r"tensor w in .*model\.safetensors has element type F8_E4M3"):
         source.read("w")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_not_finite_is_found_wherever_it_is(dtype: str):
+    limits = ml_dtypes.finfo(dtype)
+    values = np.zeros((3, 1 << 17), dtype)
+    values[:, ::2], values[:, 1::4], values[:, 3::4] = limits.max, limits.min, limits.smallest_subnormal
+    check_finite(values, "w", Path("m"))
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        for place in (0, 1 << 18, -1):
+            damaged = values.copy()
+            damaged.reshape(-1)[place] = bad
+            with pytest.raises(UserError, match="tensor w in m holds NaN or infinity"):
+                check_finite(damaged, "w", Path("m"))
 
 
 def test_index_and_shards_must_agree(tmp_path: Path):
