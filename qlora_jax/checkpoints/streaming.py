@@ -1,10 +1,13 @@
 """Base tensors between checkpoint and model: checked, quantised one at a time, stacked, counted.
 
-Memory: the source is read one tensor at a time; the consumer of the stream decides how long a tensor is kept.
+Memory: the source is read one tensor at a time, or three that are stored as they are wanted; the consumer of the stream
+decides how long a tensor is kept.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.checkpoints.ahead import results_ahead
 from qlora_jax.checkpoints.model_files import check_finite
 from qlora_jax.checkpoints.sources import TensorSource
 from qlora_jax.errors import UserError
@@ -25,6 +29,8 @@ Progress = Callable[[int, int], None]
 Chunk = tuple[TensorPath, int | None, Any]
 """(path, first layer or None if not stacked, value of that layer or of several stacked on axis 0)."""
 
+# Tensors that are stored as they are wanted, and that threads read and reorder while the one before is in work.
+_AHEAD = 2
 # Elements of two tensors that are compared at a time.
 _COMPARED = 1 << 22
 
@@ -110,12 +116,16 @@ def stream_tensors(
         UserError: while streaming, for a tensor that is not finite or does not fit `dtype`, or a head that is stored
             beside the embedding it is tied to and differs from it; names the tensor.
     """
-    for spec in specs[start:]:
-        value = _store(source, spec, quantization, dtype)
-        if spec.kind == "embedding":  # before it is given away: whoever has it may go on after it another time
-            check_tied_head(source, specs, spec)
-        yield spec, value
-        del value  # or it would be in memory beside the next
+    kept = [spec for spec in specs[start:] if _is_kept(source, spec, quantization)]
+    reads = (functools.partial(_keep, source, spec, dtype) for spec in kept)
+    names = {spec.name for spec in kept}
+    with contextlib.closing(results_ahead(reads, _AHEAD)) as read:
+        for spec in specs[start:]:
+            value = next(read) if spec.name in names else _store(source, spec, quantization, dtype)
+            if spec.kind == "embedding":  # before it is given away: whoever has it may go on after it another time
+                check_tied_head(source, specs, spec)
+            yield spec, value
+            del value  # or it would be in memory beside the next
 
 
 def check_tied_head(source: TensorSource, specs: list[TensorSpec], embedding: TensorSpec) -> None:
@@ -198,16 +208,22 @@ def _listing(items: list[str], limit: int = 3) -> str:
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''} ({shown}{', ...' if len(items) > limit else ''})"
 
 
+def _is_kept(source: TensorSource, spec: TensorSpec, quantization: Quantization) -> bool:
+    return spec.quantized and source.stored(spec.name) == quantization.of(spec.linear)
+
+
+def _keep(source: TensorSource, spec: TensorSpec, dtype: np.dtype) -> QuantizedTensor:
+    kept = source.read_stored(spec.name)
+    for leaf in quantized_leaves(kept).values():
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            check_finite(leaf, spec.name, source.location(spec.name))
+    return dataclasses.replace(kept, dtype=dtype.name)
+
+
 def _store(
     source: TensorSource, spec: TensorSpec, quantization: Quantization, dtype: np.dtype
 ) -> QuantizedTensor | np.ndarray:
     storage = quantization.of(spec.linear)
-    if spec.quantized and source.stored(spec.name) == storage:
-        kept = source.read_stored(spec.name)
-        for leaf in quantized_leaves(kept).values():
-            if jnp.issubdtype(leaf.dtype, jnp.floating):
-                check_finite(leaf, spec.name, source.location(spec.name))
-        return dataclasses.replace(kept, dtype=dtype.name)
     weight = source.read(spec.name)
     if spec.quantized and storage.quant_type != "none":
         if weight.dtype == np.float64:
