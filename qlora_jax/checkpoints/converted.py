@@ -1,11 +1,15 @@
 """Reading a converted base (`qlora_jax.checkpoints.conversion` writes it): checked against its manifest, part by part.
 
-Memory: one part.
+Memory: two copies of one array, which is all layers of a linear in a part, or an embedding: tensorstore reads an
+array's bytes and makes the array of them. Arrays are read by tensorstore, which orbax writes them with, because orbax
+loads whole parts, and takes twice the processor time.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.checkpoints.ahead import results_ahead
 from qlora_jax.checkpoints.digests import digest_of_all
-from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifest, read_manifest
+from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifest, Part, StoredTensor, read_manifest
 from qlora_jax.checkpoints.model_files import check_finite, read_json_object
-from qlora_jax.checkpoints.quiet import quiet_orbax
 from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
 from qlora_jax.errors import UserError
 from qlora_jax.files import file_digest, reason, resized_file
 from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, model_config
 from qlora_jax.quantization import MixedQuantization, Quantization, QuantizedTensor
+
+# Directory of a part in which orbax keeps the arrays.
+_ARRAYS = "state"
 
 
 class ConvertedBase:
@@ -69,11 +76,22 @@ class ConvertedBase:
         }
         return digest_of_all(digests) if digests else None
 
-    def chunks(self, specs: list[TensorSpec], progress: Progress | None, first_part: int = 0) -> Iterator[Chunk]:
-        """Read the tensors as they are stored, in that order; each part, from one on, is read when it is its turn.
+    def chunks(
+        self, specs: list[TensorSpec], progress: Progress | None, first_part: int = 0, *, largest_first: bool = False
+    ) -> Generator[Chunk]:
+        """Read the tensors as they are stored, in that order, from a part on; each is read when it is its turn.
+
+        While one part is read the files of the next are digested in a thread, which ends with the iterator: close it.
+
+        Args:
+            specs: the base tensors of the model.
+            progress: see `Progress`.
+            first_part: index of the first part to read.
+            largest_first: begin with the part that holds the largest array: who fills buffers, which take memory once
+                they are written, has the most to spare then.
 
         Raises:
-            UserError: `specs`, the base tensors of the model, are not those stored, or a part cannot be read.
+            UserError: `specs` are not those stored, or a part cannot be read.
         """
         layers = self._manifest.layers
         expected: dict[TensorPath, set[int | None]] = {}
@@ -84,32 +102,26 @@ class ConvertedBase:
             raise UserError(f"{self.path / MANIFEST_NAME} and config.json disagree about {wrong[0]}; {CONVERT_AGAIN}.")
         stored = MixedQuantization(self._manifest.quantization, self.config.stored)
         abstract = abstract_stacks(specs, stored, jnp.dtype(self._manifest.dtype))
-        return self._chunks(abstract, len(specs), progress, first_part)
+        parts = [
+            (part, [(tensor, _of_layers(abstract[tensor.path], tensor)) for tensor in part.tensors])
+            for part in self._manifest.parts[first_part:]
+        ]
+        if largest_first:
+            parts.sort(key=lambda part: max((_largest(declared) for _, declared in part[1]), default=0), reverse=True)
+        return self._chunks(parts, len(specs), progress)
 
     def _chunks(
-        self, abstract: Mapping[TensorPath, Any], total: int, progress: Progress | None, first_part: int
-    ) -> Iterator[Chunk]:
-        from orbax.checkpoint import v1 as ocp
-
+        self, parts: Sequence[tuple[Part, Sequence[tuple[StoredTensor, Any]]]], total: int, progress: Progress | None
+    ) -> Generator[Chunk]:
+        checks = (functools.partial(_check_digests, self.path / part.name, part.digests) for part, _ in parts)
         done = 0
-        for part in self._manifest.parts[first_part:]:
-            file = self.path / part.name
-            _check_digests(file, part.digests)
-            try:
-                with quiet_orbax():
-                    tree = ocp.load(file)
-            except Exception as error:  # orbax and tensorstore raise many types for a part that is missing or damaged
-                raise UserError(f"{file} is damaged or missing ({reason(error)}); {CONVERT_AGAIN}.") from error
-            for tensor in part.tensors:
-                layers = None if tensor.first_layer is None else tensor.layers
-                value = _checked(file, tree, tensor.path, abstract[tensor.path], layers)
-                for leaf in jax.tree.leaves(value):
-                    if jnp.issubdtype(leaf.dtype, jnp.floating):
-                        check_finite(np.asarray(leaf), ".".join(tensor.path), file)
-                yield tensor.path, tensor.first_layer, value
-                done += tensor.layers
-                if progress is not None:
-                    progress(done, total)
+        with contextlib.closing(results_ahead(checks, 1)) as checked:
+            for (part, tensors), _ in zip(parts, checked, strict=True):
+                for tensor, declared in tensors:
+                    yield tensor.path, tensor.first_layer, _read(self.path / part.name, tensor.path, declared)
+                    done += tensor.layers
+                    if progress is not None:
+                        progress(done, total)
 
 
 def converted_config(path: Path, manifest: Manifest | None = None) -> DecoderConfig:
@@ -127,21 +139,55 @@ def _check_digests(directory: Path, digests: Mapping[str, str]) -> None:
             raise UserError(f"{file} is missing or not as it was written; {CONVERT_AGAIN}.")
 
 
-def _checked(file: Path, tree: dict[str, Any], key: TensorPath, abstract: Any, layers: int | None) -> Any:
-    """Take the value of `key`, with the structure of `abstract`; shapes and types must be the declared ones."""
+def _of_layers(abstract: Any, tensor: StoredTensor) -> Any:
+    """Declare some layers of a path of which `abstract` declares all."""
+    if tensor.first_layer is None:
+        return abstract
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((tensor.layers, *leaf.shape[1:]), leaf.dtype), abstract)
+
+
+def _largest(declared: Any) -> int:
+    """Bytes of the largest array of a value."""
+    return max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(declared))
+
+
+def _read(part: Path, path: TensorPath, declared: Any) -> Any:
+    """Read a value of a part: `declared` with arrays, whose floats are finite."""
+    if not isinstance(declared, QuantizedTensor):
+        return _read_array(part, path, declared, ".".join(path))
+    leaves = quantized_leaves(declared)
+    read: dict[str, Any] = {
+        name: _read_array(part, (*path, name), leaf, ".".join(path)) for name, leaf in leaves.items()
+    }
+    return dataclasses.replace(declared, **read)
+
+
+def _read_array(part: Path, key: TensorPath, declared: jax.ShapeDtypeStruct, tensor: str) -> np.ndarray:
+    """Read an array as orbax stores it; shape and type must be the declared ones, which is seen to before it is read.
+
+    Args:
+        part: directory.
+        key: of the array in the tree that was saved.
+        declared: its shape and type.
+        tensor: what it belongs to, for messages.
+    """
+    import tensorstore
+
+    files = {"driver": "file", "path": f"{part / _ARRAYS}/"}
+    spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": files, "path": f"{'.'.join(key)}/"}}
     try:
-        node: Any = tree
-        for part in key:
-            node = node[part]
-        if isinstance(abstract, QuantizedTensor):
-            node = dataclasses.replace(abstract, **{name: node[name] for name in quantized_leaves(abstract)})
-    except (KeyError, TypeError):
-        raise UserError(f"{file} lacks tensor {'.'.join(key)}; {CONVERT_AGAIN}.") from None
-    for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(node), strict=True):
-        shape = want.shape if layers is None else (layers, *want.shape[1:])
-        if got.shape != shape or got.dtype != want.dtype:
+        stored = tensorstore.open(spec, open=True, read=True).result()
+        dtype = stored.dtype.numpy_dtype
+        if stored.shape != declared.shape or dtype != declared.dtype:
             raise UserError(
-                f"tensor {'.'.join(key)} in {file} is {got.dtype}{list(got.shape)} instead of "
-                f"{want.dtype}{list(shape)}; {CONVERT_AGAIN}."
+                f"tensor {tensor} in {part} is {dtype}{list(stored.shape)} instead of "
+                f"{declared.dtype}{list(declared.shape)}; {CONVERT_AGAIN}."
             )
-    return node
+        array: np.ndarray = stored.read().result()
+    except UserError:
+        raise
+    except Exception as error:  # tensorstore raises many types for what is missing or damaged
+        raise UserError(f"{part} is damaged or missing ({reason(error)}); {CONVERT_AGAIN}.") from error
+    if jnp.issubdtype(dtype, jnp.floating):
+        check_finite(array, tensor, part)
+    return array

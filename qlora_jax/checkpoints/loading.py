@@ -1,11 +1,16 @@
 """The frozen base model in memory, loaded from a checkpoint or a converted directory into stacked arrays.
 
-Memory: `load_base` holds three tensors of a checkpoint (two are being digested), or one part of a converted directory,
-and the model it returns, whose stacked buffers are allocated once, never copied.
+Memory: `load_base` holds the model it returns, whose stacked buffers are allocated once and never copied, and beside it
+
+- of a checkpoint three tensors, one of them also as it was before it was quantised (two are being digested), or five
+  where they are stored as they are wanted (two more are read meanwhile);
+- of a converted directory two copies of one array: of embedding or head while nothing else is in memory, then of a
+  linear's codes, all layers in a part of 128 MiB, or one layer where that is more.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +84,7 @@ def load_base(
         converted = ConvertedBase(path, quantization, dtype)
         config, description = converted.config, converted.description
         specs, digest = base_tensors(config), converted.digest
-        chunks = converted.chunks(specs, progress)
+        chunks = converted.chunks(specs, progress, largest_first=True)
     else:
         source = open_source(path)
         config, specs = source.config, base_tensors(source.config)
@@ -90,12 +95,13 @@ def load_base(
         key: _Stack(abstract, None if shardings is None else shardings[key])
         for key, abstract in abstract_stacks(specs, quantization, dtype).items()
     }
-    with Digests() as digests:
+    with Digests() as digests, contextlib.closing(chunks):
         for key, layer, value in chunks:
             leaves = stacks[key].leaves(layer, value)
             if digest is None:
                 digests.add(key, layer, leaves)
             stacks[key].write(layer, leaves)
+            del value, leaves  # before the next are read
     tensors = {key: stack.finish() for key, stack in stacks.items()}
     return LoadedBase(config, tensors, quantization, description, digest or digest_of_all(digests.of_layer))
 
@@ -106,7 +112,7 @@ def _source_chunks(
     quantization: Quantization,
     dtype: np.dtype,
     progress: Progress | None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk]:
     for done, (spec, value) in enumerate(stream_tensors(source, specs, quantization, dtype), 1):
         yield spec.path, spec.layer, value
         if progress is not None:

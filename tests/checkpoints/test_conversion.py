@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,6 +185,11 @@ def test_a_relative_path_will_do(tmp_path: Path, direct: Any, monkeypatch: pytes
     convert("hf", "out", NF4, "bfloat16")
     for path in ("out", "./out", Path("hf", "..", "out")):
         assert_same(load_base(path, quantization=NF4, dtype="bfloat16").tensors, direct(NF4).tensors)
+
+
+def test_a_path_that_would_be_another_url_will_do(source: Path, tmp_path: Path, direct: Any):
+    convert(source, tmp_path / "a b%20?#é", NF4, "bfloat16")
+    assert_same(load_base(tmp_path / "a b%20?#é", quantization=NF4, dtype="bfloat16").tensors, direct(NF4).tensors)
 
 
 def test_conversions_of_earlier_versions_are_read(tmp_path: Path):
@@ -422,6 +428,19 @@ def test_damaged_conversion(tmp_path: Path, converted: Conversion):
     refused(r"parts\.0.* should have a digest for each of its files", parts=[{**part, "digests": undigested}])
     empty = {**part, "files": {}, "digests": {}}
     refused(r"bad/part-00000 is damaged or missing", parts=[empty], files={"part-00000": None})
+
+
+def test_a_load_that_fails_leaves_no_thread(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conversion, "_PART_BYTES", 9000)
+    out = convert(source, tmp_path / "out", NF4, "bfloat16").directory
+    (file, *_) = (out / "part-00003").glob("state/ocdbt.process_0/d/*")
+    damaged = bytearray(file.read_bytes())
+    damaged[100] ^= 1
+    file.write_bytes(damaged)
+    threads = threading.active_count()
+    with pytest.raises(UserError, match=r"part-00003/.* is missing or not as it was written") as refusal:
+        load_base(out, quantization=NF4, dtype="bfloat16")
+    assert refusal.tb is not None and threading.active_count() == threads
 
 
 def test_a_conversion_is_not_converted_again(tmp_path: Path, converted: Conversion):
