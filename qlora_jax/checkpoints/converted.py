@@ -8,6 +8,7 @@ loads whole parts, and takes twice the processor time.
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class ConvertedBase:
     """
 
     def __init__(self, path: Path, quantization: Quantization, dtype: np.dtype):
-        self.path = path
+        self.path = Path(os.path.abspath(path))  # tensorstore takes no .. in another
         self._manifest: Manifest = read_manifest(self.path)
         _check_digests(self.path, self._manifest.files)
         self.config = converted_config(self.path, self._manifest)
