@@ -18,6 +18,7 @@ from fuzz.mutations import mutated_bytes, mutated_json, run_cases, writer
 
 from qlora_jax import models
 from qlora_jax.checkpoints.gguf_file import read_metadata
+from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.manifest import MANIFEST_NAME, read_manifest
 from qlora_jax.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter
 from qlora_jax.checkpoints.sources import open_source
@@ -233,3 +234,24 @@ def test_packed(cases, tmp_path, method):
                     assert got.codes.tobytes() == want.codes.tobytes() and got.absmax.tobytes() == want.absmax.tobytes()
 
     run_cases(max(1, cases // len(PACKED)), mutate, read, check, "config.json", str(model), file.name)
+
+
+def test_modelopt_file(cases, tmp_path):
+    """Mutants of hf_quant_config.json: what is read is NVFP4, of the linears that it does not leave out."""
+    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+    file = tmp_path / "hf_quant_config.json"
+    document = {
+        "producer": {"name": "modelopt", "version": "0.19.0"},
+        "quantization": {
+            "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "has_zero_point": False,
+            "exclude_modules": ["lm_head", "model.layers.0.self_attn*"],
+        },
+    }  # fmt: skip
+
+    def check(mutant, config):
+        said = json.loads(mutant)["quantization"]
+        assert {storage.quant_type for _, storage in config.stored} <= {"nvfp4"}
+        assert not config.stored or said["quant_algo"] == "NVFP4"
+
+    read = writer(file, lambda: resolve_config(tmp_path))
+    run_cases(cases // 2, lambda rng: mutated_json(document, rng), read, check, file.name)

@@ -189,9 +189,10 @@ def test_kernel_timings(cases, tmp_path, monkeypatch):
     file = tmp_path / "kernels.json"
     monkeypatch.setenv(timings_cache.VARIABLE, str(file))
     entry = {"m": 64, "n": 128, "k": 256, "transposed": False, "implementation": "fused", "seconds": 1e-3}
+    storage = {"quant_type": "nvfp4", "block_size": 16, "double_quant": False}
     document = {
         "format": "qlora-jax kernel timings 1",
-        "chips": {"A": [entry, {**entry, "implementation": "unfused"}], "B": [{**entry, "m": 1}]},
+        "chips": {"A": [entry, {**entry, "implementation": "unfused"}], "B": [{**entry, "m": 1}, {**entry, **storage}]},
     }
 
     def read():
