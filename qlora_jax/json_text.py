@@ -57,4 +57,6 @@ def _first_mistake(error: ValidationError, where: str) -> UserError:
     if first["type"] == "missing":
         return UserError(f"{where}{field} is missing.")
     wanted = first["msg"].replace("Input should", "should").removeprefix("Value error, ").removesuffix(".")
+    if first["type"] == "too_long":  # "List should have at most 3 items after validation, not 4"
+        wanted = f"should{wanted.partition('should')[2].partition(' after')[0]}"
     return UserError(f"{where}{field} {wanted}, not {reprlib.repr(first['input'])}.")

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from qlora_jax.errors import UserError
 
+MOST = 1 << 14
+"""Entries of a list of names or patterns, far more than a model has linears."""
+
 _CHILD = Path(__file__).with_name("pattern_child.py")
 # No repetition and no alternative: nothing to go back to.
 _PLAIN = re.compile(r"\^?[\w.]+")
@@ -53,8 +56,8 @@ def _in_child(
     if done.returncode:
         listed = patterns[0] if len(patterns) == 1 else list(patterns)
         raise UserError(
-            f"{subject} is {reprlib.repr(listed)}, which takes too long to match; write a simpler regular "
-            f"expression, or names of modules."
+            f"{subject} is {reprlib.repr(listed)}, which takes too long or too much memory to match; write "
+            f"a simpler regular expression, or names of modules."
         )
     answer = json.loads(done.stdout)
     if "error" in answer:

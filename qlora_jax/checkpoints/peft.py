@@ -32,6 +32,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.files import CHECKSUMS_NAME, atomic_write, checksums, damaged_file, user_path, write_errors
 from qlora_jax.json_text import check_type
 from qlora_jax.models.family import LAYER
+from qlora_jax.patterns import MOST
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterConfig", "load_adapter", "save_adapter"]
 
@@ -412,8 +413,8 @@ class _Numbers(TypedDict):
 
     r: _Rank
     lora_alpha: _Alpha
-    rank_pattern: dict[str, _Rank]
-    alpha_pattern: dict[str, _Alpha]
+    rank_pattern: Annotated[dict[str, _Rank], Field(max_length=MOST)]
+    alpha_pattern: Annotated[dict[str, _Alpha], Field(max_length=MOST)]
     use_rslora: bool
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     base_model_name_or_path: str | None
@@ -505,9 +506,9 @@ def _check_targets(
     """
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
     if excluded is not None and not _is_names_or_pattern(excluded):
-        raise UserError(f"{path}: exclude_modules must be a list of names, a string or null.")
+        raise UserError(f"{path}: exclude_modules must be a list of up to {MOST} names, a string or null.")
     if not targets or not _is_names_or_pattern(targets):
-        raise UserError(f"{path}: target_modules must be a non-empty list of names, or a string.")
+        raise UserError(f"{path}: target_modules must be a non-empty list of up to {MOST} names, or a string.")
     for target in () if isinstance(targets, str) or excluded else targets:
         if not any(ends_with(name, target) for name in adapted):
             raise UserError(f"{path}: target_modules names {target}, but {WEIGHTS_NAME} has no matrices for it.")
@@ -525,4 +526,5 @@ def _check_targets(
 
 
 def _is_names_or_pattern(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    names = isinstance(value, list) and len(value) <= MOST and all(isinstance(name, str) for name in value)
+    return names or isinstance(value, str)

@@ -10,13 +10,13 @@ import functools
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from qlora_jax.errors import UserError
 from qlora_jax.json_text import check_type
-from qlora_jax.patterns import matching
+from qlora_jax.patterns import MOST, matching
 from qlora_jax.quantization import QuantizationConfig
 
 FIELD = "quantization_config"
@@ -142,6 +142,9 @@ def quantization_method(field: Mapping[str, Any]) -> str:
     return str(field.get("quant_method") or ("bitsandbytes" if "bnb_4bit_quant_type" in field else None))
 
 
+_Names = Annotated[list[str], Field(max_length=MOST)]
+
+
 class _BitsAndBytes(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(strict=True, extra="ignore")  # type: ignore[misc]
 
@@ -149,7 +152,7 @@ class _BitsAndBytes(TypedDict, total=False):
     load_in_8bit: bool
     bnb_4bit_quant_type: str
     bnb_4bit_use_double_quant: bool
-    llm_int8_skip_modules: list[str] | None
+    llm_int8_skip_modules: _Names | None
 
 
 class _Groups(TypedDict, total=False):
@@ -163,24 +166,24 @@ class _Groups(TypedDict, total=False):
     checkpoint_format: str | None
     format: str | None
     desc_act: bool
-    modules_to_not_convert: list[str] | None
+    modules_to_not_convert: _Names | None
 
 
 class _ConfigGroup(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(strict=True, extra="ignore")  # type: ignore[misc]
 
-    targets: list[str]
+    targets: _Names
     format: str | None
 
 
 class _Ignored(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(strict=True, extra="ignore")  # type: ignore[misc]
 
-    config_groups: dict[str, _ConfigGroup] | None
+    config_groups: Annotated[dict[str, _ConfigGroup], Field(max_length=64)] | None
     format: str | None
     quant_algo: str | None
-    ignore: list[str] | None
-    exclude_modules: list[str] | None
+    ignore: _Names | None
+    exclude_modules: _Names | None
 
 
 _BNB, _GROUPS, _IGNORED = TypeAdapter(_BitsAndBytes), TypeAdapter(_Groups), TypeAdapter(_Ignored)
@@ -298,7 +301,7 @@ class _ModeloptQuantization(TypedDict, total=False):
     quant_algo: str | None
     kv_cache_quant_algo: str | None
     group_size: int | None
-    exclude_modules: list[str] | None
+    exclude_modules: _Names | None
 
 
 class _ModeloptFile(TypedDict):

@@ -292,7 +292,7 @@ def test_ranks_and_alphas_of_modules_compute_the_same(rslora, tmp_path):
         ({"rank_pattern": {"q_proj": 8}}, r"q_proj\.lora_A\.weight has shape \[4, 6\], but r=8 needs \[8, in\]"),
         ({"rank_pattern": {"v_proj": 8}}, "rank_pattern names v_proj, but"),
         ({"rank_pattern": {"q_proj": 4, "(v_proj": 8}}, r"rank_pattern has '\(v_proj', which is no regular expression"),
-        ({"target_modules": r"(.+)+!"}, "target_modules is .*, which takes too long to match"),
+        ({"target_modules": r"(.+)+!"}, "target_modules is .*, which takes too long or too much memory to match"),
         ({"target_modules": "(" * 5000}, r"target_modules has '\({12}.*', which is no regular expression"),
         ({"exclude_modules": "*"}, "exclude_modules has '\\*', which is no regular expression that can be used"),
         ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.q_proj should be greater than 0"),
@@ -329,6 +329,8 @@ def test_ranks_and_alphas_of_modules_compute_the_same(rslora, tmp_path):
         ({"target_modules": ["q_proj", "down_proj", "layers.1.mlp.up_proj"]}, r"names layers\.1\.mlp\.up_proj, but"),
         ({"exclude_modules": ["1.mlp.down_proj"]}, r"layers\.1\.mlp\.down_proj, which exclude_modules names"),
         ({"exclude_modules": [3]}, "exclude_modules must be"),
+        ({"target_modules": ["q_proj"] * 20_000}, "target_modules must be a non-empty list of up to 16384 names"),
+        ({"rank_pattern": {f"x{i}": 1 for i in range(20_000)}}, "rank_pattern should have at most 16384 items"),
         ({"r": 8}, r"lora_A.weight has shape \[4, 10\], but r=8"),
     ],
 )
