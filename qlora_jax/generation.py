@@ -56,22 +56,22 @@ def _decode(
     lora: nnx.State,
     frozen: nnx.State,
     input_ids: Int[Array, "B S"],
-    valid: Bool[Array, "B S"],
+    lengths: Int[Array, " B"],
     key: Array,
     *,
     graphdef: nnx.GraphDef,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
 ) -> tuple[Int[Array, "B T"], Int[Array, ""]]:
-    """(tokens, number of columns of them that were written) after prompts padded on the left."""
+    """(tokens, number of columns of them that were written) after prompts padded on the right."""
     model = nnx.merge(graphdef, lora, frozen)
     batch, seq = input_ids.shape
     stop = jnp.asarray(eos_ids, jnp.int32)
-    lengths = jnp.sum(valid, axis=1)
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    positions = jnp.broadcast_to(jnp.arange(seq), input_ids.shape)
     cache = model.empty_cache(batch, seq + sampling.max_new_tokens)
-    hidden, cache = model(input_ids, positions, cache=cache, valid=valid)
-    first = next_token(model.logits(hidden[:, -1:])[:, 0], jax.random.fold_in(key, 0), sampling)
+    hidden, cache = model(input_ids, positions, cache=cache, counts=lengths)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    first = next_token(model.logits(last)[:, 0], jax.random.fold_in(key, 0), sampling)
     tokens = jnp.zeros((batch, sampling.max_new_tokens), jnp.int32).at[:, 0].set(first)
     finished = jnp.isin(first, stop)
 
@@ -81,7 +81,7 @@ def _decode(
 
     def advance(carry: tuple) -> tuple:
         i, tokens, finished, last, cache = carry
-        hidden, cache = model(last[:, None], (lengths + i - 1)[:, None], cache=cache)
+        hidden, cache = model(last[:, None], cache.lengths[:, None], cache=cache)
         token = next_token(model.logits(hidden)[:, 0], jax.random.fold_in(key, i), sampling)
         tokens = tokens.at[:, i].set(token)
         return i + 1, tokens, finished | jnp.isin(token, stop), token, cache
@@ -122,15 +122,13 @@ def generate(
     longest = max(len(prompt) for prompt in prompts)
     width = -(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
     input_ids = np.zeros((len(prompts), width), np.int32)
-    valid = np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        valid[row, width - len(prompt) :] = True
+        input_ids[row, : len(prompt)] = prompt
     tokens, written = _decode(
         lora,
         frozen,
         input_ids,
-        valid,
+        np.array([len(prompt) for prompt in prompts], np.int32),
         jax.random.key(seed),
         graphdef=graphdef,
         sampling=sampling,

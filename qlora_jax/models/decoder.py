@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from qlora_jax.choices import Remat
 from qlora_jax.models.family import LAYER, Name
@@ -208,7 +208,7 @@ class DecoderLM(nnx.Module):
         *,
         segment_ids: Int[Array, "B S"] | None = None,
         cache: Cache | None = None,
-        valid: Bool[Array, "B S"] | None = None,
+        counts: Int[Array, " B"] | None = None,
         dropout_key: Array | None = None,
         remat: Remat = "none",
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
@@ -220,7 +220,7 @@ class DecoderLM(nnx.Module):
             segment_ids: document of each token in a packed row (0 = padding): attention stays inside a document. None
                 means one document a row, padding (if any) on the right, where causality alone hides it.
             cache: keys and values so far; the tokens are appended to it.
-            valid: with a cache, False for the padding on the left of a prompt.
+            counts: with a cache, tokens of each row; what follows them is padding. None for all.
             dropout_key: key for adapter dropout, or None for none.
             remat: what of a layer is kept for the backward pass, see `Stack.__call__`.
         """
@@ -231,8 +231,8 @@ class DecoderLM(nnx.Module):
         if cache is None:
             h = self.stack(self.layers, h, ctx, remat=remat, dropout_key=dropout_key)
             return self.norm(h), None
-        valid = jnp.ones(input_ids.shape, bool) if valid is None else valid
-        h, cache = self.stack.decode(self.layers, h, ctx, cache, valid)
+        counts = jnp.full(input_ids.shape[0], input_ids.shape[1]) if counts is None else counts
+        h, cache = self.stack.decode(self.layers, h, ctx, cache, counts)
         return self.norm(h), cache
 
     def context(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None) -> Context:

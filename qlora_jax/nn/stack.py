@@ -105,27 +105,21 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far.
+    """Keys and values of the tokens seen so far; every row has its own number of them.
 
     Self-attentions that see the same number of tokens share a pair of arrays; with a window W those have W slots, and
-    the token in slot s of all is written to slot s mod W. Every row writes the same slot: prompts are padded on the
-    left.
+    token t of a row is written to its slot t mod W.
 
     Attributes:
         keys, values: one array [attentions, B, slots, K, E] for each window of the stack, in order of first use.
-        valid: bool [B, T], False for padding and for slots not written yet.
-        length: int32 [], slots written.
+        lengths: int32 [B], tokens of each row.
+        capacity: tokens of a row that there is room for.
     """
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
-    valid: Any
-    length: Any
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of a row that there is room for."""
-        return self.valid.shape[1]
+    lengths: Any
+    capacity: int = dataclasses.field(metadata={"static": True})
 
 
 class Segment(NamedTuple):
@@ -301,12 +295,7 @@ class Stack:
             return jax.ShapeDtypeStruct((attentions, batch, window, kv_heads, head_dim), dtype)
 
         arrays = tuple(array(min(window, capacity), len(places)) for window, places in self._windows(capacity).items())
-        return Cache(
-            arrays,
-            arrays,
-            jax.ShapeDtypeStruct((batch, capacity), jnp.bool_),
-            jax.ShapeDtypeStruct((), jnp.int32),
-        )
+        return Cache(arrays, arrays, jax.ShapeDtypeStruct((batch,), jnp.int32), capacity)
 
     def empty_cache(self, batch: int, capacity: int, heads: tuple[int, int], dtype: Any) -> Cache:
         """Return a cache without tokens, see `abstract_cache`."""
@@ -330,7 +319,7 @@ class Stack:
         h: Float[Array, "B S D"],
         ctx: Context,
         cache: Cache,
-        valid: Bool[Array, "B S"],
+        counts: Int[Array, " B"],
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """Apply all layers to new tokens after those in the cache, which is returned with them.
 
@@ -339,10 +328,8 @@ class Stack:
             h: residual stream of the new tokens.
             ctx: rotary tables of the new tokens, and the encoder's output.
             cache: the tokens before them; there must be room.
-            valid: False for padding.
+            counts: new tokens of each row, from 0 to S; what follows them is padding, whose results mean nothing.
         """
-        seq, start = h.shape[1], cache.length
-        seen = jax.lax.dynamic_update_slice(cache.valid, valid, (0, start))
         windows = self._windows(cache.capacity)
         places = {pair: (group, n) for group, pairs in enumerate(windows.values()) for n, pair in enumerate(pairs)}
         graphdef, state = nnx.split(layers)
@@ -364,7 +351,7 @@ class Stack:
                         # From one period to the next, a place moves by the attentions of its window in a period.
                         _, further = places.get((first + len(pattern) + j, i), (group, here))
                         arrays[group], attended = _attend_cached(
-                            qkv, facts, seen, arrays[group], (here + repeat * (further - here), start)
+                            qkv, facts, arrays[group], here + repeat * (further - here), (cache.lengths, counts)
                         )
                     h = layer.post_attention(i, h, attended, DropoutKeys())
             return (h, arrays), None
@@ -374,7 +361,7 @@ class Stack:
             carry, _ = jax.lax.scan(functools.partial(period, segment=segment), carry, jnp.arange(segment.repeats))
         h, arrays = carry
         keys, values = zip(*arrays, strict=True) if arrays else ((), ())
-        return h, Cache(keys, values, seen, start + seq)
+        return h, Cache(keys, values, cache.lengths + counts, cache.capacity)
 
 
 def _apply(
@@ -416,46 +403,44 @@ def _join_slots(slots: Any, matrices: Any) -> Any:
 def _attend_cached(
     qkv: tuple[Array, ...],
     facts: Attention,
-    seen: Bool[Array, "B T"],
     arrays: tuple[Array, Array],
-    place: tuple[Array | int, Int[Array, ""]],
+    which: Array | int,
+    tokens: tuple[Int[Array, " B"], Int[Array, " B"]],
 ) -> tuple[tuple[Array, Array], Float[Array, "B S H E"]]:
     """Attend over cached tokens and new ones, whose keys and values are written into the cache.
 
     Args:
         qkv: queries [B, S, H, E], keys and values [B, S, K, E] of the new tokens.
         facts: of the attention.
-        seen: False for padding, and for slots that hold no token yet.
         arrays: keys and values of all attentions with this window, so that a loop over layers writes them in place.
-        place: (which of them, slots written before).
+        which: place of this attention in them.
+        tokens: (tokens of each row in the cache, new ones).
     """
-    (q, *kv), (which, start) = qkv, place
-    seq, slots, capacity = q.shape[1], arrays[0].shape[2], seen.shape[1]
-    queries = start + jnp.arange(seq)
-    ring = slots < capacity
-    if not ring or seq == 1:
-        first = start % slots if ring else start
-        written = tuple(
-            jax.lax.dynamic_update_slice(a, x[None].astype(a.dtype), (which, 0, first, 0, 0))
-            for a, x in zip(arrays, kv, strict=True)
-        )
+    (q, *kv), (lengths, counts) = qkv, tokens
+    batch, seq, slots = *q.shape[:2], arrays[0].shape[2]
+    places = lengths[:, None] + jnp.arange(seq)  # of the new tokens in their rows
+    ends = (lengths + counts)[:, None]
+    # Of more tokens than slots the last stay, each in its slot; what has none is dropped.
+    kept = (places < ends) & (places >= ends - slots)
+    target = jnp.where(kept, places % slots, slots)
+    rows = jnp.arange(batch)[:, None]
+    written = tuple(
+        a.at[which, rows, target].set(x.astype(a.dtype), mode="drop", unique_indices=True)
+        for a, x in zip(arrays, kv, strict=True)
+    )
+
+    def tokens_in_slots(ends: Array) -> Array:
+        """Last token that was written to each slot; negative if there is none."""
+        last = ends - 1
+        return last - (last - jnp.arange(slots)) % slots
+
+    if facts.window is None or seq == 1:
         k, v = (jax.lax.dynamic_index_in_dim(a, which, keepdims=False) for a in written)
-        # Token in each slot: in a ring, the last one that was written there.
-        at = jnp.arange(slots)
-        at = start - (start - at) % slots if ring else at
-    else:
-        old = [jax.lax.dynamic_index_in_dim(a, which, keepdims=False) for a in arrays]
-        before = start - 1
-        at = jnp.concatenate([before - (before - jnp.arange(slots)) % slots, queries])
+        at = tokens_in_slots(ends)
+    else:  # the first of several new tokens see some that the last have replaced
+        old = (jax.lax.dynamic_index_in_dim(a, which, keepdims=False) for a in arrays)
         k, v = (jnp.concatenate([a, x.astype(a.dtype)], axis=1) for a, x in zip(old, kv, strict=True))
-        # The last tokens stay, each in its slot.
-        kept = min(seq, slots)
-        where = (start + seq - kept + jnp.arange(kept)) % slots
-        written = tuple(
-            jax.lax.dynamic_update_slice(a, b.at[:, where].set(x[:, -kept:].astype(a.dtype))[None], (which, 0, 0, 0, 0))
-            for a, b, x in zip(arrays, old, kv, strict=True)
-        )
-    mask = facts.visible(queries, at) & (at >= 0)
-    mask = mask[None, None] & jnp.take(seen, jnp.maximum(at, 0), axis=1)[:, None, None, :]
+        at = jnp.concatenate([tokens_in_slots(lengths[:, None]), jnp.where(places < ends, places, -1)], axis=1)
+    mask = jax.vmap(facts.visible)(places, at) & (at >= 0)[:, None, :]
     # The mask may hide everything from a padded query, and one token a step leaves no scores to save.
-    return (written[0], written[1]), attend_xla(q, k, v, facts, mask)
+    return (written[0], written[1]), attend_xla(q, k, v, facts, mask[:, None])

@@ -160,15 +160,17 @@ def test_decoding_with_a_cache_equals_one_pass_for_cross_attention():
     cache = stack.empty_cache(2, 8, (2, 8), jnp.float32)
     pieces = []
     for start, stop in ((0, 5), (5, 6), (6, 8)):
-        ones = jnp.ones((2, stop - start), bool)
-        out, cache = stack.decode(layers, h[:, start:stop], ctx, cache, ones)
+        out, cache = stack.decode(layers, h[:, start:stop], ctx, cache, jnp.full(2, stop - start))
         pieces.append(out)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), stack(layers, h, ctx), atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [pytest.param([11, 1, 1, 1], marks=pytest.mark.e2e), [3, 6, 1, 4]])
+# Tokens of both rows, call by call.
+@pytest.mark.parametrize(
+    "pieces", [[(3, 7), (6, 0), (1, 1), (4, 6)], pytest.param([(11, 5), (1, 9)], marks=pytest.mark.e2e)]
+)
 def test_sliding_layers_keep_as_many_slots_as_their_window(pieces):
-    """Rings of slots hold the window's tokens, however a prompt is cut into pieces."""
+    """Rings of slots hold the window's tokens of every row, however the rows are cut into pieces and padded."""
     graphdef, trained, frozen, h, _ = cross_stack(n_layers=4, seq=14)
 
     class SelfLayer(CrossLayer):
@@ -181,14 +183,19 @@ def test_sliding_layers_keep_as_many_slots_as_their_window(pieces):
     stack = Stack.of([local, full, local, local])
     cache = stack.empty_cache(2, 14, (2, 8), jnp.float32)
     assert [leaf.shape[:3] for leaf in cache.keys] == [(3, 2, 4), (1, 2, 14)]
-    outs, start = [], 0
-    for piece in pieces:
-        valid = jnp.ones((2, piece), bool)
-        out, cache = stack.decode(layers, h[:, start : start + piece], Context({}), cache, valid)
-        outs.append(out)
-        start += piece
+    outs, starts = [[], []], [0, 0]
+    for counts in pieces:
+        new = np.full((2, max(counts), h.shape[2]), 9.0, np.float32)  # the padding is not seen
+        for row, count in enumerate(counts):
+            new[row, :count] = h[row, starts[row] : starts[row] + count]
+        out, cache = stack.decode(layers, jnp.asarray(new), Context({}), cache, jnp.asarray(counts))
+        for row, count in enumerate(counts):
+            outs[row].append(out[row, :count])
+            starts[row] += count
+    assert cache.lengths.tolist() == starts
     want = stack(layers, h, Context({}))
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), want, atol=1e-5)
+    for row in range(2):
+        np.testing.assert_allclose(np.concatenate(outs[row]), want[row, : starts[row]], atol=1e-5)
 
 
 def test_dropout_keys_belong_to_names():
