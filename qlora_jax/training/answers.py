@@ -79,9 +79,13 @@ class Questionnaire:
                 encoded,
                 eos_ids=sorted({tokenizer.eos_token_id, *stop} - {None}),
                 sampling=Sampling(
-                    config.max_new_tokens, config.do_sample, config.temperature, config.top_k, config.top_p
+                    max_new_tokens=config.max_new_tokens,
+                    do_sample=config.do_sample,
+                    temperature=config.temperature,
+                    top_k=config.top_k,
+                    top_p=config.top_p,
+                    seed=config.seed,
                 ),
-                seed=config.seed,
             )
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
 

@@ -1,13 +1,14 @@
 """Decoding with a cache equals decoding without one; sampling keeps to its bounds."""
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import tiny_model
 from fixtures.tiny_configs import LLAMA
 
-from qlora_jax.generation import Sampling, generate, next_token
+from qlora_jax.generation import Sampling, generate
 from qlora_jax.quantization import QuantizationConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -43,26 +44,17 @@ def test_an_answer_ends_at_eos_and_does_not_hold_it():
     assert cut == free[: free.index(stop)]
 
 
-def test_sampling_is_reproducible_and_varied():
+def test_rows_end_at_their_own_limits_and_do_not_depend_on_each_other():
     graphdef, lora, frozen = tiny_model.build()
-    sampling = Sampling(max_new_tokens=12, do_sample=True, temperature=2.0)
-    draw = lambda seed: generate(graphdef, lora, frozen, [[5, 6]], eos_ids=[], sampling=sampling, seed=seed)  # noqa: E731
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
-
-
-@pytest.mark.parametrize(
-    ("sampling", "allowed"),
-    [
-        (Sampling(do_sample=True, top_k=2, temperature=5.0), {0, 1}),
-        (Sampling(do_sample=True, top_k=0, top_p=0.5, temperature=1.0), {0}),
-        (Sampling(do_sample=True, top_k=0, top_p=0.75, temperature=1.0), {0, 1}),
-    ],
-)
-def test_top_k_and_top_p(sampling, allowed):
-    logits = jnp.log(jnp.asarray([[0.6, 0.2, 0.15, 0.05]]))
-    drawn = {int(next_token(logits, jax.random.key(i), sampling)[0]) for i in range(200)}
-    assert drawn == allowed
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    sampled = Sampling(max_new_tokens=9, do_sample=True, temperature=2.0, seed=3)
+    settings = [sampled, Sampling(max_new_tokens=2, no_repeat_ngram_size=1), Sampling(max_new_tokens=5)]
+    together = generate(graphdef, lora, frozen, prompts, eos_ids=[], sampling=settings)
+    assert list(map(len, together)) == [9, 2, 5]
+    for prompt, setting, answer in zip(prompts, settings, together, strict=True):
+        assert generate(graphdef, lora, frozen, [prompt], eos_ids=[], sampling=[setting]) == [answer]
+    other = dataclasses.replace(sampled, seed=4)
+    assert generate(graphdef, lora, frozen, prompts[:1], eos_ids=[], sampling=other) != together[:1]
 
 
 def test_an_empty_prompt_is_refused():
