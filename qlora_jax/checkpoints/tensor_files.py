@@ -24,11 +24,11 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """An array in a file.
+    """An array in a file, and the zeros that align it, which are damaged as easily.
 
     Attributes:
         file: its number.
-        offset: of the first byte.
+        offset: of the first byte, zeros included.
         nbytes: how many there are.
         crc32: of them.
         name: of the array.
@@ -116,12 +116,14 @@ class TensorFiles:
     def append(self, file: int, name: str, array: np.ndarray) -> None:
         """Write an array; it counts when `commit` has been called."""
         payload = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        stream, offset = self._stream(file), self._aligned(self._ends.get(file, self._start))
+        stream, offset = self._stream(file), self._ends.get(file, self._start)
+        zeros = bytes(self._aligned(offset) - offset)
         stream.seek(offset)
+        stream.write(zeros)
         stream.write(payload)
-        self._ends[file] = offset + len(payload)
-        crc = zlib.crc32(payload)
-        self._pending.append(Piece(file, offset, len(payload), crc, name, array.dtype.name, array.shape))
+        nbytes, crc = len(zeros) + len(payload), zlib.crc32(payload, zlib.crc32(zeros))
+        self._ends[file] = offset + nbytes
+        self._pending.append(Piece(file, offset, nbytes, crc, name, array.dtype.name, array.shape))
 
     def commit(self, shares: Mapping[str, float] | None = None) -> None:
         """Record what was appended since the last time as one tensor of the source."""

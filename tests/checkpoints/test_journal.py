@@ -9,58 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from fixtures.unfinished import IDENTITY, TENSORS, Stopped, contents, write
 
 from qlora_jax.checkpoints import journal as journal_module
 from qlora_jax.checkpoints.journal import JOURNAL_NAME, Journal, fingerprint, resumable_directory
-from qlora_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from qlora_jax.checkpoints.tensor_files import TensorFiles
 from qlora_jax.errors import UserError
-from qlora_jax.files import CHECKSUMS_NAME, write_checksums
-
-IDENTITY = {"to": "safetensors", "adapter": {"a": "b"}, "sizes": [1, 2]}
-TENSORS = [np.random.default_rng(i).normal(size=(i % 3 + 1, 20)).astype(np.float32) for i in range(12)]
-
-
-class Stopped(Exception):
-    """In place of a death."""
-
-
-def write(out: Path, stop: int | None = None, identity: dict[str, Any] = IDENTITY, aligned: bool = False) -> list[int]:
-    """Write all tensors, each as two arrays, or stop before one; return which were written by this call."""
-    done = []
-    with resumable_directory(out, identity) as journal:
-        if aligned:
-            tensors: Any = TensorFiles(journal.directory, lambda count: ["all"][:count], journal, align=32)
-            held, add = tensors, lambda name, array: tensors.append(0, name, array)
-        else:
-            names = [f"{i}{half}" for i in range(len(TENSORS)) for half in "ab"]
-            tensors = SafetensorsWriter(journal.directory, names, 500, journal)
-            held, add = tensors.files, tensors.add
-        try:
-            for i in range(len(held.written), len(TENSORS)):
-                add(f"{i}a", TENSORS[i])
-                if i == stop:
-                    raise Stopped
-                add(f"{i}b", TENSORS[i][:, :3])
-                tensors.commit({str(i): i / 7})
-                done.append(i)
-            if aligned:
-                tensors.publish()
-            else:
-                tensors.finish()
-        finally:
-            tensors.close()
-        (journal.directory / "shares").write_text(json.dumps(held.shares))
-        write_checksums(journal.directory, without=(JOURNAL_NAME,))
-        if stop == len(TENSORS):
-            raise Stopped
-    return done
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+from qlora_jax.files import CHECKSUMS_NAME
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["safetensors", "aligned"])
@@ -74,6 +30,11 @@ def expected(aligned: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     assert write(out, aligned=aligned) == list(range(len(TENSORS)))
     assert JOURNAL_NAME not in contents(out)
     return contents(out)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ for point in map(int, points):
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("target", ["bitsandbytes", "gguf-q8_0"])
-def test_killed_at_random_points(work: Path, tmp_path: Path, target: Any, left_alone: Any):
+def test_killed_at_random_points(work: Path, tmp_path: Path, target: Any, left_alone: Any, reads: Counter[str]):
     points = sorted(random.Random(target).sample(range(2, TENSORS - 1), 4))
     command = [sys.executable, "-c", KILLED, work / "adapter", tmp_path / "out", target, SHARD, *points]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -201,8 +201,11 @@ def test_killed_at_random_points(work: Path, tmp_path: Path, target: Any, left_a
     )
     assert done.stdout.splitlines() == ["9 False"] * 4, done.stderr
     refused_as_a_model(tmp_path / ".out.tmp")
+    expected = left_alone(to=target)
+    reads.clear()
     export(configured(work, tmp_path / "out", to=target))
-    assert contents(tmp_path / "out") == left_alone(to=target)
+    assert sum(reads.values()) == TENSORS - points[-1]  # what was recorded was there
+    assert contents(tmp_path / "out") == expected
 
 
 CHANGES: dict[str, dict[str, Any]] = {
