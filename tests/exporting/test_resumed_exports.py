@@ -246,7 +246,7 @@ def test_a_base_that_was_changed_starts_anew(work: Path, tmp_path: Path, caplog:
 
 def test_a_full_disk_is_gone_on_from(work: Path, tmp_path: Path, left_alone: Any, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
-    settings = {"to": "gguf-q4_0"}
+    settings = {"to": "gguf-q4_0", "base": "original"}
     expected, config = left_alone(**settings), configured(work, tmp_path / "out", **settings)
     # A limit on the size of files is the full disk that a test can have.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
