@@ -5,7 +5,10 @@ Memory: `load_base` holds the model it returns, whose stacked buffers are alloca
 - of a checkpoint three tensors, one of them also as it was before it was quantised (two are being digested), or five
   where they are stored as they are wanted (two more are read meanwhile);
 - of a converted directory two copies of one array: of embedding or head while nothing else is in memory, then of a
-  linear's codes, all layers in a part of 128 MiB, or one layer where that is more.
+  linear's codes, all layers in a part of 128 MiB, or one layer where that is more; for a moment also those of the array
+  before, which threads of tensorstore let go of.
+
+`tests/reference/plan_load.py` makes bytes of these rules, for any model.
 """
 
 import contextlib
