@@ -1,6 +1,6 @@
 """Writing a converted base: quantised once, kept as orbax parts beside config.json and tokenizer files.
 
-Memory: one tensor of the source, its quantisation and the part being filled.
+Memory: one tensor of the source, its quantisation and three copies of a part: the one filled, orbax's and tensorstore's.
 """
 
 import dataclasses
