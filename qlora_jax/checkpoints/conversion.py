@@ -1,6 +1,7 @@
 """Writing a converted base: quantised once, kept as orbax parts beside config.json and tokenizer files.
 
-Memory: one tensor of the source, its quantisation and three copies of a part: the one filled, orbax's and tensorstore's.
+Memory: one tensor of the source, its quantisation and a part three times: as it is filled, as orbax copies it, and in
+tensorstore's buffers.
 """
 
 import dataclasses
