@@ -10,13 +10,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of, filtered, next_tokens, rows_of
+from qlora_jax.generation.sampling import (
+    Features,
+    Rows,
+    Sampling,
+    features_of,
+    filtered,
+    next_tokens,
+    power_of_two,
+    rows_of,
+)
 
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 _PROMPT_MULTIPLE = 64
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "features", "max_new_tokens", "eos_ids"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "features", "room", "eos_ids"))
 def _decode(
     lora: nnx.State,
     frozen: nnx.State,
@@ -27,7 +36,7 @@ def _decode(
     *,
     graphdef: nnx.GraphDef,
     features: Features,
-    max_new_tokens: int,
+    room: int,
     eos_ids: tuple[int, ...],
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Return prompts with the tokens after them, and the tokens of each row.
@@ -41,14 +50,14 @@ def _decode(
         rows: settings of each.
         graphdef: of the model.
         features: filters of the logits.
-        max_new_tokens: largest of `limits`.
+        room: new tokens that there is room for, at least the largest of `limits`.
         eos_ids: tokens that end a row.
     """
     model = nnx.merge(graphdef, lora, frozen)
     batch, seq = input_ids.shape
     ends = jnp.asarray(eos_ids, jnp.int32)
     stops = jnp.isin(jnp.arange(model.config.vocab_size), ends)
-    history = jnp.pad(input_ids, ((0, 0), (0, max_new_tokens)))
+    history = jnp.pad(input_ids, ((0, 0), (0, room)))
 
     def choose(
         hidden: Array, history: Array, generated: Array, finished: Array
@@ -62,8 +71,9 @@ def _decode(
         generated += ~finished
         return finished | jnp.isin(tokens, ends) | (generated >= limits), tokens, history, generated
 
-    positions = jnp.broadcast_to(jnp.arange(seq), input_ids.shape)
-    cache = model.empty_cache(batch, seq + max_new_tokens)
+    # Of the padding, too, none beyond the prompt: a rotary table may follow the longest.
+    positions = jnp.minimum(jnp.arange(seq), lengths[:, None] - 1)
+    cache = model.empty_cache(batch, seq + room)
     hidden, cache = model(input_ids, positions, cache=cache, counts=lengths)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     chosen = choose(last, history, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
@@ -104,6 +114,9 @@ def generate(
 
     Returns:
         The new tokens of each prompt.
+
+    Raises:
+        ValueError: no prompt, an empty one, or settings for another number of prompts.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("generate needs at least one prompt, and no empty ones.")
@@ -111,6 +124,8 @@ def generate(
         of_all = sampling or Sampling()
         seeds = [(of_all.seed + i) % 2**32 for i in range(len(prompts))]
         sampling = [dataclasses.replace(of_all, seed=seed) for seed in seeds]
+    if len(sampling) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many settings, not {len(sampling)}.")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = -(-lengths.max() // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
     input_ids = np.zeros((len(prompts), width), np.int32)
@@ -126,7 +141,7 @@ def generate(
         rows_of(sampling),
         graphdef=graphdef,
         features=features_of(sampling),
-        max_new_tokens=int(limits.max()),
+        room=power_of_two(int(limits.max())),
         eos_ids=tuple(eos_ids),
     )
     answers = [

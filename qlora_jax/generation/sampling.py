@@ -57,14 +57,15 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse what no distribution has."""
         wanted = {
-            "max_new_tokens": ("at least 1", self.max_new_tokens >= 1),
+            "max_new_tokens": ("from 1 to 2147483647", 1 <= self.max_new_tokens < 2**31),
             "min_new_tokens": ("from 0 to max_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens),
-            "temperature": ("positive and finite", 0 < self.temperature < np.inf),
-            "top_k": ("at least 0", self.top_k >= 0),
-            "top_p": ("above 0 and at most 1", 0 < self.top_p <= 1),
+            # Beyond these bounds float32 logits overflow, or nothing is left.
+            "temperature": ("from 0.0001 to 10000", 1e-4 <= self.temperature <= 1e4),
+            "top_k": ("from 0 to 2147483647", 0 <= self.top_k < 2**31),
+            "top_p": ("from 0.000001 to 1", 1e-6 <= self.top_p <= 1),
             "min_p": ("from 0 to 1", 0 <= self.min_p <= 1),
-            "typical_p": ("above 0 and at most 1", 0 < self.typical_p <= 1),
-            "repetition_penalty": ("positive and finite", 0 < self.repetition_penalty < np.inf),
+            "typical_p": ("from 0.000001 to 1", 1e-6 <= self.typical_p <= 1),
+            "repetition_penalty": ("from 0.0001 to 10000", 1e-4 <= self.repetition_penalty <= 1e4),
             "no_repeat_ngram_size": (f"from 0 to {MAX_NGRAM}", 0 <= self.no_repeat_ngram_size <= MAX_NGRAM),
             "seed": ("from 0 to 4294967295", 0 <= self.seed < 2**32),
         }
@@ -113,18 +114,18 @@ class Rows(NamedTuple):
 
 
 def features_of(settings: Sequence[Sampling]) -> Features:
-    """Return the filters that some rows ask for; sizes are rounded up to powers of two, so that few programs differ."""
+    """Return the filters that some rows ask for; sizes are rounded up, so that few programs differ."""
     sampled = [each for each in settings if each.do_sample]
     largest_k = max((each.top_k for each in sampled), default=0)
     return Features(
         sample=bool(sampled),
-        top_k=_power_of_two(largest_k),
+        top_k=power_of_two(largest_k),
         top_p=any(each.top_p < 1 for each in sampled),
         min_p=any(each.min_p > 0 for each in sampled),
         typical_p=any(each.typical_p < 1 for each in sampled),
         penalty=any(each.repetition_penalty != 1 for each in settings),
         minimum=any(each.min_new_tokens for each in settings),
-        ngram=_power_of_two(max((each.no_repeat_ngram_size for each in settings), default=0)),
+        ngram=power_of_two(max((each.no_repeat_ngram_size for each in settings), default=0)),
     )
 
 
@@ -148,7 +149,8 @@ def rows_of(settings: Sequence[Sampling]) -> Rows:
     )
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
+    """Return the power of two at or above a positive value; 0 for 0."""
     return 1 << (value - 1).bit_length() if value else 0
 
 

@@ -228,6 +228,8 @@ class DecoderLM(nnx.Module):
         ctx = self.context(positions, segment_ids)
         if cache is not None and (segment_ids is not None or dropout_key is not None or remat != "none"):
             raise ValueError("A cache is for generation: no segment_ids, dropout_key or remat.")
+        if cache is None and counts is not None:
+            raise ValueError("Counts are of tokens that a cache is given.")
         if cache is None:
             h = self.stack(self.layers, h, ctx, remat=remat, dropout_key=dropout_key)
             return self.norm(h), None

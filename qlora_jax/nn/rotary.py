@@ -129,7 +129,7 @@ def _check_frequencies(config: RotaryConfig, source: str) -> None:
 
 
 def _base_frequencies(theta: Any, dim: int) -> Any:
-    """1 / theta^(2i / dim), float32 [dim / 2], for a NumPy or JAX scalar theta."""
+    """1 / theta^(2i / dim), float32 [dim / 2], for a NumPy or JAX theta, a scalar or [..., 1]."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return 1.0 / (theta**exponents)
 
@@ -192,11 +192,13 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
     """Cosines and sines, float32 [B, S, head_dim / 2], for the given positions.
 
-    The dynamic-NTK base follows the longest position present, as transformers computes it.
+    The dynamic-NTK base follows the longest position of a row. (transformers takes the batch's: a row would depend on
+    its neighbours.)
     """
     if config.kind == "dynamic":
         p = dict(config.parameters)
-        length = jnp.maximum(jnp.max(positions) + 1, config.max_position_embeddings).astype(jnp.float32)
+        longest = jnp.max(positions, axis=1)[:, None, None] + 1
+        length = jnp.maximum(longest, config.max_position_embeddings).astype(jnp.float32)
         growth = p["factor"] * length / config.max_position_embeddings - (p["factor"] - 1)
         theta = config.theta * growth ** (config.head_dim / (config.head_dim - 2))
         freq, attention = _base_frequencies(theta, config.head_dim), 1.0

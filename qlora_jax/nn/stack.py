@@ -422,6 +422,8 @@ def _attend_cached(
     ends = (lengths + counts)[:, None]
     # Of more tokens than slots the last stay, each in its slot; what has none is dropped.
     kept = (places < ends) & (places >= ends - slots)
+    if facts.window is None:  # a full cache takes no more: what it has stays
+        kept &= places < slots
     target = jnp.where(kept, places % slots, slots)
     rows = jnp.arange(batch)[:, None]
     written = tuple(

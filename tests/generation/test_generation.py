@@ -18,6 +18,7 @@ VARIANTS = {
     "window": {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6},
     "quantised": LLAMA,
 }
+DYNAMIC = {**LLAMA, "max_position_embeddings": 4, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -44,6 +45,15 @@ def test_an_answer_ends_at_eos_and_does_not_hold_it():
     assert cut == free[: free.index(stop)]
 
 
+def test_rotary_tables_follow_the_length_of_a_prompt_alone():
+    """Neither its padding nor its neighbours, where frequencies depend on the length."""
+    graphdef, lora, frozen = tiny_model.build(DYNAMIC)
+    prompts = [list(range(5, 17)), [20, 21, 22, 23, 24, 25]]
+    answers = generate(graphdef, lora, frozen, prompts, eos_ids=[], sampling=Sampling(max_new_tokens=1))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == [tiny_model.logits(graphdef, lora, frozen, np.array([prompt]))[0, -1].argmax()]
+
+
 def test_rows_end_at_their_own_limits_and_do_not_depend_on_each_other():
     graphdef, lora, frozen = tiny_model.build()
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -61,3 +71,5 @@ def test_an_empty_prompt_is_refused():
     graphdef, lora, frozen = tiny_model.build()
     with pytest.raises(ValueError, match="no empty ones"):
         generate(graphdef, lora, frozen, [[1], []], eos_ids=[])
+    with pytest.raises(ValueError, match="2 prompts need as many settings, not 1"):
+        generate(graphdef, lora, frozen, [[1], [2]], eos_ids=[], sampling=[Sampling()])

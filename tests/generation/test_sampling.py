@@ -78,6 +78,6 @@ def test_draws_follow_the_distribution_and_depend_on_seed_and_place_alone():
 
 def test_settings_outside_their_ranges_are_refused_together():
     with pytest.raises(UserError) as error:
-        Sampling(temperature=0.0, top_p=1.5, min_new_tokens=300)
-    assert len(error.value.sentences) == 3
+        Sampling(temperature=0.0, top_p=1.5, top_k=2**31, min_new_tokens=300)
+    assert len(error.value.sentences) == 4
     assert "`min_new_tokens=300`: must be from 0 to max_new_tokens." in error.value.sentences

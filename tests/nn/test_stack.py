@@ -163,6 +163,9 @@ def test_decoding_with_a_cache_equals_one_pass_for_cross_attention():
         out, cache = stack.decode(layers, h[:, start:stop], ctx, cache, jnp.full(2, stop - start))
         pieces.append(out)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), stack(layers, h, ctx), atol=1e-5)
+    # A full cache keeps what it has.
+    _, after = stack.decode(layers, h[:, :1], ctx, cache, jnp.ones(2, int))
+    assert np.array_equal(after.keys[0], cache.keys[0])
 
 
 # Tokens of both rows, call by call.
