@@ -15,6 +15,7 @@ import re
 import reprlib
 import shutil
 import socket
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ def user_path(given: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, RuntimeError, ValueError) as error:  # too long or forbidden, no such user, a null character
-        raise UserError(f"the path {reprlib.repr(str(given))} cannot be used: {reason(error)}.") from None
+        raise UserError(f"the path {reprlib.repr(str(given))} cannot be used: {reason(error).rstrip('.')}.") from None
     return path
 
 
@@ -85,16 +86,17 @@ def staged_directory(path: Path, *, replace: bool = False, keep: bool = False) -
     Nothing changes at `path` if the block raises.
 
     Args:
-        path: directory to make; it may exist if it is empty.
+        path: directory to make; it may exist if it is empty. Of a symbolic link, what it points to.
         replace: allow it to exist otherwise too; it is deleted once the new one is complete.
         keep: leave in the temporary directory what an earlier process left there, and, if the block raises, what the
             block leaves; the block removes what is not to be kept. By default the directory is empty at first, and
             removed if the block raises.
 
     Raises:
-        UserError: another process is writing it.
+        UserError: another process is writing it, or it is a mount point.
         OSError: it cannot be written (see `write_errors`).
     """
+    path = final_directory(path)
     staging, replaced = _temporary_name(path), path.with_name(f".{path.name}.replaced")
     if staging.is_symlink() or staging.is_file():
         staging.unlink()
@@ -122,6 +124,30 @@ def staged_directory(path: Path, *, replace: bool = False, keep: bool = False) -
             raise
     flush_to_disk(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def final_directory(path: Path) -> Path:
+    """Return what `staged_directory` makes for a path: the path itself, or what a symbolic link points to.
+
+    Raises:
+        UserError: it is a mount point, whose name no other directory can take.
+    """
+    final = path.resolve()
+    if os.path.ismount(final):
+        raise UserError(f"{path} is a mount point, which cannot be replaced; give a directory in it.")
+    return final
+
+
+def check_can_make(path: Path, hint: str) -> None:
+    """Refuse a directory that could not be made, whose parents may be missing too; nothing is left behind.
+
+    Raises:
+        UserError: `path` cannot be written; ends with `hint`.
+    """
+    parents = final_directory(path).parents
+    there = next(parent for parent in parents if parent.exists())
+    with write_errors(path, hint), tempfile.TemporaryDirectory(prefix=".", dir=there):
+        pass
 
 
 def empty(directory: Path, *, keep: Collection[str] = ()) -> None:

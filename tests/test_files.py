@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +133,32 @@ def hold(path, ready, release):
         (staging / "a").touch()
         ready.set()
         release.wait(60)
+
+
+def test_a_directory_behind_a_link_is_replaced_there(tmp_path):
+    path, real = tmp_path / "link", tmp_path / "disk" / "real"
+    path.symlink_to(real)
+    for replace in (False, True):
+        with files.staged_directory(path, replace=replace) as staging:
+            (staging / "file").write_text(str(replace))
+        assert path.is_symlink() and (real / "file").read_text() == str(replace)
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"] and os.listdir(tmp_path / "disk") == ["real"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+    with pytest.raises(UserError, match=r"volume is a mount point, .* give a directory in it\.$"):
+        with files.staged_directory(tmp_path / "volume"):
+            raise AssertionError
+    assert not os.listdir(tmp_path)
+
+
+def test_directories_that_cannot_be_made_are_refused_beforehand(tmp_path):
+    files.check_can_make(tmp_path / "a" / "b", "choose another")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/b cannot be written: Not a directory; choose another\.$"):
+        files.check_can_make(tmp_path / "file" / "b", "choose another")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
