@@ -100,6 +100,8 @@ def _byte_level(model: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
             f"{model} has a tokenizer.json with the pre_tokenizer {cut[:200]}, for which no tokenizer.ggml.pre is "
             f"known; {_USE_SAFETENSORS}."
         )
+    if not contents["model"]["merges"]:
+        raise UserError(f"{model} has a tokenizer.json without merges, which GGUF files must have; {_USE_SAFETENSORS}.")
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,

@@ -120,13 +120,11 @@ def write_gguf(
         UserError: a family, a setting or a tokenizer that GGUF does not have, or values that overflow; names it. A disk
             without room.
     """
-    metadata = model_metadata(base.config, base.path, base.specs)
-    metadata |= {
+    metadata = gguf_metadata(base) | {
         "general.name": title,
         "general.file_type": int(storage.file_type),
         "general.quantization_version": GGML_QUANT_VERSION,
     }
-    metadata |= tokenizer_metadata(base.path, base.config.vocab_size)
     table = _name_table(base.config)
     plan = [_planned(spec, table, storage) for spec in base.specs]
     freqs = rope_freqs(base.config)
@@ -149,6 +147,16 @@ def write_gguf(
     finally:
         tensors.close()
     return tensors.shares
+
+
+def gguf_metadata(base: BaseWeights) -> dict[str, Any]:
+    """Return the metadata of a model and its tokenizer, whatever the type of its weights.
+
+    Raises:
+        UserError: a family, a setting or a tokenizer that GGUF does not have; names it.
+    """
+    metadata = model_metadata(base.config, base.path, base.specs)
+    return metadata | tokenizer_metadata(base.path, base.config.vocab_size)
 
 
 def gguf_of(config: DecoderConfig, model: Path) -> GGUF:

@@ -87,11 +87,7 @@ def write_hugging_face(
         UserError: values that do not fit the dtype, or a converted base that lacks parts of the model; names them. A
             disk without room.
     """
-    if not base.kept_parts:
-        raise UserError(
-            f"{base.path} is the text part of a {base.config.architecture} only; give the checkpoint it was converted "
-            f"from as `model`, whose other parts belong in the merged model."
-        )
+    check_parts(base)
     names = [spec.name for spec in base.specs] + list(base.other_parts)
     if storage.quantization is not None:
         names = [f"{name}{suffix}" for name in names for suffix in _SUFFIXES]
@@ -117,6 +113,15 @@ def write_hugging_face(
     finally:
         writer.close()
     return writer.files.shares
+
+
+def check_parts(base: BaseWeights) -> None:
+    """Refuse a base that lacks parts of the model; UserError names the model."""
+    if not base.kept_parts:
+        raise UserError(
+            f"{base.path} is the text part of a {base.config.architecture} only; give the checkpoint it was converted "
+            f"from as `model`, whose other parts belong in the merged model."
+        )
 
 
 def _least_bytes(base: BaseWeights, storage: HuggingFaceFormat) -> int:

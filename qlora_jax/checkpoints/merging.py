@@ -50,11 +50,22 @@ class Adapter:
         return self.tensors[(*module, "lora_a")][layer], self.tensors[(*module, "lora_b")][layer]
 
     def change(self, spec: TensorSpec) -> np.ndarray | None:
-        """Return the change of a base tensor, float32 [out, in]; None where the adapter has no matrices."""
+        """Return the change of a base tensor, float32 [out, in]; None where the adapter has no matrices.
+
+        Raises:
+            UserError: it overflows.
+        """
         if spec.layer is None or spec.path[-1] != "weight" or (*spec.path[:-1], "lora_a") not in self.tensors:
             return None
         a, b = self.pair(spec.path[:-1], spec.layer)
-        return (b * np.float32(self.scaling)) @ a
+        with np.errstate(over="ignore", invalid="ignore"):
+            change = (b * np.float32(self.scaling)) @ a
+        if not np.isfinite(change).all():
+            raise UserError(
+                f"{self.path}: the change of {spec.name} overflows float32; its matrices are no trained adapter's: "
+                f"save the adapter again, or give another."
+            )
+        return change
 
 
 def open_adapter(directory: str | Path, model: DecoderConfig, specs: tuple[TensorSpec, ...]) -> Adapter:

@@ -1,7 +1,17 @@
 """Exports of a trained adapter: merged weights, GGUF files, Modelfiles, model cards, and what a merge costs."""
 
 from qlora_jax.exporting.comparison import ComparisonConfig, Measured, compare
-from qlora_jax.exporting.recipe import ERASED, EXPORT_FILE, Export, ExportConfig, export, find_trained, parse_size, push
+from qlora_jax.exporting.recipe import (
+    ERASED,
+    EXPORT_FILE,
+    Export,
+    ExportConfig,
+    check_merged_export,
+    export,
+    find_trained,
+    parse_size,
+    push,
+)
 
 __all__ = [
     "ERASED",
@@ -10,6 +20,7 @@ __all__ = [
     "Export",
     "ExportConfig",
     "Measured",
+    "check_merged_export",
     "compare",
     "export",
     "find_trained",

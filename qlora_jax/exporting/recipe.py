@@ -17,8 +17,8 @@ from typing import Any
 from qlora_jax import files
 from qlora_jax.checkpoints.base_weights import BaseStorage, BaseWeights, open_base
 from qlora_jax.checkpoints.gguf_adapter import write_gguf_adapter
-from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, write_gguf
-from qlora_jax.checkpoints.hf_export import BITSANDBYTES_BLOCK, HuggingFaceFormat, write_hugging_face
+from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, gguf_metadata, write_gguf
+from qlora_jax.checkpoints.hf_export import BITSANDBYTES_BLOCK, HuggingFaceFormat, check_parts, write_hugging_face
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.journal import JOURNAL_NAME, fingerprint, resumable_directory, versions
 from qlora_jax.checkpoints.merging import open_adapter
@@ -138,6 +138,8 @@ def find_trained(path: str | Path) -> Trained:
     if record is not None:
         try:
             run = files.read_checked_json(record)
+            if not isinstance(run.get("flags"), dict):
+                raise ValueError("it has no flags")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{record} is damaged ({files.reason(error)}); copy {adapter} elsewhere and give that."
@@ -158,8 +160,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
             model, an output directory in use, or a disk that is full.
     """
     started = time.perf_counter()
-    output = Path(os.path.abspath(files.user_path(config.output_dir)))
-    _check_output(output, config.overwrite)
+    output = _checked_output(config)
     trained = find_trained(config.adapter)
     name = config.model or base_name(trained)
     merges = config.to != "gguf-lora"
@@ -226,6 +227,25 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
     )
 
 
+def check_merged_export(config: ExportConfig) -> None:
+    """Refuse what `export` would refuse before it reads a weight; nothing is written.
+
+    Args:
+        config: of a merged model, with the adapter of that base.
+
+    Raises:
+        UserError: the output directory is in use or cannot be made, or the format cannot hold the model.
+    """
+    files.check_can_make(_checked_output(config), "choose another output directory")
+    trained = find_trained(config.adapter)
+    model = resolve_model(config.model or base_name(trained))
+    base = open_base(model, config.base, config.storage or storage_in_training(trained))
+    if config.to.startswith("gguf"):
+        gguf_metadata(base)
+    else:
+        check_parts(base)
+
+
 def push(directory: Path, repository: str) -> None:
     """Upload a complete export to the Hugging Face hub; a repository that is not there is made, private.
 
@@ -249,12 +269,13 @@ def parse_size(text: str) -> int:
     """Read a size such as 5GB or 300MB, in powers of 1000.
 
     Raises:
-        UserError: it is none, or not positive.
+        UserError: it is none, or less than a byte.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    if match is None or not float(match[1]):
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)B?", text.strip().upper(), re.ASCII)
+    size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if not size:
         raise UserError(f"`max_shard_size={text}`: give a size such as 5GB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return size
 
 
 def base_name(trained: Trained) -> str:
@@ -272,12 +293,21 @@ def base_name(trained: Trained) -> str:
 
 
 def storage_in_training(trained: Trained) -> BaseStorage:
-    """Return how the base was stored in training: as the run says, else as runs store it by default."""
+    """Return how the base was stored in training: as the run says, else as runs store it by default.
+
+    Raises:
+        UserError: the run's record does not say all of it.
+    """
     flags = trained.flags
     if not flags:
         logger.info("nothing says how the base of %s was stored in training: nf4 is taken where it is not quantised "
                     "already", trained.adapter)  # fmt: skip
         return BaseStorage()
+    if missing := sorted({"bits", "quant_type", "block_size", "double_quant"} - flags.keys()):
+        raise UserError(
+            f"the run.json of {trained.adapter} does not say {', '.join(missing)}: another version of qlora-jax wrote "
+            f"it; say how the base was stored in training as `quant_type`."
+        )
     kind = {8: "int8", 16: "none"}.get(flags["bits"], flags["quant_type"])
     default = QuantizationConfig(kind, flags["block_size"], flags["double_quant"])
     return BaseStorage(default, adopt=flags["bits"] == "auto")
@@ -317,13 +347,17 @@ def _modelfile(config: ExportConfig, trained: Trained, model: Path, name: str) -
     )
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _checked_output(config: ExportConfig) -> Path:
+    """Return the absolute path of the output directory; UserError if it is in use."""
+    output = Path(os.path.abspath(files.user_path(config.output_dir)))
+    files.final_directory(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
+        return output
     if not (output / EXPORT_FILE).is_file():
         raise UserError(f"{output} exists and is no earlier export; choose another output directory.")
-    if not overwrite:
+    if not config.overwrite:
         raise UserError(f"{output} already holds an export; set `overwrite` to replace it.")
+    return output
 
 
 def warn_of_erased(to: str, base: BaseKind, shares: Mapping[str, float]) -> None:

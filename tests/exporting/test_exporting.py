@@ -136,6 +136,28 @@ def test_earlier_exports_are_replaced_on_request_only(run: Path, tmp_path: Path)
         export(ExportConfig(str(run), str(run), overwrite=True))
 
 
+def test_changes_that_overflow_are_not_written(run: Path, model: Path, tmp_path: Path):
+    adapter = write_adapter(tmp_path / "adapter", open_source(model).config, base=str(model), size=1e20)
+    with pytest.raises(
+        UserError, match=r"adapter: the change of model\.layers\.0\.\S+ overflows float32; .* another\.$"
+    ):
+        export(ExportConfig(str(adapter), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], r"run\.json is damaged \(it has no flags\)"),
+        ({"quant_type": "nf4"}, r"does not say bits, block_size, double_"),
+    ],
+)
+def test_records_of_other_versions_are_refused(run: Path, tmp_path: Path, flags: Any, message: str):
+    write_checked_json(run / "run.json", {"flags": flags})
+    with pytest.raises(UserError, match=message):
+        export(ExportConfig(str(run), str(tmp_path / "out"), to="gguf-lora"))
+
+
 def test_adapters_are_found_where_they_are(run: Path, tmp_path: Path):
     assert find_trained(run).adapter == run / "adapter"
     alone = find_trained(run / "adapter")
@@ -241,8 +263,9 @@ def test_other_templates_are_left_to_the_gguf_file():
 
 def test_sizes():
     assert [parse_size(text) for text in ("5GB", "300mb", "1.5 K", "7")] == [5 * 10**9, 3 * 10**8, 1500, 7]
-    with pytest.raises(UserError, match=r"`max_shard_size=much`: give a size such as 5GB\."):
-        parse_size("much")
+    for text in ("much", "0.9", "9" * 400):
+        with pytest.raises(UserError, match=rf"`max_shard_size={text}`: give a size such as 5GB\."):
+            parse_size(text)
 
 
 @pytest.mark.parametrize(
