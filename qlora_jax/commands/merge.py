@@ -1,12 +1,13 @@
 """`qlora-jax merge`: the cost of merging an adapter into its base, in every format, before anything is written."""
 
 import dataclasses
+import shlex
 import typing
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_jax.choices import ExportTarget
+from qlora_jax.choices import ExportTarget, OnBadRow
 from qlora_jax.cli import argument, command, flag, parse_flags, spellings
 from qlora_jax.commands.base_flags import BaseFlags, base_refusals
 from qlora_jax.commands.export import print_export
@@ -40,6 +41,9 @@ class MergeFlags(BaseFlags):
     eval_dataset: str | None = flag(None, "Held-out rows to measure with, instead of the run's.")
     eval_split: str | None = flag(None, "Split of eval_dataset; by default test, else validation.")
     dataset_format: str | None = flag(None, "Row format of eval_dataset; by default told from the columns.")
+    on_bad_row: OnBadRow | None = flag(
+        None, "With held-out rows that cannot be used: stop, or leave them out; by default as the run did."
+    )
     max_eval_samples: int | None = flag(None, "Use only this many held-out rows.")
     output_dir: str | None = flag(None, "Directory to write the merged models to, each in one named after its format.")
     overwrite: bool = flag(False, "Replace earlier exports there.")
@@ -78,7 +82,7 @@ def formats(text: str) -> tuple[Any, ...]:
 def merge(flags: MergeFlags, prog: str) -> None:
     """Measure and print; then write."""
     # Imported once the flags are known to be good: loading JAX takes seconds.
-    from qlora_jax.exporting import ComparisonConfig, ExportConfig, compare, export
+    from qlora_jax.exporting import ComparisonConfig, ExportConfig, check_merged_export, compare, export
     from qlora_jax.formatting import table
 
     config = ComparisonConfig(
@@ -91,32 +95,46 @@ def merge(flags: MergeFlags, prog: str) -> None:
         eval_dataset=flags.eval_dataset,
         eval_split=flags.eval_split,
         dataset_format=flags.dataset_format,
+        on_bad_row=flags.on_bad_row,
         max_eval_samples=flags.max_eval_samples,
     )
+    exports = [
+        ExportConfig(
+            adapter=flags.adapter,
+            output_dir=str(Path(flags.output_dir) / target),
+            to=target,
+            base="dequantized" if flags.base == "both" else flags.base,
+            model=flags.model,
+            storage=config.storage,
+            dtype=flags.dtype,
+            overwrite=flags.overwrite,
+        )
+        for target in config.formats
+        if flags.output_dir is not None
+    ]
+    # Measuring a large model takes long: what cannot be written is refused before.
+    for each in exports:
+        check_merged_export(each)
     with progress_bar("Measuring") as progress:
         results, notes = compare(config, progress)
     print("\n".join(notes))
     print(f"Held-out loss of {results[0].held_out.tokens:,} tokens, and share of the trained change that survives:")
     print(table(rows(results)))
-    if flags.output_dir is None:
-        print(f"Write one: {prog.replace('merge', 'export')} {flags.adapter} DIRECTORY --to FORMAT --base BASE")
-        return
-    for target in config.formats:
-        with progress_bar(f"Exporting {target}") as progress:
-            written = export(
-                ExportConfig(
-                    adapter=flags.adapter,
-                    output_dir=str(Path(flags.output_dir) / target),
-                    to=target,
-                    base="dequantized" if flags.base == "both" else flags.base,
-                    model=flags.model,
-                    storage=config.storage,
-                    dtype=flags.dtype,
-                    overwrite=flags.overwrite,
-                ),
-                progress,
-            )
+    if not exports:
+        print(f"Write one: {export_command(flags, prog)}")
+    for each in exports:
+        with progress_bar(f"Exporting {each.to}") as progress:
+            written = export(each, progress)
         print_export(written)
+
+
+def export_command(flags: MergeFlags, prog: str) -> str:
+    """Return the command that writes one of the models that were measured, in the terms of its reader's shell."""
+    names = [field.name for field in dataclasses.fields(BaseFlags)]
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) != getattr(MergeFlags, name)}
+    words = [flags.adapter, *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+    adapter, *base = map(shlex.quote, words)
+    return " ".join([prog.replace("merge", "export"), adapter, "DIRECTORY --to FORMAT --base BASE", *base])
 
 
 def rows(results: Sequence["Measured"]) -> list[tuple[str, ...]]:

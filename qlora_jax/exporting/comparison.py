@@ -26,7 +26,7 @@ from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.merging import Adapter, Codec, MergedTensor, merged_tensors, open_adapter, stored
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
-from qlora_jax.choices import BaseKind, ExportTarget
+from qlora_jax.choices import BaseKind, ExportTarget, OnBadRow
 from qlora_jax.errors import UserError
 from qlora_jax.exporting.layerwise import HeldOutLoss, LayerwiseModel
 from qlora_jax.exporting.recipe import (
@@ -64,6 +64,7 @@ class ComparisonConfig:
         eval_dataset: held-out rows in place of the run's, see `TrainConfig`.
         eval_split: split of them.
         dataset_format: of `eval_dataset`; None to tell it from the columns.
+        on_bad_row: see `TrainConfig`; None for what the run has.
         max_eval_samples: most held-out rows; None for what the run has.
     """
 
@@ -76,6 +77,7 @@ class ComparisonConfig:
     eval_dataset: str | None = None
     eval_split: str | None = None
     dataset_format: str | None = None
+    on_bad_row: OnBadRow | None = None
     max_eval_samples: int | None = None
 
 
@@ -230,15 +232,21 @@ def compare(config: ComparisonConfig, progress: Progress | None = None) -> tuple
 
 def _evaluating(config: ComparisonConfig, trained: Trained, model: str) -> TrainConfig:
     """Return the configuration of the run, with the held-out rows that are asked for."""
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    flags = {name: value for name, value in trained.flags.items() if name in known}
-    if config.eval_dataset is None and not (flags and flags["do_eval"]):
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    flags = dict(trained.flags)
+    if unknown := sorted(flags.keys() - defaults.keys()):
+        raise UserError(
+            f"the run.json of {config.adapter} has {', '.join(unknown)}, which this version of qlora-jax does not "
+            f"know; copy {trained.adapter} elsewhere, and give that with `eval_dataset`."
+        )
+    if config.eval_dataset is None and not (flags and flags.get("do_eval", defaults["do_eval"])):
         raise UserError(
             f"{config.adapter} does not say which rows were held out; give some to measure with as `eval_dataset`."
         )
     flags["model_name_or_path"] = model
-    if config.max_eval_samples is not None:
-        flags["max_eval_samples"] = config.max_eval_samples
+    for name in ("max_eval_samples", "on_bad_row"):
+        if getattr(config, name) is not None:
+            flags[name] = getattr(config, name)
     if config.eval_dataset is not None:
         flags |= {
             "do_eval": True,

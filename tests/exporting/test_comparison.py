@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ import pytest
 from fixtures import batches, families
 from fixtures.checkpoint_helpers import random_tensors, write_hf
 from fixtures.finetune_helpers import SMALL_RUN, make_resumable, read_metrics, resumable_flags, run_in_process
-from fixtures.tiny_configs import BIASED_LLAMA
-from fixtures.trained_adapters import random_adapter
+from fixtures.tiny_configs import BIASED_LLAMA, BYTE_LLAMA
+from fixtures.trained_adapters import random_adapter, write_adapter
 
-from qlora_jax import data, models
+from qlora_jax import data, exporting, models
 from qlora_jax.checkpoints.base_weights import BaseStorage, open_base
 from qlora_jax.checkpoints.conversion import convert
 from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, codecs
@@ -24,7 +25,7 @@ from qlora_jax.commands import merge as merge_command
 from qlora_jax.errors import UserError
 from qlora_jax.exporting import ComparisonConfig, compare
 from qlora_jax.exporting.comparison import BASE, BESIDE, measure
-from qlora_jax.files import damaged_file
+from qlora_jax.files import damaged_file, write_checked_json
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.objectives import NextToken
@@ -144,6 +145,54 @@ def test_runs_without_held_out_rows_need_some(tmp_path: Path):
 def test_flags_that_cannot_be_are_refused(argv: str, message: str):
     with pytest.raises(UserError, match=message):
         merge_command.main(["run", *argv.split()])
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> list[str]:
+    """Flags for an adapter without a run, and rows of one's own; the tokenizer has no merges."""
+    make_resumable(tmp_path)
+    write_adapter(tmp_path / "my adapter", models.model_config(BYTE_LLAMA), base=str(tmp_path / "model"))
+    with (tmp_path / "rows.jsonl").open("a") as rows:
+        rows.write("no row\n")
+    return [str(tmp_path / "my adapter"), "--eval_dataset", str(tmp_path / "rows.jsonl"), "--max_eval_samples", "41"]
+
+
+@pytest.mark.parametrize(
+    ("formats", "taken", "message"),
+    [
+        ("safetensors,gguf-q8_0", None, r"has a tokenizer\.json without merges, which GGUF files must have; export to"),
+        ("bitsandbytes,safetensors", "safetensors", r"safetensors exists and is no earlier export; choose another"),
+        ("safetensors", ".", r"out/safetensors cannot be written: Not a directory; choose another output directory\.$"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_measuring(
+    own: list[str], formats: str, taken: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(exporting, "compare", lambda *_: pytest.fail("it was measured"))
+    out = tmp_path / "out"
+    if taken is not None:
+        (out / taken).parent.mkdir(exist_ok=True)
+        (out / taken).touch()
+    with pytest.raises(UserError, match=message):
+        merge_command.main([*own, "--to", formats, "--output_dir", str(out)])
+    assert not list(out.glob("*/*"))
+
+
+def test_rows_that_cannot_be_used_are_left_out_on_request(own: list[str], capsys: pytest.CaptureFixture[str]):
+    argv = [*own, "--to", "safetensors", "--base", "original", "--dtype", "float32"]
+    with pytest.raises(UserError, match=r"rows\.jsonl line 41: .* or leave such rows out with --on_bad_row skip\.$"):
+        merge_command.main(argv)
+    assert merge_command.main([*argv, "--on_bad_row", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "40 of 41 rows used" in out
+    assert f"export '{own[0]}' DIRECTORY --to FORMAT --base BASE --dtype float32\n" in out
+
+
+def test_flags_of_other_versions_are_not_ignored(own: list[str], tmp_path: Path):
+    write_checked_json(tmp_path / "run.json", {"flags": {"do_eval": True, "held_out": 3}})
+    shutil.copytree(own[0], tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"run\.json of \S+ has held_out, which this version .* with `eval_dataset`\.$"):
+        compare(ComparisonConfig(str(tmp_path), ("safetensors",), model=str(tmp_path / "model")))
 
 
 @pytest.mark.e2e
