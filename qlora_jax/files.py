@@ -16,7 +16,7 @@ import reprlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from qlora_jax.errors import UserError
 
 CHECKSUMS_NAME = "SHA256SUMS"
 """File with the digests of a directory's other files, as `sha256sum --check` reads it."""
+
+JOURNAL_NAME = ".journal"
+"""File in a temporary directory that says how far it is; a finished directory that still has it is as good without."""
 
 LOCK_NAME = ".qlora-jax.lock"
 """File in a directory that says which process is at work there."""
@@ -80,17 +83,17 @@ def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
 
 
 @contextmanager
-def staged_directory(path: Path, *, replace: bool = False, keep: bool = False) -> Iterator[Path]:
+def staged_directory(path: Path, *, replace: bool = False, keep: Callable[[], bool] | None = None) -> Iterator[Path]:
     """Yield a temporary directory; it takes the name `path` when the block ends.
 
-    Nothing changes at `path` if the block raises.
+    Nothing changes at `path` if the block raises, or if the temporary directory cannot be given the name.
 
     Args:
         path: directory to make; it may exist if it is empty. Of a symbolic link, what it points to.
         replace: allow it to exist otherwise too; it is deleted once the new one is complete.
-        keep: leave in the temporary directory what an earlier process left there, and, if the block raises, what the
-            block leaves; the block removes what is not to be kept. By default the directory is empty at first, and
-            removed if the block raises.
+        keep: go on with what an earlier process left in the temporary directory. It is called when the work fails, up
+            to the renaming, and tells if what is there shall stay. By default the directory is empty at first, and
+            removed if the work fails.
 
     Raises:
         UserError: another process is writing it, or it is a mount point.
@@ -103,24 +106,22 @@ def staged_directory(path: Path, *, replace: bool = False, keep: bool = False) -
     staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging, os.O_RDONLY, wait=False):
         try:
-            if not keep:
+            if keep is None:
                 empty(staging)
             yield staging
-        except BaseException:
-            if keep:
-                with suppress(OSError):  # something is left in it
-                    staging.rmdir()
-            else:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
-        try:
             flush_all_to_disk(staging)
             if replace and path.exists():
                 remove(replaced)
                 os.rename(path, replaced)
             os.rename(staging, path)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not os.path.lexists(path):
+                with suppress(OSError):  # it is there if this process, or a killed one, had moved it
+                    os.rename(replaced, path)
+            if keep is None or not keep():
+                shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):  # something is left in it
+                staging.rmdir()
             raise
     flush_to_disk(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -217,8 +218,9 @@ def reason(error: BaseException) -> str:
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-    """{path within `directory`: bytes} of every file below it, to be kept for `resized_file`."""
-    return {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
+    """{path within `directory`: bytes} of every file below it but a journal, to be kept for `resized_file`."""
+    found = {str(file.relative_to(directory)): file for file in directory.rglob("*") if file.is_file()}
+    return {name: file.stat().st_size for name, file in found.items() if name != JOURNAL_NAME}
 
 
 def resized_file(directory: Path, sizes: Mapping[str, int]) -> str | None:
@@ -248,9 +250,9 @@ def checksums(files: Mapping[str, Path]) -> str:
     return "".join(f"{file_digest(file)}  {name}\n" for name, file in files.items())
 
 
-def write_checksums(directory: Path, *, without: Collection[str] = ()) -> None:
-    """Write SHA256SUMS: the digest of every other file below a directory but those `without`."""
-    text = checksums({name: directory / name for name in _files_below(directory) if name not in without})
+def write_checksums(directory: Path) -> None:
+    """Write SHA256SUMS: the digest of every other file below a directory but a journal."""
+    text = checksums({name: directory / name for name in _files_below(directory)})
     (directory / CHECKSUMS_NAME).write_text(text, encoding="utf-8")
 
 
@@ -259,7 +261,7 @@ def damaged_file(directory: Path, names: Sequence[str] | None = None) -> str | N
 
     Args:
         directory: with a SHA256SUMS, of `write_checksums` or of `sha256sum`.
-        names: files to compare; by default all, and that no other is there. No other file is opened.
+        names: files to compare; by default all, and that no other is there but a journal. No other file is opened.
 
     Raises:
         OSError: a file is there and cannot be read.
@@ -283,7 +285,7 @@ def damaged_file(directory: Path, names: Sequence[str] | None = None) -> str | N
 
 def _files_below(directory: Path) -> list[str]:
     names = (str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
-    return sorted(name for name in names if name != CHECKSUMS_NAME)
+    return sorted(name for name in names if name not in (CHECKSUMS_NAME, JOURNAL_NAME))
 
 
 def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from qlora_jax.checkpoints.companions import write_companions
 from qlora_jax.checkpoints.digests import layer_digests
 from qlora_jax.checkpoints.journal import (
-    JOURNAL_NAME,
     Journal,
     fingerprint,
     resumable_directory,
@@ -38,7 +37,7 @@ from qlora_jax.checkpoints.streaming import (
     stream_tensors,
 )
 from qlora_jax.errors import UserError
-from qlora_jax.files import check_room, file_digest, file_sizes, write_checked_json, write_errors
+from qlora_jax.files import JOURNAL_NAME, check_room, file_digest, file_sizes, write_checked_json, write_errors
 from qlora_jax.models import TensorSpec, base_tensors
 from qlora_jax.quantization import MixedQuantization, QuantizationConfig, QuantizedTensor
 

@@ -20,7 +20,7 @@ from qlora_jax.checkpoints.gguf_adapter import write_gguf_adapter
 from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, gguf_metadata, write_gguf
 from qlora_jax.checkpoints.hf_export import BITSANDBYTES_BLOCK, HuggingFaceFormat, check_parts, write_hugging_face
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
-from qlora_jax.checkpoints.journal import JOURNAL_NAME, fingerprint, resumable_directory, versions
+from qlora_jax.checkpoints.journal import fingerprint, resumable_directory, versions
 from qlora_jax.checkpoints.merging import open_adapter
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME
@@ -173,7 +173,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
         "command": "export",
         "versions": versions(),
         "to": config.to,
-        "model": name,
+        "model": public_name(name),
         "source": fingerprint(model, base.source_files if base else ()),
         "base": config.base,
         "storage": dataclasses.asdict(storage),
@@ -212,7 +212,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
             "left_out": list(base.left_out) if base else [],
         }
         files.write_json(staging / EXPORT_FILE, record)
-        files.write_checksums(staging, without=(JOURNAL_NAME,))
+        files.write_checksums(staging)
     if merges:
         warn_of_erased(config.to, config.base, shares)
     if config.push_to_hub is not None:
@@ -257,7 +257,12 @@ def push(directory: Path, repository: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload an export of qlora-jax")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=directory,
+            commit_message="Upload an export of qlora-jax",
+            ignore_patterns=[files.JOURNAL_NAME],
+        )
     except Exception as error:  # the hub's client raises its own types, those of its HTTP library and ValueError
         raise UserError(
             f"{directory} is complete, but could not be pushed to {repository} ({files.reason(error)}); log in with "

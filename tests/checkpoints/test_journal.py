@@ -13,10 +13,10 @@ import pytest
 from fixtures.unfinished import IDENTITY, TENSORS, Stopped, contents, write
 
 from qlora_jax.checkpoints import journal as journal_module
-from qlora_jax.checkpoints.journal import JOURNAL_NAME, Journal, fingerprint, resumable_directory
+from qlora_jax.checkpoints.journal import Journal, fingerprint, resumable_directory
 from qlora_jax.checkpoints.tensor_files import TensorFiles
 from qlora_jax.errors import UserError
-from qlora_jax.files import CHECKSUMS_NAME
+from qlora_jax.files import JOURNAL_NAME, damaged_file, file_sizes
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["safetensors", "aligned"])
@@ -29,6 +29,7 @@ def expected(aligned: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     out = tmp_path_factory.mktemp("expected") / "out"
     assert write(out, aligned=aligned) == list(range(len(TENSORS)))
     assert JOURNAL_NAME not in contents(out)
+    assert damaged_file(out) is None
     return contents(out)
 
 
@@ -133,14 +134,17 @@ def test_damage_is_found(
     assert ("has no journal that can be read" in caplog.text) == anew
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+
+
 def test_another_work_starts_anew(out: Path, expected: Any, aligned: bool, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO)
     for change in ({"adapter": {"a": "c"}}, {"sizes": [1, 3]}, {"more": None}):
         with pytest.raises(Stopped):
             write(out, 5, IDENTITY | change, aligned=aligned)
-    assert "differs in adapter, sizes" in caplog.text
+    assert "differs in adapter (a), sizes; it is deleted" in warnings(caplog)
     assert write(out, aligned=aligned)[0] == 0
-    assert "differs in more, sizes" in caplog.text
+    assert "differs in more, sizes; it is deleted" in warnings(caplog)
     assert contents(out) == expected
 
 
@@ -174,6 +178,106 @@ def test_a_disk_that_tells_only_at_the_end(out: Path, monkeypatch: pytest.Monkey
     assert not out.exists()
     assert write(out, aligned=aligned) == []
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(39, "Directory not empty"), PermissionError(13, "no")])
+@pytest.mark.parametrize("where", ["flush_all_to_disk", "the renaming", "the second renaming"])
+def test_nothing_is_lost_in_the_last_moment(
+    out: Path, staging: Path, error: BaseException, where: str, expected: Any, aligned: bool, monkeypatch: Any
+):
+    replace = where == "the second renaming"
+    if replace:
+        out.mkdir()
+        (out / "earlier").touch()
+    rename = os.rename
+
+    def failing(*paths: Path) -> None:
+        if replace and paths[0] == out:
+            rename(*paths)
+            return
+        if paths[0] in (staging, (staging,)):
+            raise error
+        rename(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((journal_module.files, where) if where == "flush_all_to_disk" else (os, "rename")), failing)
+        with pytest.raises((KeyboardInterrupt, UserError)) as raised:
+            write(out, aligned=aligned, replace=replace)
+    assert isinstance(raised.value, KeyboardInterrupt) or "run the same command again to go on" in str(raised.value)
+    assert sorted(os.listdir(out.parent)) == [".out.tmp", *(["out"] if replace else [])]
+    assert not replace or os.listdir(out) == ["earlier"]
+    assert write(out, aligned=aligned, replace=replace) == []
+    assert contents(out) == expected
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_a_finished_directory_may_still_have_its_journal(
+    out: Path, expected: Any, aligned: bool, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(out, aligned=aligned)
+    assert contents(out).keys() - expected.keys() == {JOURNAL_NAME}
+    assert damaged_file(out) is None
+    assert file_sizes(out) == {name: len(data) for name, data in expected.items()}
+    assert write(out, aligned=aligned, replace=True) == list(range(len(TENSORS)))
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("call", ["pathlib.Path.read_bytes", "os.truncate"])
+def test_a_journal_that_cannot_be_read_is_left_alone(
+    out: Path, staging: Path, call: str, error: BaseException, expected: Any, aligned: bool, monkeypatch: Any
+):
+    with pytest.raises(Stopped):
+        write(out, 8, aligned=aligned)
+    before = contents(staging)
+
+    def failing(*args: Any, **options: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, failing)
+        with pytest.raises((KeyboardInterrupt, UserError)) as raised:
+            write(out, aligned=aligned)
+    said = f"{staging / JOURNAL_NAME} cannot be used: Input/output error; run the same command again once the cause"
+    assert isinstance(raised.value, KeyboardInterrupt) or said in str(raised.value)
+    assert contents(staging) == before
+    assert write(out, aligned=aligned)[0] == 8
+    assert contents(out) == expected
+
+
+def test_a_journal_that_cannot_be_begun_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "_append", full)
+    with pytest.raises(UserError, match="the disk is full; free some space or choose another output directory"):
+        write(out)
+    assert os.listdir(out.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(5, "Input/output error"), "run the same command again to go on"),
+        (KeyboardInterrupt(), "run the same command again to go on"),
+        (UserError("tensor a does not fit float16."), "run the same command again once the cause is mended"),
+        (ValueError("a fault of the program"), "run the same command again once the cause is mended"),
+    ],
+)
+def test_advice_is_of_use(
+    out: Path, staging: Path, error: BaseException, advice: str, caplog: pytest.LogCaptureFixture
+):
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+        with resumable_directory(out, IDENTITY) as journal:
+            journal.add("a record")
+            raise error
+    assert f"what was written is kept in {staging}: {advice}, or delete it" in warnings(caplog)
 
 
 def test_a_directory_in_use_is_refused_at_once(out: Path):
@@ -235,17 +339,22 @@ def test_every_bit_of_a_journal_counts(tmp_path: Path):
         assert Journal(tmp_path, IDENTITY).records in ([{"i": 0}], [{"i": 0}, {"i": 1}])
 
 
-def test_models_are_told_apart_by_their_files(tmp_path: Path):
+def test_models_are_told_apart_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     model.mkdir()
-    for file in (model / "config.json", model / "model.safetensors", elsewhere):
+    for file in (model / "config.json", model / "hf_quant_config.json", model / "tokenizer.json", elsewhere):
         file.write_text("a")
     before = fingerprint(model, {elsewhere, model / "config.json"})
     assert before == fingerprint(model, [elsewhere])
     (model / ".out.tmp").mkdir()  # an output in the model's own directory
-    assert before == fingerprint(model, [elsewhere])
+    for name in ("README.md", ".DS_Store", ".gitattributes", "training_args.bin"):
+        (model / name).write_text("anything")
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    for same in (model, Path("model"), tmp_path / "link"):
+        assert before == fingerprint(same, [elsewhere])
     assert before != fingerprint(model)
-    for file in (model / "model.safetensors", elsewhere):
+    for file in (*(model / name for name in ("config.json", "hf_quant_config.json", "tokenizer.json")), elsewhere):
         stat = file.stat()
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
         assert fingerprint(model, [elsewhere]) != before
@@ -257,4 +366,3 @@ def test_models_are_told_apart_by_their_files(tmp_path: Path):
         file.write_text("a")
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert fingerprint(elsewhere)["files"].keys() == {str(elsewhere)}
-    assert CHECKSUMS_NAME not in before["files"]

@@ -33,6 +33,7 @@ from qlora_jax.checkpoints.tensor_files import TensorFiles
 from qlora_jax.commands.export import ExportFlags
 from qlora_jax.errors import UserError
 from qlora_jax.exporting import EXPORT_FILE, ExportConfig, export
+from qlora_jax.files import JOURNAL_NAME
 from qlora_jax.quantization import QuantizationConfig
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +136,9 @@ def test_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "out") == expected
     assert result.shares == json.loads(expected[EXPORT_FILE])["surviving_share"]
     assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / "out" / JOURNAL_NAME).touch()  # killed before it was deleted
+    made = next((tmp_path / "out").glob("*.gguf"), tmp_path / "out")
+    assert len(open_source(made).names()) == TENSORS
 
 
 @pytest.mark.parametrize("target", [*OFTEN, "gguf-lora"])
@@ -224,7 +228,7 @@ def test_another_export_starts_anew(work: Path, tmp_path: Path, left_alone: Any,
         interrupt(configured(work, tmp_path / "out"), 5)
         caplog.clear()
         interrupt(configured(work, tmp_path / "out", **change), 3)
-        assert f"starting anew: what is in {tmp_path}/.out.tmp differs in {field}\n" in caplog.text
+        assert f"starting anew: what is in {tmp_path}/.out.tmp differs in {field}" in caplog.text
     assert not (tmp_path / ".out.tmp" / "generation_config.json").exists()  # a GGUF file has none beside it
     export(configured(work, tmp_path / "out", **CHANGES["adapter"]))
     assert contents(tmp_path / "out") == left_alone(**CHANGES["adapter"]) != left_alone()

@@ -16,10 +16,10 @@ from fuzz.mutations import mutated_bytes
 
 from qlora_jax.checkpoints import conversion
 from qlora_jax.checkpoints.conversion import convert
-from qlora_jax.checkpoints.journal import JOURNAL_NAME
 from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.exporting import ExportConfig, export
+from qlora_jax.files import JOURNAL_NAME
 from qlora_jax.quantization import QuantizationConfig
 
 pytestmark = pytest.mark.fuzz
