@@ -70,8 +70,9 @@ def read_model_config(file: Path, hint: str) -> dict[str, Any]:
     beside = file.with_name(MODELOPT_FILE)
     if file.name != "config.json" or not beside.is_file():
         return contents
+    said = read_json_object(beside, DOWNLOAD_AGAIN)
     try:
-        field = with_modelopt_file(contents.get(FIELD), read_json_object(beside, DOWNLOAD_AGAIN))
+        field = with_modelopt_file(contents.get(FIELD), said)
     except UserError as error:
         raise UserError(str(error).replace(MODELOPT_FILE, str(beside), 1)) from None
     return contents if field is None else {**contents, FIELD: field}

@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import functools
 import reprlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, TypedDict
 
@@ -169,10 +169,19 @@ class _Groups(TypedDict, total=False):
     modules_to_not_convert: _Names | None
 
 
+class _GroupWeights(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")  # type: ignore[misc]
+
+    num_bits: int | None
+    type: str | None
+    group_size: int | None
+
+
 class _ConfigGroup(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(strict=True, extra="ignore")  # type: ignore[misc]
 
     targets: _Names
+    weights: _GroupWeights | None
     format: str | None
 
 
@@ -260,6 +269,7 @@ def _compressed(field: Mapping[str, Any]) -> _Reading:
         if each not in types or each != form:
             raise UserError(f"{_WHERE}format is {each!r}; supported are {', '.join(types)}, one of them; {_16_BIT}.")
     targets = [target for group in groups for target in group.get("targets") or ()]
+    _check_weights(groups, types[form])
     return _Reading(
         QuantizationConfig(types[form]),
         checked.get("ignore") or [],
@@ -268,10 +278,21 @@ def _compressed(field: Mapping[str, Any]) -> _Reading:
     )
 
 
+def _check_weights(groups: Iterable[_ConfigGroup], quant_type: str) -> None:
+    """Refuse groups of linears whose weights are said to be of another type than their format."""
+    meant = {"num_bits": 4, "type": "float", "group_size": QuantizationConfig(quant_type).block_size}
+    for group in groups:
+        for name, value in (group.get("weights") or {}).items():
+            if value is not None and value != meant[name]:
+                field = f"config_groups.weights.{name}"
+                raise UserError(f"{_WHERE}{field} is {value!r}, but {meant[name]!r} for {quant_type}; {_16_BIT}.")
+
+
 def _modelopt(field: Mapping[str, Any]) -> _Reading:
     checked = check_type(field, _IGNORED, _WHERE)
     if checked.get("quant_algo") != "NVFP4":
         raise UserError(f"{_WHERE}quant_algo is {checked.get('quant_algo')!r}; only NVFP4 is supported; {_16_BIT}.")
+    _check_weights((checked.get("config_groups") or {}).values(), "nvfp4")
     left_out = checked.get("ignore") or checked.get("exclude_modules") or []
     return _Reading(QuantizationConfig("nvfp4"), left_out, _by_glob)
 

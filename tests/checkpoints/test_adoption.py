@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -373,6 +374,14 @@ def test_what_modelopts_file_cannot_say_is_refused(settings, field, message, tmp
         assert str(refusal.value).startswith(str(tmp_path / "model" / "hf_quant_config.json"))
 
 
+def test_a_damaged_file_of_modelopt_is_named_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_modelopt(Path("model"))
+    Path("model/hf_quant_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^model/hf_quant_config\.json is not valid JSON"):
+        open_source("model")
+
+
 def test_modelopt_without_its_settings_is_told_by_its_tensors(tmp_path):
     write_packed(tmp_path / "model", "modelopt", CONFIG)
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
@@ -420,6 +429,15 @@ def test_both_names_of_gptqs_second_format_are_read(tmp_path):
         ({"quant_method": "awq", "bits": "4"}, "quantization_config.bits should be a valid integer"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "format is 'float-quantized'"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo is 'FP8'; only NVFP4"),
+        ({**METHODS["nvfp4"], "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "num_bits is 8, but 4 for nvfp4"),
+        (
+            {**METHODS["mxfp4"], "config_groups": {"a": {"weights": {"group_size": 16}}}},
+            "group_size is 16, but 32 for mx",
+        ),
+        (
+            {**METHODS["modelopt"], "config_groups": {"a": {"weights": {"type": "int"}}}},
+            "type is 'int', but 'float' for",
+        ),
         ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "af4"}, "must be nf4 or fp4, not 'af4'"),
         ("nf4", "must be an object"),
     ],
