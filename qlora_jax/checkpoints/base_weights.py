@@ -15,6 +15,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.converted import ConvertedBase, converted_config
 from qlora_jax.checkpoints.manifest import is_converted, read_manifest
+from qlora_jax.checkpoints.model_files import check_finite
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import check_source, check_tied_head, describe, stream_tensors
 from qlora_jax.choices import BaseKind
@@ -130,7 +131,7 @@ class _Checkpoint:
             for spec in self.specs[start:]:
                 if spec.kind == "embedding":
                     check_tied_head(self.source, list(self.specs), spec)
-                yield spec, self.source.read(spec.name)
+                yield spec, self._read(spec.name)
             return
         values = stream_tensors(self.source, list(self.specs), self._storage, np.dtype(np.float32), start)
         for spec, value in values:
@@ -138,7 +139,12 @@ class _Checkpoint:
 
     def other_weights(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         """Read."""
-        yield from ((name, self.source.read(name)) for name in list(self.other_parts)[start:])
+        yield from ((name, self._read(name)) for name in list(self.other_parts)[start:])
+
+    def _read(self, name: str) -> np.ndarray:
+        weight = self.source.read(name)
+        check_finite(weight, name, self.source.location(name))
+        return weight
 
 
 class _Converted:

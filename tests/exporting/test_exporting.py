@@ -18,6 +18,7 @@ from fixtures.finetune_helpers import (
 )
 from fixtures.trained_adapters import write_adapter
 from gguf import GGUFReader
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import gguf_writer
 from qlora_jax.checkpoints.gguf_source import GGUFSource
@@ -142,6 +143,16 @@ def test_changes_that_overflow_are_not_written(run: Path, model: Path, tmp_path:
         UserError, match=r"adapter: the change of model\.layers\.0\.\S+ overflows float32; .* another\.$"
     ):
         export(ExportConfig(str(adapter), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_original_weights_that_are_not_finite_are_not_exported(run: Path, tmp_path: Path):
+    model = make_model_with_merges(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight in \S+model\.safetensors holds NaN or infinity; "):
+        export(ExportConfig(str(run), str(tmp_path / "out"), base="original", model=str(model)))
     assert not (tmp_path / "out").exists()
 
 
