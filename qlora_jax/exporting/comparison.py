@@ -4,8 +4,8 @@ The base is streamed twice at most, once as training read it and once as its che
 merged tensor with the functions that its export writes by, and the models of all formats go through their layers side
 by side (`qlora_jax.exporting.layerwise`).
 
-Memory: the tensors of one layer of the base and its change, float32; of a converted directory those of one part; and
-what `qlora_jax.exporting.layerwise` says.
+Memory: the tensors of one layer and their changes, float32, or the embedding or head; of a converted directory the
+layers that one part of it holds. One tensor of a format beside them, and what `qlora_jax.exporting.layerwise` says.
 """
 
 import collections
@@ -14,8 +14,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
-
-import numpy as np
 
 from qlora_jax import data
 from qlora_jax.checkpoints import hf_export
@@ -28,7 +26,7 @@ from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.choices import BaseKind, ExportTarget, OnBadRow
 from qlora_jax.errors import UserError
-from qlora_jax.exporting.layerwise import HeldOutLoss, LayerwiseModel
+from qlora_jax.exporting.layerwise import HeldOutLoss, LayerwiseModel, Programs, Weights
 from qlora_jax.exporting.recipe import (
     ExportConfig,
     Trained,
@@ -109,21 +107,20 @@ class _Contender:
         self.name, self.model, self._codecs, self._adapter = name, model, codecs, adapter
         self.shares: dict[str, float] = {}
 
-    def weights(self, tensors: Sequence[MergedTensor]) -> dict[tuple[str, ...], np.ndarray]:
-        """Return what it computes with in place of some tensors, its adapters among them, by path."""
-        found = {}
+    def weights(self, tensors: Sequence[MergedTensor]) -> Weights:
+        """Yield what it computes with in place of some tensors, its adapters among them."""
         for tensor in tensors:
             path = tensor.spec.path
             if self._codecs is not None:
                 codec = self._codecs(tensor.spec)
-                found[path] = codec.load(stored(tensor, codec, self.shares))
+                yield path, codec.load(stored(tensor, codec, self.shares))
                 continue
-            found[path] = tensor.base
+            yield path, tensor.base
             if tensor.change is not None and self._adapter is not None:
                 assert tensor.spec.layer is not None
                 a, b = self._adapter.pair(path[:-1], tensor.spec.layer)
-                found |= {(*path[:-1], "lora_a"): a, (*path[:-1], "lora_b"): b}
-        return found
+                yield (*path[:-1], "lora_a"), a
+                yield (*path[:-1], "lora_b"), b
 
 
 def measure(
@@ -154,10 +151,11 @@ def measure(
     """
     config = base.config
     lora = LoRAConfig(adapter.config.rank, adapter.config.alpha, 0.0, tuple(adapter.config.target_modules))
+    programs = Programs(config, dtype)
     contenders = [
-        _Contender(BASE, LayerwiseModel(config, batches, dtype), None, None),
-        _Contender(BESIDE, LayerwiseModel(config, batches, dtype, lora), None, adapter),
-        *(_Contender(name, LayerwiseModel(config, batches, dtype), codecs, None) for name, codecs in formats.items()),
+        _Contender(BASE, LayerwiseModel(programs, batches), None, None),
+        _Contender(BESIDE, LayerwiseModel(programs, batches, lora), None, adapter),
+        *(_Contender(name, LayerwiseModel(programs, batches), codecs, None) for name, codecs in formats.items()),
     ]
     tied: list[MergedTensor] = []
     losses = {}
@@ -171,6 +169,7 @@ def measure(
                 each.model.layer(stage, each.weights(tensors))
             else:
                 losses[each.name] = each.model.loss(each.weights([*tensors, *tied]))
+        del tensors  # or they would be in memory beside the next
     return [Measured(each.name, kind, losses[each.name], each.shares) for each in contenders]
 
 

@@ -5,13 +5,12 @@ all held-out batches pass through it. The computation is that of `qlora_jax.trai
 weights.
 
 Memory: of each model the residual streams of all held-out tokens, in the compute dtype, on the host; on the device one
-layer in the compute dtype, and one batch. Embedding and head take turns with the layers.
+batch, and the embedding, one layer or the head, in the compute dtype.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +26,8 @@ from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.losses import next_token_loss
 
 Path = tuple[str, ...]
+Weights = Iterable[tuple[Path, np.ndarray]]
+"""(path in the model, array) of some weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,79 +52,101 @@ class LayerwiseModel:
     """A model on its way through its layers: `embed`, then `layer` for each in order, then `loss`.
 
     Weights are given by their paths in the model, such as ("layers", "self_attn", "q_proj", "weight"), those of a layer
-    without the axis of layers, and cast to what the model computes with.
+    without the axis of layers, and cast to what the model computes with one by one.
 
     Args:
-        config: of the model.
+        programs: of the model; others of the same structure may share them.
         batches: held-out rows: input_ids, positions and labels, int32 [B, S], and segment_ids of packed rows.
-        dtype: compute dtype.
         lora: adapters that are computed beside the weights, as ("layers", ..., "lora_a") [R, in] and "lora_b" [out, R];
             None for weights alone.
     """
 
-    def __init__(
-        self, config: DecoderConfig, batches: Sequence[data.Batch], dtype: Any, lora: LoRAConfig | None = None
-    ):
-        self._config, self._batches, self._dtype, self._lora = config, batches, jnp.dtype(dtype), lora
+    def __init__(self, programs: "Programs", batches: Sequence[data.Batch], lora: LoRAConfig | None = None):
+        self._programs, self._batches, self._lora = programs, batches, lora
         self._streams: list[np.ndarray] = []
 
-    def embed(self, weights: Mapping[Path, np.ndarray]) -> None:
+    def embed(self, weights: Weights) -> None:
         """Begin: look up every token in the embedding, all that `weights` has."""
-        stages = self._stages(0)
+        stages = self._programs.of(0, self._lora)
         values = stages.cast(weights)
         self._streams = [np.asarray(stages.embed(values, batch)) for batch in self._batches]
 
-    def layer(self, index: int, weights: Mapping[Path, np.ndarray]) -> None:
+    def layer(self, index: int, weights: Weights) -> None:
         """Go through the layer with that index."""
-        stages = self._stages(index)
-        values = stages.cast({path: array[None] for path, array in weights.items()})
+        stages = self._programs.of(index, self._lora)
+        values = stages.cast((path, array[None]) for path, array in weights)
         self._streams = [
             np.asarray(stages.layer(values, stream, batch))
             for stream, batch in zip(self._streams, self._batches, strict=True)
         ]
 
-    def loss(self, weights: Mapping[Path, np.ndarray]) -> HeldOutLoss:
-        """End: the loss, by the final norm and the head (the embedding, where the two are tied)."""
-        stages = self._stages(0)
+    def loss(self, weights: Weights) -> HeldOutLoss:
+        """End: the loss, by the final norm and the head (the embedding, where the two are tied).
+
+        Raises:
+            ValueError: no token is trained.
+        """
+        stages = self._programs.of(0, self._lora)
         values = stages.cast(weights)
         sums = [stages.loss(values, stream, batch) for stream, batch in zip(self._streams, self._batches, strict=True)]
         tokens = sum(int(count) for _, count in sums)
+        if not tokens:
+            raise ValueError("No held-out token is trained.")
         return HeldOutLoss(sum(float(loss) for loss, _ in sums) / tokens, tokens)
 
-    def _stages(self, index: int) -> "_Stages":
-        return _stages(self._config, self._config.attentions[index], self._dtype.name, self._lora)
+
+class Programs:
+    """Programs of the models of one structure, compiled when they are first needed.
+
+    Args:
+        config: of the model.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: Any):
+        self._config, self._dtype = config, jnp.dtype(dtype)
+        self._stages: dict[tuple[Attention, LoRAConfig | None], _Stages] = {}
+
+    def of(self, layer: int, lora: LoRAConfig | None) -> "_Stages":
+        """Return the programs of a layer with that index and, whatever its index, of embedding and head."""
+        attention = self._config.attentions[layer]
+        key = attention, lora
+        if key not in self._stages:
+            one = dataclasses.replace(self._config, num_hidden_layers=1, attentions=(attention,))
+            self._stages[key] = _Stages(one, self._dtype, lora)
+        return self._stages[key]
 
 
 class _Stages:
     """The programs of a model of one layer; each reads the weights of its own part, and the others are never there."""
 
-    def __init__(self, config: DecoderConfig, attention: Attention, dtype: str, lora: LoRAConfig | None):
-        one = dataclasses.replace(config, num_hidden_layers=1, attentions=(attention,))
-        qlora = QLoRAConfig(QuantizationConfig("none"), jnp.dtype(dtype), lora)
-        self._graphdef, state = nnx.split(models.abstract_model(one, qlora))
+    def __init__(self, config: DecoderConfig, dtype: Any, lora: LoRAConfig | None):
+        model = models.abstract_model(config, QLoRAConfig(QuantizationConfig("none"), dtype, lora))
+        self._graphdef, state = nnx.split(model)
         self._variables = {tuple(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+        # Of each instance, so that programs do not outlive it.
+        self.embed, self.layer, self.loss = jax.jit(self._embed), jax.jit(self._layer), jax.jit(self._loss)
 
-    def cast(self, weights: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array]:
-        """Put weights on the device, in the dtypes that the model declares; each must be one of the model's."""
-        return {
-            path: jnp.asarray(array.astype(self._variables[path][1].get_value().dtype, copy=False))
-            for path, array in weights.items()
-        }
+    def cast(self, weights: Weights) -> dict[Path, jax.Array]:
+        """Put weights on the device, in the dtypes that the model declares; ValueError for one that it has not."""
+        values = {}
+        for path, array in weights:
+            if path not in self._variables:
+                raise ValueError(f"The model has no {'.'.join(path)}.")
+            values[path] = jnp.asarray(array.astype(self._variables[path][1].get_value().dtype, copy=False))
+        return values
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def embed(self, values: Mapping[Path, jax.Array], batch: Mapping[str, jax.Array]) -> jax.Array:
+    def _embed(self, values: Mapping[Path, jax.Array], batch: Mapping[str, jax.Array]) -> jax.Array:
         model = self._model(values)
         return model.embed_tokens(batch["input_ids"], model.dtype)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def layer(self, values: Mapping[Path, jax.Array], h: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    def _layer(self, values: Mapping[Path, jax.Array], h: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         model = self._model(values)
         context = model.context(batch["positions"], batch.get("segment_ids"))
         # Nothing is kept without a backward pass; `full` lets long rows pass by tiles.
         return model.stack(model.layers, h, context, remat="full")
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def loss(
+    def _loss(
         self, values: Mapping[Path, jax.Array], h: jax.Array, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         model = self._model(values)
@@ -136,6 +159,3 @@ class _Stages:
             for key, (path, variable) in self._variables.items()
         ]
         return nnx.merge(self._graphdef, nnx.from_flat_state(filled))
-
-
-_stages = functools.lru_cache(_Stages)

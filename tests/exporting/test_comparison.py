@@ -15,9 +15,10 @@ from fixtures.tiny_configs import BIASED_LLAMA, BYTE_LLAMA
 from fixtures.trained_adapters import random_adapter, write_adapter
 
 from qlora_jax import data, exporting, models
+from qlora_jax.checkpoints import gguf_writer
 from qlora_jax.checkpoints.base_weights import BaseStorage, open_base
 from qlora_jax.checkpoints.conversion import convert
-from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, codecs
+from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, codecs, write_gguf
 from qlora_jax.checkpoints.hf_export import HuggingFaceFormat, codec, write_hugging_face
 from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.merging import Adapter
@@ -39,11 +40,11 @@ HF = {"safetensors": functools.partial(codec, storage=FLOAT32)}
 
 
 def held_out(vocabulary: int, *, packed: bool) -> list[data.Batch]:
-    """Two batches of two rows, half of whose tokens are trained."""
+    """Two batches of two rows, of other lengths, in which every second and every third token is trained."""
     found = []
-    for seed, length in enumerate((16, 16)):
+    for seed, length in enumerate((16, 24)):
         ids = np.random.default_rng(seed).integers(3, vocabulary, (2, length)).astype(np.int32)
-        labels = np.where(np.arange(length) % 2, ids, data.IGNORED).astype(np.int32)
+        labels = np.where(np.arange(length) % (2 + seed) == 1, ids, data.IGNORED).astype(np.int32)
         arrays = {k: np.asarray(v) for k, v in batches.batch_of(ids, labels).items()}
         if packed:
             start = length // 2
@@ -85,7 +86,7 @@ def test_layer_by_layer_is_the_whole_model(name: str, tmp_path: Path):
     config = families.config(name)
     base = write_hf(tmp_path / "base", families.CASES[name]["config"], families.weights(name))
     adapter = random_adapter(tmp_path / "adapter", config, size=0.1)
-    rows = held_out(config.vocab_size, packed=name == families.ONE_A_FAMILY[0])
+    rows = held_out(config.vocab_size, packed=name == "gemma3")
     results = results_of(open_base(base, "dequantized", STORAGE), adapter, HF, rows)
     assert list(results) == [BASE, BESIDE, "safetensors"]
     losses = {name: each.held_out.loss for name, each in results.items()}
@@ -96,30 +97,40 @@ def test_layer_by_layer_is_the_whole_model(name: str, tmp_path: Path):
     assert all(abs(share - 1) < 1e-3 for share in results["safetensors"].shares.values())
 
 
-def test_formats_measure_what_is_written(tmp_path: Path):
+@pytest.mark.parametrize("name", ["biased_llama", pytest.param("gemma3", marks=pytest.mark.e2e)])
+def test_formats_measure_what_is_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Losses are those of the exports, read back; shares those that an export prints."""
-    base = write_hf(tmp_path / "base", BIASED_LLAMA, random_tensors(BIASED_LLAMA))
-    adapter = random_adapter(tmp_path / "adapter", models.model_config(BIASED_LLAMA), size=0.1)
-    rows = held_out(BIASED_LLAMA["vocab_size"], packed=False)
+    monkeypatch.setattr(gguf_writer, "tokenizer_metadata", lambda *_: {})  # there is no tokenizer
+    contents = BIASED_LLAMA if name == "biased_llama" else families.CASES[name]["config"]
+    if name == "gemma3":  # as GGUF files have it
+        contents = {**contents, "query_pre_attn_scalar": contents["head_dim"]}
+    weights = random_tensors(BIASED_LLAMA) if name == "biased_llama" else families.weights(name)
+    base = write_hf(tmp_path / "base", contents, weights)
+    adapter = random_adapter(tmp_path / "adapter", models.model_config(contents), size=0.1)
+    rows = held_out(models.model_config(contents).vocab_size, packed=False)
     opened = open_base(base, "dequantized", STORAGE)
     formats = {
         "bitsandbytes": functools.partial(codec, storage=BITSANDBYTES),
-        "Q4_1": codecs(opened.config, GGUF_FORMATS["Q4_1"]),
+        "Q8_0": codecs(opened.config, GGUF_FORMATS["Q8_0"]),
     }
     results = results_of(opened, adapter, formats, rows)
     (tmp_path / "hf").mkdir()
-    shares = write_hugging_face(opened, adapter, tmp_path / "hf", BITSANDBYTES)
-    assert results["bitsandbytes"].shares == shares
-    assert results["bitsandbytes"].held_out.loss == pytest.approx(whole_loss(tmp_path / "hf", PLAIN, rows), rel=1e-6)
+    shares = {
+        "bitsandbytes": write_hugging_face(opened, adapter, tmp_path / "hf", BITSANDBYTES),
+        "Q8_0": write_gguf(opened, adapter, tmp_path / "model.gguf", GGUF_FORMATS["Q8_0"], title="t"),
+    }
+    for written, file in (("bitsandbytes", "hf"), ("Q8_0", "model.gguf")):
+        assert results[written].shares == shares[written]
+        assert results[written].held_out.loss == pytest.approx(whole_loss(tmp_path / file, PLAIN, rows), rel=1e-6)
     # Not the base's, nor the other's.
-    assert len({round(each.held_out.loss, 5) for each in results.values()}) == 4
+    assert len({each.held_out.loss for each in results.values()}) == 4
     # A converted base is read in another order.
     converted = convert(base, tmp_path / "converted", NF4, "float32").directory
     again = results_of(open_base(converted, "dequantized", BaseStorage()), adapter, formats, rows)
     assert {name: each.held_out for name, each in again.items()} == {
         name: each.held_out for name, each in results.items()
     }
-    assert again["Q4_1"].shares == results["Q4_1"].shares
+    assert again["Q8_0"].shares == results["Q8_0"].shares
 
 
 def test_runs_without_held_out_rows_need_some(tmp_path: Path):
