@@ -29,9 +29,10 @@ class MergeFlags(BaseFlags):
     """Flags of `merge`."""
 
     adapter: str = argument("Directory of a run, of one of its checkpoints, or of an adapter in PEFT's format.")
-    to: str = flag(
-        "safetensors,bitsandbytes,gguf-q8_0,gguf-q4_1,gguf-q4_0",
-        f"Formats, with commas between them: {', '.join(MERGED)}.",
+    to: str | None = flag(
+        None,
+        f"Formats, with commas between them: {', '.join(MERGED)}; by default, to be measured only, safetensors, "
+        "bitsandbytes and the quantised ones of GGUF, if they can hold the model.",
     )
     base: Literal["both", "dequantized", "original"] = flag(
         "both",
@@ -40,7 +41,7 @@ class MergeFlags(BaseFlags):
     )
     eval_dataset: str | None = flag(None, "Held-out rows to measure with, instead of the run's.")
     eval_split: str | None = flag(None, "Split of eval_dataset; by default test, else validation.")
-    dataset_format: str | None = flag(None, "Row format of eval_dataset; by default told from the columns.")
+    dataset_format: str | None = flag(None, "Row format of eval_dataset; by default as the run had it.")
     on_bad_row: OnBadRow | None = flag(
         None, "With held-out rows that cannot be used: stop, or leave them out; by default as the run did."
     )
@@ -60,8 +61,8 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax merge") -> int:
 def refusals(values: Any, given: Set[str]) -> list[str]:
     """List a sentence for every flag that has no effect beside the others, and for formats that are not known."""
     found = base_refusals(values, given)
-    unknown = [name for name in formats(values.to) if name not in MERGED]
-    if unknown or not formats(values.to):
+    wanted = formats(values.to)
+    if wanted is not None and not (wanted and set(wanted) <= set(MERGED)):
         found.append(f"`to={values.to}`: choose from {', '.join(MERGED)}, with commas between them.")
     if values.eval_dataset is None:
         found += [
@@ -69,14 +70,20 @@ def refusals(values: Any, given: Set[str]) -> list[str]:
             for name in ("eval_split", "dataset_format")
             if name in given
         ]
+    if "dtype" in given and wanted and all(name.startswith("gguf") for name in wanted):
+        found.append(f"`dtype` has no effect with `to={values.to}`; leave it out.")
+    if "quant_type" in given and values.base == "original" and wanted and "bitsandbytes" not in wanted:
+        found.append("`quant_type` has no effect with `base=original`; leave it out.")
+    if values.output_dir is not None and wanted is None:
+        found.append("`output_dir`: give the formats to write there as `to`.")
     if "overwrite" in given and values.output_dir is None:
         found.append("`overwrite` has no effect without `output_dir`; give that too, or leave it out.")
     return found
 
 
-def formats(text: str) -> tuple[Any, ...]:
+def formats(text: str | None) -> tuple[Any, ...] | None:
     """Split the value of --to."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    return None if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def merge(flags: MergeFlags, prog: str) -> None:
@@ -109,7 +116,7 @@ def merge(flags: MergeFlags, prog: str) -> None:
             dtype=flags.dtype,
             overwrite=flags.overwrite,
         )
-        for target in config.formats
+        for target in config.formats or ()
         if flags.output_dir is not None
     ]
     # Measuring a large model takes long: what cannot be written is refused before.

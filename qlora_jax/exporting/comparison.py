@@ -18,7 +18,7 @@ from typing import Any, Literal
 from qlora_jax import data
 from qlora_jax.checkpoints import hf_export
 from qlora_jax.checkpoints.base_weights import BaseStorage, BaseWeights, open_base
-from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, codecs
+from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, codecs, gguf_metadata
 from qlora_jax.checkpoints.hub import resolve_model
 from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.merging import Adapter, Codec, MergedTensor, merged_tensors, open_adapter, stored
@@ -35,6 +35,7 @@ from qlora_jax.exporting.recipe import (
     hugging_face_format,
     storage_in_training,
     warn_of_erased,
+    warn_of_no_change,
 )
 from qlora_jax.models import TensorSpec
 from qlora_jax.nn.linear import LoRAConfig
@@ -48,26 +49,31 @@ Codecs = Callable[[TensorSpec], Codec[Any]]
 """Storage of each base tensor in one format."""
 
 
+USUAL: tuple[ExportTarget, ...] = ("safetensors", "bitsandbytes", "gguf-q8_0", "gguf-q4_1", "gguf-q4_0")
+"""Formats of a comparison that asks for none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ComparisonConfig:
     """A comparison of merges.
 
     Attributes:
         adapter: directory of a run, one of its checkpoints, or an adapter in PEFT's format.
-        formats: formats to measure, all but "gguf-lora", which is the adapter beside its base.
+        formats: formats to measure, all but "gguf-lora", which is the adapter beside its base; None for those of
+            `USUAL` that can hold the model.
         base: the bases to merge into; "both" leaves one out that is not there.
         model: base to use in place of the one the run names.
         storage: of the base in training; None for what the run says.
         dtype: of weights that a Hugging Face format does not quantise.
         eval_dataset: held-out rows in place of the run's, see `TrainConfig`.
         eval_split: split of them.
-        dataset_format: of `eval_dataset`; None to tell it from the columns.
+        dataset_format: of `eval_dataset`; None for what the run has.
         on_bad_row: see `TrainConfig`; None for what the run has.
         max_eval_samples: most held-out rows; None for what the run has.
     """
 
     adapter: str
-    formats: tuple[ExportTarget, ...]
+    formats: tuple[ExportTarget, ...] | None = None
     base: Literal["both", "dequantized", "original"] = "both"
     model: str | None = None
     storage: BaseStorage | None = None
@@ -221,12 +227,29 @@ def compare(config: ComparisonConfig, progress: Progress | None = None) -> tuple
         base = open_base(model, kind, storage)
         notes.append(f"{kind}: {base.description}")
         adapter = open_adapter(trained.adapter, base.config, base.specs)
-        formats: dict[str, Codecs] = {name: _codecs(name, config, storage, base) for name in config.formats}
-        measured = measure(base, kind, adapter, formats, batches, setup.compute_dtype(train), progress)
-        results += measured
-        for each in measured[2:]:
-            warn_of_erased(each.name, kind, each.shares)
+        names, left_out = _formats(config, base)
+        notes += [note for note in left_out if note not in notes]
+        formats: dict[str, Codecs] = {name: _codecs(name, config, storage, base) for name in names}
+        results += measure(base, kind, adapter, formats, batches, setup.compute_dtype(train), progress)
+    if not any(each.shares for each in results):
+        warn_of_no_change()
+    for each in results:
+        warn_of_erased(each.name, each.base, each.shares)
     return results, notes
+
+
+def _formats(config: ComparisonConfig, base: BaseWeights) -> tuple[list[ExportTarget], list[str]]:
+    """Return the formats to measure, and notes about those that cannot hold the model; one asked for is refused."""
+    asked = USUAL if config.formats is None else config.formats
+    if not any(name.startswith("gguf") for name in asked):
+        return list(asked), []
+    try:
+        gguf_metadata(base)
+    except UserError as error:
+        if config.formats is not None:
+            raise
+        return [name for name in asked if not name.startswith("gguf")], [f"not as GGUF: {error}"]
+    return list(asked), []
 
 
 def _evaluating(config: ComparisonConfig, trained: Trained, model: str) -> TrainConfig:
@@ -252,8 +275,9 @@ def _evaluating(config: ComparisonConfig, trained: Trained, model: str) -> Train
             "eval_dataset": config.eval_dataset,
             "eval_split": config.eval_split,
             "eval_dataset_size": None,
-            "dataset_format": config.dataset_format,
         }
+    if config.dataset_format is not None:
+        flags["dataset_format"] = config.dataset_format
     return TrainConfig(**flags)
 
 

@@ -214,6 +214,8 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
         files.write_json(staging / EXPORT_FILE, record)
         files.write_checksums(staging)
     if merges:
+        if not shares:
+            warn_of_no_change()
         warn_of_erased(config.to, config.base, shares)
     if config.push_to_hub is not None:
         push(output, config.push_to_hub)
@@ -365,10 +367,15 @@ def _checked_output(config: ExportConfig) -> Path:
     return output
 
 
+def warn_of_no_change() -> None:
+    """Say that an adapter changes nothing."""
+    logger.warning(
+        "every matrix B of the adapter is zero: it was not trained, and what it is merged into stays as it is"
+    )
+
+
 def warn_of_erased(to: str, base: BaseKind, shares: Mapping[str, float]) -> None:
-    """Name the modules whose change does not survive the rounding to a format, merged into that base."""
-    if not shares:
-        logger.warning("every matrix B of the adapter is zero: it was not trained, and the export is its base")
+    """Name the first modules whose change does not survive the rounding to a format, merged into that base."""
     if erased := [name for name, share in shares.items() if share < ERASED]:
         shown = ", ".join(erased[:_SHOWN]) + (f" and {len(erased) - _SHOWN} more" if len(erased) > _SHOWN else "")
         grid = "; where its base lies on that grid already, `base=original` may keep more" if base != "original" else ""

@@ -1,5 +1,6 @@
 """Costs of merges, measured layer by layer, against whole models: trained, written and read back."""
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -24,7 +25,7 @@ from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.merging import Adapter
 from qlora_jax.commands import merge as merge_command
 from qlora_jax.errors import UserError
-from qlora_jax.exporting import ComparisonConfig, compare
+from qlora_jax.exporting import ComparisonConfig, compare, comparison
 from qlora_jax.exporting.comparison import BASE, BESIDE, measure
 from qlora_jax.files import damaged_file, write_checked_json
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
@@ -150,6 +151,9 @@ def test_runs_without_held_out_rows_need_some(tmp_path: Path):
         ("--to ,", r"^--to ,: choose from safetensors, "),
         ("--eval_split test", r"^--eval_split has no effect without --eval_dataset; give that too"),
         ("--overwrite", r"^--overwrite has no effect without --output_dir;"),
+        ("--output_dir out", r"^--output_dir: give the formats to write there as --to\."),
+        ("--to gguf-f16 --dtype float32", r"^--dtype has no effect with --to gguf-f16;"),
+        ("--to gguf-f16 --base original --quant_type nf4", r"^--quant_type has no effect with --base original;"),
         ("--block_size 32", r"^--block_size has no effect without --quant_type; leave it out\."),
     ],
 )
@@ -197,6 +201,20 @@ def test_rows_that_cannot_be_used_are_left_out_on_request(own: list[str], capsys
     out = capsys.readouterr().out
     assert "40 of 41 rows used" in out
     assert f"export '{own[0]}' DIRECTORY --to FORMAT --base BASE --dtype float32\n" in out
+
+
+def test_formats_that_cannot_hold_the_model_are_left_out_unless_they_are_asked_for(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measured = []
+    monkeypatch.setattr(comparison, "measure", lambda *arguments: measured.append(list(arguments[3])) or [])
+    config = ComparisonConfig(own[0], eval_dataset=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
+    _, notes = compare(config)
+    assert measured == [["safetensors", "bitsandbytes"]] * 2
+    (note,) = (note for note in notes if "GGUF" in note)
+    assert "without merges" in note
+    with pytest.raises(UserError, match="without merges"):
+        compare(dataclasses.replace(config, formats=("gguf-f16",)))
 
 
 def test_flags_of_other_versions_are_not_ignored(own: list[str], tmp_path: Path):
