@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from qlora_jax import models
 from qlora_jax.checkpoints.model_files import read_json_object
-from qlora_jax.checkpoints.peft_modules import Module, ends_with, matching_ends, named, targeted
+from qlora_jax.checkpoints.peft_modules import Module, ends_of, matching_ends, named, targeted
 from qlora_jax.errors import UserError
 from qlora_jax.files import CHECKSUMS_NAME, atomic_write, checksums, damaged_file, user_path, write_errors
 from qlora_jax.json_text import check_type
@@ -509,8 +509,9 @@ def _check_targets(
         raise UserError(f"{path}: exclude_modules must be a list of up to {MOST} names, a string or null.")
     if not targets or not _is_names_or_pattern(targets):
         raise UserError(f"{path}: target_modules must be a non-empty list of up to {MOST} names, or a string.")
+    ends = {end for name in adapted for end in ends_of(name)}
     for target in () if isinstance(targets, str) or excluded else targets:
-        if not any(ends_with(name, target) for name in adapted):
+        if target not in ends:
             raise UserError(f"{path}: target_modules names {target}, but {WEIGHTS_NAME} has no matrices for it.")
     wanted = targeted(targets, modules, f"{path}: target_modules")
     left_out = named(excluded or [], modules, f"{path}: exclude_modules")

@@ -1,7 +1,7 @@
 """Modules that the settings of a PEFT adapter name: by lists of names, "all-linear" or regular expressions."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from qlora_jax.patterns import matching
 
@@ -43,14 +43,16 @@ def named(value: str | list[str], modules: Collection[Module], subject: str) -> 
         names = [name for module in modules for name in module.spellings]
         matched = matching([value], names, subject)[value]
         return frozenset(module for module in modules if not matched.isdisjoint(module.spellings))
-    return frozenset(
-        module for module in modules if any(ends_with(name, end) for name in module.spellings for end in value)
-    )
+    ends = frozenset(value)
+    return frozenset(module for module in modules if any(not ends.isdisjoint(ends_of(n)) for n in module.spellings))
 
 
-def ends_with(name: str, end: str) -> bool:
-    """Tell if a module's name is `end`, or its last parts are."""
-    return f".{name}".endswith(f".{end}")
+def ends_of(name: str) -> Iterator[str]:
+    """Yield what may name a module in a list: its name and the last parts of it."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def matching_ends(patterns: Sequence[str], names: Iterable[str], subject: str) -> dict[str, frozenset[str]]:

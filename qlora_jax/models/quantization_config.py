@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from qlora_jax.errors import UserError
 from qlora_jax.json_text import check_type
-from qlora_jax.patterns import MOST, matching
+from qlora_jax.patterns import MOST, check_amount, matching
 from qlora_jax.quantization import QuantizationConfig
 
 FIELD = "quantization_config"
@@ -86,9 +86,9 @@ def stored_linears(contents: Mapping[str, Any], linears: Sequence[Linear]) -> St
     _check_neutral(field)
     reading = _METHODS[method](field)
     names = [name for linear in linears for name in linear.spellings]
-    out = reading.rule(reading.left_out, names, f"{_WHERE}{_LEFT_OUT[method]}")
+    out = _named(reading.rule, reading.left_out, names, f"{_WHERE}{_LEFT_OUT[method]}")
     if reading.targets is not None:
-        out |= set(names) - reading.rule(reading.targets, names, f"{_WHERE}config_groups.targets")
+        out |= set(names) - _named(reading.rule, reading.targets, names, f"{_WHERE}config_groups.targets")
     found: dict[str, set[QuantizationConfig | None]] = {}
     for linear in linears:
         # Excluded under one spelling is excluded; the others are not what its program called it.
@@ -96,6 +96,11 @@ def stored_linears(contents: Mapping[str, Any], linears: Sequence[Linear]) -> St
         found.setdefault(linear.kind, set()).add(_storage_of(linear, reading) if quantised else None)
     alike = {kind: next(iter(each)) for kind, each in found.items() if len(each) == 1}
     return tuple((kind, storage) for kind, storage in sorted(alike.items()) if storage is not None)
+
+
+def _named(rule: _Rule, entries: Sequence[str], names: Collection[str], subject: str) -> frozenset[str]:
+    check_amount(entries, names, subject)
+    return rule(entries, names, subject)
 
 
 def _storage_of(linear: Linear, reading: _Reading) -> QuantizationConfig:
@@ -128,7 +133,7 @@ def _by_compressed_tensors(entries: Sequence[str], names: Collection[str], subje
     """A name, a class of modules, or a regular expression behind "re:"."""
     expressions = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
     begins = matching(expressions, names, subject, before="(?:", after=").*") if expressions else {}
-    found = {name for name in names if name in entries or "Linear" in entries}
+    found = set(names) if "Linear" in entries else set(names).intersection(entries)
     return frozenset(found.union(*begins.values()))
 
 

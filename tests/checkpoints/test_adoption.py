@@ -300,7 +300,7 @@ def test_a_plan_knows_which_linears_are_left_out(method, plain, settings, kept, 
     ("method", "entries", "message"),
     [
         ("bnb_nf4", ["(.+)+!"], r"llm_int8_skip_modules is '.*', which takes too long or too much memory to match"),
-        ("nvfp4", ["lm_head"] * 20_000, "quantization_config.ignore should have at most 16384 items"),
+        ("nvfp4", ["lm_head"] * 20_000, "quantization_config.ignore should have at most 2048 items"),
         ("nvfp4", ["re:(x"], r"quantization_config\.ignore has '\(x', which is no regular expression"),
     ],
 )

@@ -329,8 +329,8 @@ def test_ranks_and_alphas_of_modules_compute_the_same(rslora, tmp_path):
         ({"target_modules": ["q_proj", "down_proj", "layers.1.mlp.up_proj"]}, r"names layers\.1\.mlp\.up_proj, but"),
         ({"exclude_modules": ["1.mlp.down_proj"]}, r"layers\.1\.mlp\.down_proj, which exclude_modules names"),
         ({"exclude_modules": [3]}, "exclude_modules must be"),
-        ({"target_modules": ["q_proj"] * 20_000}, "target_modules must be a non-empty list of up to 16384 names"),
-        ({"rank_pattern": {f"x{i}": 1 for i in range(20_000)}}, "rank_pattern should have at most 16384 items"),
+        ({"target_modules": ["q_proj"] * 20_000}, "target_modules must be a non-empty list of up to 2048 names"),
+        ({"rank_pattern": {f"x{i}": 1 for i in range(20_000)}}, "rank_pattern should have at most 2048 items"),
         ({"r": 8}, r"lora_A.weight has shape \[4, 10\], but r=8"),
     ],
 )
