@@ -1,8 +1,10 @@
 """Weights of a base as float arrays, one tensor at a time: as its checkpoint has them, or as training computed.
 
-Memory: one tensor as it is stored, and a float32 array of its size; of a converted directory, one part of it.
+Memory: one tensor as it is stored, and a float32 array of its size; of a converted directory, two copies of one array,
+which is all layers of a linear in a part, or an embedding, and a float32 array of one layer.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -134,8 +136,10 @@ class _Checkpoint:
                 yield spec, self._read(spec.name)
             return
         values = stream_tensors(self.source, list(self.specs), self._storage, np.dtype(np.float32), start)
-        for spec, value in values:
-            yield spec, _as_float(value)
+        with contextlib.closing(values):
+            for spec, value in values:
+                yield spec, _as_float(value)
+                del value  # or it would be in memory beside the next
 
     def other_weights(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         """Read."""
@@ -173,16 +177,19 @@ class _Converted:
         while first_part < len(self._parts) and start >= len(self._parts[first_part]):
             start -= len(self._parts[first_part])
             first_part += 1
-        for path, first, value in self._stored.chunks(self._base_tensors, None, first_part):
-            count = 1 if first is None else jax.tree.leaves(value)[0].shape[0]
-            skipped = min(start, count)
-            start -= skipped
-            for i in range(skipped, count):
-                if first is None:
-                    yield self._by_place[path, None], _as_float(value)
-                    continue
-                layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], value)
-                yield self._by_place[path, first + i], _as_float(layer)
+        with contextlib.closing(self._stored.chunks(self._base_tensors, None, first_part)) as chunks:
+            for path, first, value in chunks:
+                count = 1 if first is None else jax.tree.leaves(value)[0].shape[0]
+                skipped = min(start, count)
+                start -= skipped
+                for i in range(skipped, count):
+                    if first is None:
+                        yield self._by_place[path, None], _as_float(value)
+                    else:
+                        layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], value)
+                        yield self._by_place[path, first + i], _as_float(layer)
+                        del layer
+                del value  # or it would be in memory beside the next
 
     def other_weights(self, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
         """Nothing: a conversion leaves them out."""

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -105,12 +105,12 @@ def describe(source: TensorSource, specs: list[TensorSpec], quantization: Quanti
 
 def stream_tensors(
     source: TensorSource, specs: list[TensorSpec], quantization: Quantization, dtype: np.dtype, start: int = 0
-) -> Iterator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
+) -> Generator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
     """Yield the base tensors from `specs[start]` on as a model stores them, for a source that `check_source` accepts.
 
     Linear weights that the checkpoint stores as they are wanted are taken over byte for byte, their scales checked to
     be finite; others are quantised from the checkpoint's own precision. Norms are float32; embedding, head, biases and,
-    for quant_type "none", linear weights are cast to `dtype`.
+    for quant_type "none", linear weights are cast to `dtype`. Threads that read ahead end with the iterator: close it.
 
     Raises:
         UserError: while streaming, for a tensor that is not finite or does not fit `dtype`, or a head that is stored
