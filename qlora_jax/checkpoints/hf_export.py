@@ -192,9 +192,7 @@ def _write_configs(base: BaseWeights, directory: Path, storage: HuggingFaceForma
 
 def _with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return the fields of a config.json whose weights have that dtype, nested ones of its parts too."""
-    kept = {
-        name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype", "quantization_config")
-    }
+    kept = {name: value for name, value in fields.items() if name not in _OF_THE_WEIGHTS}
     nested = {
         name: _with_dtype(value, dtype)
         for name, value in kept.items()

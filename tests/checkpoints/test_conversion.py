@@ -607,6 +607,7 @@ def measure_memory(tmp_path: Path, config: dict[str, Any], shards: int, dtype: s
     return Memory(total / 2**20, largest / 2**20, *map(float, done.stdout.split()))
 
 
+@pytest.mark.e2e
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
     # float32, and small parts: a model that outweighs everything else with half the numbers to quantise.
     memory = measure_memory(tmp_path, large_config(1024, 8192, 8), 3, "float32", 16)

@@ -98,7 +98,8 @@ def test_layer_by_layer_is_the_whole_model(name: str, tmp_path: Path):
     assert all(abs(share - 1) < 1e-3 for share in results["safetensors"].shares.values())
 
 
-@pytest.mark.parametrize("name", ["biased_llama", pytest.param("gemma3", marks=pytest.mark.e2e)])
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["biased_llama", "gemma3"])
 def test_formats_measure_what_is_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Losses are those of the exports, read back; shares those that an export prints."""
     monkeypatch.setattr(gguf_writer, "tokenizer_metadata", lambda *_: {})  # there is no tokenizer

@@ -169,9 +169,7 @@ def test_decoding_with_a_cache_equals_one_pass_for_cross_attention():
 
 
 # Tokens of both rows, call by call.
-@pytest.mark.parametrize(
-    "pieces", [[(3, 7), (6, 0), (1, 1), (4, 6)], pytest.param([(11, 5), (1, 9)], marks=pytest.mark.e2e)]
-)
+@pytest.mark.parametrize("pieces", [[(3, 7), (1, 1), (9, 0)], pytest.param([(11, 5), (1, 9)], marks=pytest.mark.e2e)])
 def test_sliding_layers_keep_as_many_slots_as_their_window(pieces):
     """Rings of slots hold the window's tokens of every row, however the rows are cut into pieces and padded."""
     graphdef, trained, frozen, h, _ = cross_stack(n_layers=4, seq=14)

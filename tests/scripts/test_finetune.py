@@ -379,6 +379,7 @@ def test_two_devices_train_like_one_with_twice_the_batch(finished, place):
     assert json.loads((output / "summary.json").read_text())["step_shapes_compiled"] == 2
 
 
+@pytest.mark.e2e
 def test_int8_bfloat16_attention_only_and_no_evaluation(place, capsys):
     named = {name: value for name, value in MAIN.items() if name not in ("eval_dataset_size", "max_steps")}
     changes = {

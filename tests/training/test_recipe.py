@@ -113,6 +113,7 @@ def test_a_resumed_run_keeps_the_kernels_and_facts_it_began_with(place, first, m
     assert {choice["implementation"] for choice in found[1]} == {"xla"}
 
 
+@pytest.mark.e2e
 def test_choices_that_were_not_recorded_are_resolved_on_resume(place, monkeypatch):
     """As in runs of earlier versions."""
     changes = {"do_eval": False, "eval_dataset_size": None}
@@ -150,6 +151,7 @@ class StayClose:
         return {"distance": loss**0.5}
 
 
+@pytest.mark.e2e
 def test_another_objective_with_a_reference_model_runs_from_rows_to_adapter(place, monkeypatch):
     """Nothing but the objective knows its fields, its weight, its metrics and its second model."""
     for module in (setup, datasets):
