@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,14 @@ ROOT = Path(__file__).parents[2]
 TARGETS = ExportFlags.__dataclass_fields__["to"].type.__args__
 MERGED = [target for target in TARGETS if target != "gguf-lora"]
 # The other types of GGUF differ in nothing that matters here.
-OFTEN = ("safetensors", "bitsandbytes", "gguf-q4_0")
+KINDS = ("safetensors", "bitsandbytes", "gguf-q4_0")
+
+
+def often(*shown: str, among: Sequence[str]) -> list[Any]:
+    """Mark all formats but some for the tier of whole runs."""
+    return [pytest.param(target, marks=() if target in shown else pytest.mark.e2e) for target in among]
+
+
 TENSORS = len(hf_shapes(BYTE_LLAMA))
 SHARD = 60_000
 NF4 = QuantizationConfig("nf4", 64, True)
@@ -113,7 +120,7 @@ def refused_as_a_model(staging: Path) -> None:
     assert not list(staging.glob("*.gguf"))
 
 
-@pytest.mark.parametrize("target", [pytest.param(t, marks=() if t in OFTEN else pytest.mark.e2e) for t in MERGED])
+@pytest.mark.parametrize("target", often("safetensors", "gguf-q4_0", among=MERGED))
 def test_goes_on_to_the_same_bytes(
     work: Path, tmp_path: Path, target: Any, left_alone: Any, reads: Counter[str], caplog: pytest.LogCaptureFixture
 ):
@@ -141,7 +148,7 @@ def test_goes_on_to_the_same_bytes(
     assert len(open_source(made).names()) == TENSORS
 
 
-@pytest.mark.parametrize("target", [*OFTEN, "gguf-lora"])
+@pytest.mark.parametrize("target", often("bitsandbytes", "gguf-lora", among=[*KINDS, "gguf-lora"]))
 @pytest.mark.parametrize("where", ["write_checksums", "flush_all_to_disk"])
 def test_interrupted_when_all_tensors_are_written(
     work: Path, tmp_path: Path, target: Any, where: str, left_alone: Any, reads: Any, monkeypatch: pytest.MonkeyPatch
@@ -222,13 +229,16 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_another_export_starts_anew(work: Path, tmp_path: Path, left_alone: Any, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO)
-    for field, change in CHANGES.items():
-        interrupt(configured(work, tmp_path / "out"), 5)
-        caplog.clear()
-        interrupt(configured(work, tmp_path / "out", **change), 3)
-        assert f"starting anew: what is in {tmp_path}/.out.tmp differs in {field}" in caplog.text
+@pytest.mark.parametrize("field", often("to", among=list(CHANGES)))
+def test_what_tells_exports_apart(work: Path, tmp_path: Path, field: str, caplog: pytest.LogCaptureFixture):
+    interrupt(configured(work, tmp_path / "out"), 5)
+    interrupt(configured(work, tmp_path / "out", **CHANGES[field]), 3)
+    assert f"starting anew: what is in {tmp_path}/.out.tmp differs in {field}" in caplog.text
+
+
+def test_another_export_starts_anew(work: Path, tmp_path: Path, left_alone: Any):
+    for field in ("adapter", "to"):
+        interrupt(configured(work, tmp_path / "out", **CHANGES[field]), 3)
     assert not (tmp_path / ".out.tmp" / "generation_config.json").exists()  # a GGUF file has none beside it
     export(configured(work, tmp_path / "out", **CHANGES["adapter"]))
     assert contents(tmp_path / "out") == left_alone(**CHANGES["adapter"]) != left_alone()
@@ -267,7 +277,7 @@ def test_a_full_disk_is_gone_on_from(work: Path, tmp_path: Path, left_alone: Any
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("target", [*OFTEN, "gguf-lora"])
+@pytest.mark.parametrize("target", often("safetensors", "gguf-lora", among=[*KINDS, "gguf-lora"]))
 def test_room_is_asked_for_before_anything_is_written(
     work: Path, tmp_path: Path, target: Any, left_alone: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -404,9 +414,8 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(
-    "target", ["safetensors", *(pytest.param(t, marks=pytest.mark.e2e) for t in ("bitsandbytes", "gguf-q4_0"))]
-)
+@pytest.mark.e2e
+@pytest.mark.parametrize("target", KINDS)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, target: str):
     large = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 4096, "num_hidden_layers": 24}
     for name, described in (("small", BYTE_LLAMA), ("large", {**BYTE_LLAMA, **large})):
