@@ -470,7 +470,10 @@ def _from_peft(
             for layer in range(depth):
                 if layer not in found:
                     missing = f"{_PEFT_PREFIX}{template.replace(LAYER, str(layer))}.{matrix}.weight"
-                    raise UserError(f"{path}: {missing} is missing; every layer must have the same adapters.")
+                    raise UserError(
+                        f"{path}: {missing} is missing; every layer, of which the model has {names.layers}, must have "
+                        f"the same adapters."
+                    )
             first = tensors[found[0]]
             for layer in range(1, depth):
                 if tensors[found[layer]].shape != first.shape:

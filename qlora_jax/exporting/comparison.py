@@ -218,15 +218,17 @@ def compare(config: ComparisonConfig, progress: Progress | None = None) -> tuple
     trained = find_trained(config.adapter)
     model = resolve_model(config.model or base_name(trained))
     train = _evaluating(config, trained, str(model))
+    storage = config.storage or storage_in_training(trained)
+    bases = {kind: open_base(model, kind, storage) for kind in _bases(config, model, storage)}
+    first = next(iter(bases.values()))
+    adapter = open_adapter(trained.adapter, first.config, first.specs)
+    # Rows last: there may be many to read.
     batches, notes = load_evaluation(train, ensure_pad(load_tokenizer(model)))
     if not batches:
         raise UserError("`eval_dataset`: the run held no rows out; give a data set to measure with.")
-    storage = config.storage or storage_in_training(trained)
     results = []
-    for kind in _bases(config, model, storage):
-        base = open_base(model, kind, storage)
+    for kind, base in bases.items():
         notes.append(f"{kind}: {base.description}")
-        adapter = open_adapter(trained.adapter, base.config, base.specs)
         names, left_out = _formats(config, base)
         notes += [note for note in left_out if note not in notes]
         formats: dict[str, Codecs] = {name: _codecs(name, config, storage, base) for name in names}

@@ -218,6 +218,16 @@ def test_formats_that_cannot_hold_the_model_are_left_out_unless_they_are_asked_f
         compare(dataclasses.replace(config, formats=("gguf-f16",)))
 
 
+def test_adapters_of_other_models_are_refused_before_rows_are_read(own: list[str], tmp_path: Path):
+    other = write_hf(tmp_path / "other", BIASED_LLAMA, random_tensors(BIASED_LLAMA))
+    config = ComparisonConfig(own[0], ("safetensors",), model=str(other), eval_dataset=str(tmp_path / "missing"))
+    layers = BIASED_LLAMA["num_hidden_layers"]
+    with pytest.raises(
+        UserError, match=rf"my adapter/\S+: \S+ is missing; every layer, of which the model has {layers}, "
+    ):
+        compare(config)
+
+
 def test_flags_of_other_versions_are_not_ignored(own: list[str], tmp_path: Path):
     write_checked_json(tmp_path / "run.json", {"flags": {"do_eval": True, "held_out": 3}})
     shutil.copytree(own[0], tmp_path / "adapter")
