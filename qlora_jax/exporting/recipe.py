@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import re
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -160,6 +161,8 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
             model, an output directory in use, or a disk that is full.
     """
     started = time.perf_counter()
+    if config.push_to_hub is not None:
+        _check_repository(config.push_to_hub)
     output = _checked_output(config)
     trained = find_trained(config.adapter)
     name = config.model or base_name(trained)
@@ -268,8 +271,19 @@ def push(directory: Path, repository: str) -> None:
     except Exception as error:  # the hub's client raises its own types, those of its HTTP library and ValueError
         raise UserError(
             f"{directory} is complete, but could not be pushed to {repository} ({files.reason(error)}); log in with "
-            f"`hf auth login` or upload it with `hf upload {repository} {directory}`."
+            f"`hf auth login` or upload it with `{shlex.join(['hf', 'upload', repository, str(directory)])}`."
         ) from error
+
+
+def _check_repository(repository: str) -> None:
+    """Refuse a name that no repository can have; UserError says why."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"`push_to_hub={repository}`: {str(error).rstrip('.')}; give OWNER/NAME.") from None
 
 
 def parse_size(text: str) -> int:

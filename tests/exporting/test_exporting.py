@@ -146,6 +146,11 @@ def test_changes_that_overflow_are_not_written(run: Path, model: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_repositories_that_cannot_be_are_refused_before_the_export(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^`push_to_hub=no repo!`: Repo id must use .*; give OWNER/NAME\.$"):
+        export(ExportConfig(str(tmp_path / "run"), str(tmp_path / "out"), push_to_hub="no repo!"))
+
+
 def test_original_weights_that_are_not_finite_are_not_exported(run: Path, tmp_path: Path):
     model = make_model_with_merges(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
