@@ -115,8 +115,9 @@ def staged_directory(path: Path, *, replace: bool = False, keep: Callable[[], bo
                 os.rename(path, replaced)
             os.rename(staging, path)
         except BaseException:
-            if not os.path.lexists(path):
-                with suppress(OSError):  # it is there if this process, or a killed one, had moved it
+            # This process had moved it, or one that was killed.
+            if os.path.lexists(replaced) and not os.path.lexists(path):
+                with suppress(OSError):
                     os.rename(replaced, path)
             if keep is None or not keep():
                 shutil.rmtree(staging, ignore_errors=True)
