@@ -116,10 +116,12 @@ def _source_chunks(
     dtype: np.dtype,
     progress: Progress | None,
 ) -> Generator[Chunk]:
-    for done, (spec, value) in enumerate(stream_tensors(source, specs, quantization, dtype), 1):
-        yield spec.path, spec.layer, value
-        if progress is not None:
-            progress(done, len(specs))
+    with contextlib.closing(stream_tensors(source, specs, quantization, dtype)) as tensors:
+        for done, (spec, value) in enumerate(tensors, 1):
+            yield spec.path, spec.layer, value
+            del value  # before the next is read
+            if progress is not None:
+                progress(done, len(specs))
 
 
 class _Stack:
