@@ -516,6 +516,7 @@ def run_python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment)
 
 
+@pytest.mark.e2e
 def test_killed_at_any_point_leaves_nothing_that_looks_complete(source: Path, direct: Any, tmp_path: Path):
     out = tmp_path / "out"
     # One process per death, forked before JAX starts any thread: importing it takes seconds.
@@ -553,6 +554,7 @@ def test_killed_at_any_point_leaves_nothing_that_looks_complete(source: Path, di
     assert_same(load_base(out, quantization=NF4, dtype="bfloat16").tensors, direct(NF4).tensors)
 
 
+@pytest.mark.e2e
 def test_disk_that_fills_up(source: Path, tmp_path: Path):
     done = run_python(
         """

@@ -282,6 +282,7 @@ def test_the_progress_bar_ends_where_the_summary_does(finished):
     assert f"loss={summary['last_loss']:.4f}, tok/s={last['tokens_per_second']:.0f}]" in bar
 
 
+@pytest.mark.e2e
 def test_the_command_that_a_run_ends_with_answers_as_the_run_did(finished, place, capsys):
     directory, out, _ = finished
     (line,) = [line.strip() for line in out.splitlines() if "--prompts FILE" in line]
@@ -590,6 +591,7 @@ def test_the_state_that_is_saved_is_all_there_is():
     assert [field.name for field in dataclasses.fields(TrainState)] == ["lora", "opt_state", "step"]
 
 
+@pytest.mark.e2e
 def test_secrets_are_written_nowhere(place, monkeypatch, capsys):
     """Tokens in the environment, after a run and after one that is refused."""
     secrets = {"HF_TOKEN": "hf_SeCrEtOne", "HUGGING_FACE_HUB_TOKEN": "hf_SeCrEtTwo", "WANDB_API_KEY": "SeCrEtThree"}

@@ -93,6 +93,7 @@ def test_an_objective_with_a_reference_model_trains(built):
     assert float(sums(fresh, frozen, jax.tree.map(lambda a: a[0], toy_batch(1))).loss) == 0.0
 
 
+@pytest.mark.e2e
 def test_sums_of_any_weight_and_further_metrics_add_up_over_micro_batches(built):
     _, lora, frozen, _ = built
     step = jnp.zeros((), jnp.int32)

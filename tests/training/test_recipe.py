@@ -90,6 +90,7 @@ def pinned_choices(monkeypatch):
     return found
 
 
+@pytest.mark.e2e
 def test_a_resumed_run_keeps_the_kernels_and_facts_it_began_with(place, first, monkeypatch, caplog):
     file = place / "run" / "run.json"
     record = read_checked_json(file)
