@@ -91,7 +91,7 @@ def test_layer_by_layer_is_the_whole_model(name: str, tmp_path: Path):
     results = results_of(open_base(base, "dequantized", STORAGE), adapter, HF, rows)
     assert list(results) == [BASE, BESIDE, "safetensors"]
     losses = {name: each.held_out.loss for name, each in results.items()}
-    assert abs(losses[BASE] - losses[BESIDE]) > 1e-2  # the adapter matters
+    assert abs(losses[BASE] - losses[BESIDE]) > 1e-3  # the adapter matters
     assert losses[BESIDE] == pytest.approx(whole_loss(base, NF4, rows, adapter), rel=1e-6)
     assert losses["safetensors"] == pytest.approx(losses[BESIDE], rel=1e-5)
     assert results[BASE].held_out.tokens == sum(int((batch["labels"][:, 1:] != data.IGNORED).sum()) for batch in rows)
