@@ -415,7 +415,7 @@ print(peak() - before)
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.slow if t != KINDS[0] else ()) for t in KINDS])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, target: str):
     large = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 4096, "num_hidden_layers": 24}
     for name, described in (("small", BYTE_LLAMA), ("large", {**BYTE_LLAMA, **large})):
