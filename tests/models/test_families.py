@@ -167,7 +167,7 @@ def test_the_table_of_tensors_is_the_checkpoints(name):
 @pytest.mark.parametrize(
     ("name", "quant_type"),
     [
-        pytest.param(name, quant_type, marks=[] if (i + j) % 2 else pytest.mark.e2e)
+        pytest.param(name, quant_type, marks=[] if (i + j) % 2 else pytest.mark.slow)
         for i, name in enumerate(families.ONE_A_FAMILY)
         for j, quant_type in enumerate(("nf4", "int8"))
     ],

@@ -88,9 +88,9 @@ def test_the_flag_offers_every_policy():
     assert TrainConfig(remat="offload").remat_policy == "offload"
 
 
-# By default every policy once, packed or not; the tier e2e has the rest of the product.
+# By default every policy once, packed or not; the tier slow has the rest of the product.
 CASES = [
-    pytest.param(policy, packed, marks=[] if packed == (policy == "save_attention") else pytest.mark.e2e)
+    pytest.param(policy, packed, marks=[] if packed == (policy == "save_attention") else pytest.mark.slow)
     for policy in ("full", "save_attention", "offload")
     for packed in (False, True)
 ]
@@ -104,13 +104,14 @@ def test_policies_agree(policy, packed):
 # The policies agree: of them, tiles need one that keeps attention's output, packed, and one that does not.
 @pytest.mark.parametrize(
     ("policy", "packed"),
-    [case if case.values[0] != "full" else pytest.param(*case.values, marks=pytest.mark.e2e) for case in CASES],
+    [case if case.values[0] != "full" else pytest.param(*case.values, marks=pytest.mark.slow) for case in CASES],
 )
 def test_tiles_and_groups_of_heads_change_nothing(policy, packed):
     assert_same(loss_and_gradient(policy, packed=packed, small=True), loss_and_gradient("none", packed=packed))
 
 
-@pytest.mark.parametrize("policy", ["offload", pytest.param("save_attention", marks=pytest.mark.e2e)])
+@pytest.mark.e2e
+@pytest.mark.parametrize("policy", ["offload", pytest.param("save_attention", marks=pytest.mark.slow)])
 def test_tiles_draw_their_own_dropout(policy):
     """Every policy draws the same masks; no two tiles draw the same."""
     full = loss_and_gradient("full", dropout=0.5, small=True)

@@ -111,7 +111,7 @@ def cross_stack(n_layers=3, seq=64):
 
 @pytest.mark.parametrize(
     ("causal", "packed", "policy"),
-    [pytest.param(True, True, "full", marks=pytest.mark.e2e), (False, True, "save_attention")],
+    [pytest.param(True, True, "full", marks=pytest.mark.slow), (False, True, "save_attention")],
 )
 def test_both_executors_agree_for_cross_attention(causal, packed, policy, monkeypatch):
     """Gradients of the adapters, of the stream and of the encoder's output are automatic differentiation's."""

@@ -69,6 +69,7 @@ def toy_step(built, micro_batches, **changes):
     return make_gradient_step(graphdef, config, objective=DistanceToReference(), reference=reference)
 
 
+@pytest.mark.e2e
 def test_an_objective_with_a_reference_model_trains(built):
     graphdef, lora, frozen, reference = built
     before = [np.array(leaf) for leaf in jax.tree.leaves(frozen)]

@@ -56,6 +56,7 @@ def first(place):
     return finetuning.finetune(config(place, "run"))
 
 
+@pytest.mark.e2e
 def test_a_run_prints_nothing_and_leaves_the_process_as_it_was(place, first, capfd):
     """The first run has loaded whatever is loaded late."""
     capfd.readouterr()
