@@ -226,8 +226,6 @@ def compare(config: ComparisonConfig, progress: Progress | None = None) -> tuple
     batches, notes = load_evaluation(train, ensure_pad(load_tokenizer(model)))
     if not batches:
         raise UserError("`eval_dataset`: the run held no rows out; give a data set to measure with.")
-    # They are of all devices, and one is measured on.
-    batches = [part for batch in batches for part in split_rows(batch, train.per_device_eval_batch_size)]
     results = []
     for kind, base in bases.items():
         notes.append(f"{kind}: {base.description}")
@@ -240,15 +238,6 @@ def compare(config: ComparisonConfig, progress: Progress | None = None) -> tuple
     for each in results:
         warn_of_erased(each.name, each.base, each.shares)
     return results, notes
-
-
-def split_rows(batch: data.Batch, most: int) -> list[data.Batch]:
-    """Cut a batch into batches of at most so many rows."""
-    count = len(next(iter(batch.arrays.values())))
-    return [
-        data.Batch({name: array[start : start + most] for name, array in batch.arrays.items()})
-        for start in range(0, count, most)
-    ]
 
 
 def _formats(config: ComparisonConfig, base: BaseWeights) -> tuple[list[ExportTarget], list[str]]:

@@ -48,16 +48,18 @@ def load_datasets(config: TrainConfig, tokenizer: Any) -> Datasets:
     ask_anew()  # a run before this one may have been without a network
     rows, held_out, notes = _load_rows(config)
     examples, report = objective.examples(rows, tokenizer, config)
-    _check_tokens(examples, tokenizer)
+    vocabulary = _vocabulary(tokenizer)
+    _check_tokens(examples, tokenizer, vocabulary)
     rows_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
     train = data.Batches(examples, batch_size=rows_a_step, seed=config.seed, **batching)
-    evaluation, eval_reports = _evaluation(config, tokenizer, held_out)
+    rows_a_batch = config.per_device_eval_batch_size * jax.device_count()
+    evaluation, eval_reports = _evaluation(config, tokenizer, vocabulary, held_out, rows_a_batch)
     reports = (*notes, str(report), *eval_reports)
     return Datasets(train, evaluation, _total_steps(config, train), report.dataset_format, reports)
 
 
 def load_evaluation(config: TrainConfig, tokenizer: Any) -> tuple[list[data.Batch], list[str]]:
-    """Return the held-out batches of `load_datasets`, and what became of their rows, without training batches.
+    """Return held-out batches of the rows of `load_datasets`, for one device, and what became of the rows.
 
     Arguments and errors are those of `load_datasets`.
     """
@@ -68,7 +70,8 @@ def load_evaluation(config: TrainConfig, tokenizer: Any) -> tuple[list[data.Batc
         held_out = _first(_load_eval_dataset(config), config.max_eval_samples)
     else:
         _, held_out, notes = _load_rows(config)
-    batches, reports = _evaluation(config, tokenizer, held_out)
+    rows_a_batch = config.per_device_eval_batch_size
+    batches, reports = _evaluation(config, tokenizer, _vocabulary(tokenizer), held_out, rows_a_batch)
     return batches, [*notes, *reports]
 
 
@@ -82,20 +85,25 @@ def _batching(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _evaluation(config: TrainConfig, tokenizer: Any, held_out: data.Rows | None) -> tuple[list[data.Batch], list[str]]:
+def _evaluation(
+    config: TrainConfig, tokenizer: Any, vocabulary: int | None, held_out: data.Rows | None, rows_a_batch: int
+) -> tuple[list[data.Batch], list[str]]:
     if held_out is None or not len(held_out):
         return [], []
     examples, report = objective_of(config).examples(held_out, tokenizer, config)
-    _check_tokens(examples, tokenizer)
-    rows = config.per_device_eval_batch_size * jax.device_count()
-    return data.evaluation_batches(examples, batch_size=rows, **_batching(config, tokenizer)), [str(report)]
+    _check_tokens(examples, tokenizer, vocabulary)
+    return data.evaluation_batches(examples, batch_size=rows_a_batch, **_batching(config, tokenizer)), [str(report)]
 
 
-def _check_tokens(examples: Sequence[data.Example], tokenizer: Any) -> None:
+def _vocabulary(tokenizer: Any) -> int | None:
+    """Return the tokens of the model that a tokenizer was loaded from; None if it was not loaded from a path."""
+    return resolve_config(tokenizer.name_or_path).vocab_size if tokenizer.name_or_path else None
+
+
+def _check_tokens(examples: Sequence[data.Example], tokenizer: Any, vocabulary: int | None) -> None:
     """Refuse tokens beyond the model's vocabulary, whose embeddings would be NaN."""
-    if not tokenizer.name_or_path:
+    if vocabulary is None:
         return
-    vocabulary = resolve_config(tokenizer.name_or_path).vocab_size
     data.check_tokens([tokenizer.pad_token_id], tokenizer, vocabulary, "padding")
     for example in examples:
         data.check_tokens(example.input_ids, tokenizer, vocabulary, example.example_id)

@@ -26,7 +26,7 @@ from qlora_jax.checkpoints.merging import Adapter
 from qlora_jax.commands import merge as merge_command
 from qlora_jax.errors import UserError
 from qlora_jax.exporting import ComparisonConfig, compare, comparison
-from qlora_jax.exporting.comparison import BASE, BESIDE, measure, split_rows
+from qlora_jax.exporting.comparison import BASE, BESIDE, measure
 from qlora_jax.files import damaged_file, write_checked_json
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
@@ -133,14 +133,6 @@ def test_formats_measure_what_is_written(name: str, tmp_path: Path, monkeypatch:
         name: each.held_out for name, each in results.items()
     }
     assert again["Q8_0"].shares == results["Q8_0"].shares
-
-
-def test_batches_are_cut_by_rows():
-    batch, _ = held_out(50, packed=True)
-    first, second = split_rows(batch, 1)
-    assert first.arrays.keys() == batch.arrays.keys()
-    assert all(np.array_equal(np.concatenate([first[name], second[name]]), batch[name]) for name in batch)
-    assert [len(part["labels"]) for part in split_rows(batch, 3)] == [2]
 
 
 def test_runs_without_held_out_rows_need_some(tmp_path: Path):

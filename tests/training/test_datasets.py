@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import pytest
 from fixtures.finetune_helpers import make_rows, make_tokenizer, write_jsonl
 from fixtures.tiny_configs import LLAMA
@@ -10,7 +11,7 @@ from fixtures.tiny_configs import LLAMA
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.datasets import load_datasets
+from qlora_jax.training.datasets import load_datasets, load_evaluation
 
 ROWS = make_rows(40)
 
@@ -53,6 +54,18 @@ def test_a_test_file_is_evaluated_on_and_nothing_cut_off(directory, tokenizer):
     trained, evaluated, said = load(tokenizer, dataset=str(directory))
     assert (trained, evaluated) == ({"train.jsonl": 18}, {"train.jsonl": 2})
     assert "2 of 20 rows held out for evaluation (a tenth, since 20 rows are few)" in said
+
+
+def test_held_out_batches_alone_are_of_the_same_rows_for_one_device(directory, tokenizer, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    config = TrainConfig(dataset=str(directory), per_device_eval_batch_size=2)
+    batches, reports = load_evaluation(config, tokenizer)
+    datasets = load_datasets(config, tokenizer)
+    ids, wanted = ([name for batch in found for name in batch.example_ids] for found in (batches, datasets.evaluation))
+    assert [len(batch["labels"]) for batch in batches] == [2, 2, 2]
+    assert [len(batch["labels"]) for batch in datasets.evaluation] == [6]
+    assert ids == wanted
+    assert set(reports) < set(datasets.reports)
 
 
 def test_splits_are_chosen_by_name(directory, tokenizer):
