@@ -1,7 +1,6 @@
 """Base tensors between checkpoint and model: checked, quantised one at a time, stacked, counted.
 
-Memory: the source is read one tensor at a time, or three that are stored as they are wanted; the consumer of the stream
-decides how long a tensor is kept.
+Memory: two tensors are in work while the consumer has the one before, and it decides how long that is kept.
 """
 
 import collections
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.ahead import results_ahead
+from qlora_jax.checkpoints.host_memory import aligned_empty
 from qlora_jax.checkpoints.model_files import check_finite
 from qlora_jax.checkpoints.sources import TensorSource
 from qlora_jax.errors import UserError
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 Chunk = tuple[TensorPath, int | None, Any]
 """(path, first layer or None if not stacked, value of that layer or of several stacked on axis 0)."""
 
-# Tensors that are stored as they are wanted, and that threads read and reorder while the one before is in work.
+# Tensors that threads read, and quantise or reorder, while the consumer is at work on the one before.
 _AHEAD = 2
 # Elements of two tensors that are compared at a time.
 _COMPARED = 1 << 22
@@ -116,12 +116,9 @@ def stream_tensors(
         UserError: while streaming, for a tensor that is not finite or does not fit `dtype`, or a head that is stored
             beside the embedding it is tied to and differs from it; names the tensor.
     """
-    kept = [spec for spec in specs[start:] if _is_kept(source, spec, quantization)]
-    reads = (functools.partial(_keep, source, spec, dtype) for spec in kept)
-    names = {spec.name for spec in kept}
+    reads = (functools.partial(_stored, source, spec, quantization, dtype) for spec in specs[start:])
     with contextlib.closing(results_ahead(reads, _AHEAD)) as read:
-        for spec in specs[start:]:
-            value = next(read) if spec.name in names else _store(source, spec, quantization, dtype)
+        for spec, value in zip(specs[start:], read, strict=True):
             if spec.kind == "embedding":  # before it is given away: whoever has it may go on after it another time
                 check_tied_head(source, specs, spec)
             yield spec, value
@@ -208,8 +205,13 @@ def _listing(items: list[str], limit: int = 3) -> str:
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''} ({shown}{', ...' if len(items) > limit else ''})"
 
 
-def _is_kept(source: TensorSource, spec: TensorSpec, quantization: Quantization) -> bool:
-    return spec.quantized and source.stored(spec.name) == quantization.of(spec.linear)
+def _stored(
+    source: TensorSource, spec: TensorSpec, quantization: Quantization, dtype: np.dtype
+) -> QuantizedTensor | np.ndarray:
+    """Read a base tensor and return it as a model stores it."""
+    if spec.quantized and source.stored(spec.name) == quantization.of(spec.linear):
+        return _keep(source, spec, dtype)
+    return _store(source, spec, quantization, dtype)
 
 
 def _keep(source: TensorSource, spec: TensorSpec, dtype: np.dtype) -> QuantizedTensor:
@@ -247,8 +249,9 @@ def _cast(weight: np.ndarray, dtype: np.dtype, source: TensorSource, spec: Tenso
     check_finite(weight, spec.name, file)
     if weight.dtype == dtype:
         return weight
+    cast = aligned_empty(weight.shape, dtype)
     with np.errstate(over="ignore"):
-        cast = weight.astype(dtype)
+        np.copyto(cast, weight, casting="unsafe")
     # Only a type with fewer exponent bits can overflow; looking at the others would cost a pass over the tensor.
     narrows = jnp.finfo(dtype).maxexp < jnp.finfo(weight.dtype).maxexp
     if narrows and not np.isfinite(cast).all():

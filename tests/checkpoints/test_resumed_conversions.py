@@ -85,7 +85,7 @@ def test_goes_on_after_the_last_whole_part(
     for point in (TENSORS // 4, TENSORS // 2, TENSORS - 1):
         reads.clear()
         interrupt(source, out, point)
-        assert len(reads) == point - done
+        assert point - done <= len(reads) <= point - done + 2  # threads read ahead
         if done:
             assert f"continuing: {done} of {TENSORS} tensors were written before" in caplog.text
         records = recorded(staging)
