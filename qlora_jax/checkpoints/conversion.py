@@ -1,7 +1,7 @@
 """Writing a converted base: quantised once, kept as orbax parts beside config.json and tokenizer files.
 
-Memory: one tensor of the source, its quantisation and a part three times: as it is filled, as orbax copies it, and in
-tensorstore's buffers.
+Memory: three tensors of the source, their quantisations and a part three times: as it is filled, as orbax copies it,
+and in tensorstore's buffers.
 """
 
 import dataclasses

@@ -1,15 +1,15 @@
 """Reading a converted base (`qlora_jax.checkpoints.conversion` writes it): checked against its manifest, part by part.
 
-Memory: two copies of one array, which is all layers of a linear in a part, or an embedding: tensorstore reads an
-array's bytes and makes the array of them. Arrays are read by tensorstore, which orbax writes them with, because orbax
-loads whole parts, and takes twice the processor time.
+Memory: beside what is read the bytes of one array, which is all layers of a linear in a part, or an embedding, as they
+are in the file: tensorstore makes the array of them. Arrays are read by tensorstore, which orbax writes them with,
+because orbax loads whole parts, and takes twice the processor time.
 """
 
 import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ from qlora_jax.quantization import MixedQuantization, Quantization, QuantizedTen
 
 # Directory of a part in which orbax keeps the arrays.
 _ARRAYS = "state"
+
+
+Places = Callable[[TensorPath, int | None, int], Any]
+"""(path, first layer or None, layers) -> a value whose arrays are memory to read that value into, or None."""
 
 
 class ConvertedBase:
@@ -77,9 +81,9 @@ class ConvertedBase:
         return digest_of_all(digests) if digests else None
 
     def chunks(
-        self, specs: list[TensorSpec], progress: Progress | None, first_part: int = 0, *, largest_first: bool = False
+        self, specs: list[TensorSpec], progress: Progress | None, first_part: int = 0, *, places: Places | None = None
     ) -> Generator[Chunk]:
-        """Read the tensors as they are stored, in that order, from a part on; each is read when it is its turn.
+        """Read the tensors as they are stored, from a part on; each is read when it is its turn.
 
         While one part is read the files of the next are digested in a thread, which ends with the iterator: close it.
 
@@ -87,8 +91,9 @@ class ConvertedBase:
             specs: the base tensors of the model.
             progress: see `Progress`.
             first_part: index of the first part to read.
-            largest_first: begin with the part that holds the largest array: who fills buffers, which take memory once
-                they are written, has the most to spare then.
+            places: where tensors are read to; by default into memory of their own. With it the part that holds the
+                largest array is read first, and the largest tensors of a part: buffers take memory once they are
+                written, so that the most is to spare then. Without it all come in the order they are stored in.
 
         Raises:
             UserError: `specs` are not those stored, or a part cannot be read.
@@ -106,19 +111,25 @@ class ConvertedBase:
             (part, [(tensor, _of_layers(abstract[tensor.path], tensor)) for tensor in part.tensors])
             for part in self._manifest.parts[first_part:]
         ]
-        if largest_first:
+        if places is not None:
+            parts = [(part, sorted(tensors, key=lambda t: _largest(t[1]), reverse=True)) for part, tensors in parts]
             parts.sort(key=lambda part: max((_largest(declared) for _, declared in part[1]), default=0), reverse=True)
-        return self._chunks(parts, len(specs), progress)
+        return self._chunks(parts, len(specs), progress, places or (lambda path, first_layer, layers: None))
 
     def _chunks(
-        self, parts: Sequence[tuple[Part, Sequence[tuple[StoredTensor, Any]]]], total: int, progress: Progress | None
+        self,
+        parts: Sequence[tuple[Part, Sequence[tuple[StoredTensor, Any]]]],
+        total: int,
+        progress: Progress | None,
+        places: Places,
     ) -> Generator[Chunk]:
         checks = (functools.partial(_check_digests, self.path / part.name, part.digests) for part, _ in parts)
         done = 0
         with contextlib.closing(results_ahead(checks, 1)) as checked:
             for (part, tensors), _ in zip(parts, checked, strict=True):
                 for tensor, declared in tensors:
-                    yield tensor.path, tensor.first_layer, _read(self.path / part.name, tensor.path, declared)
+                    place = places(tensor.path, tensor.first_layer, tensor.layers)
+                    yield tensor.path, tensor.first_layer, _read(self.path / part.name, tensor.path, declared, place)
                     done += tensor.layers
                     if progress is not None:
                         progress(done, total)
@@ -151,18 +162,20 @@ def _largest(declared: Any) -> int:
     return max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(declared))
 
 
-def _read(part: Path, path: TensorPath, declared: Any) -> Any:
-    """Read a value of a part: `declared` with arrays, whose floats are finite."""
+def _read(part: Path, path: TensorPath, declared: Any, place: Any) -> Any:
+    """Read a value of a part: `declared` with arrays, whose floats are finite; see `Places`."""
     if not isinstance(declared, QuantizedTensor):
-        return _read_array(part, path, declared, ".".join(path))
-    leaves = quantized_leaves(declared)
+        return _read_array(part, path, declared, ".".join(path), place)
     read: dict[str, Any] = {
-        name: _read_array(part, (*path, name), leaf, ".".join(path)) for name, leaf in leaves.items()
+        name: _read_array(part, (*path, name), leaf, ".".join(path), getattr(place, name, None))
+        for name, leaf in quantized_leaves(declared).items()
     }
     return dataclasses.replace(declared, **read)
 
 
-def _read_array(part: Path, key: TensorPath, declared: jax.ShapeDtypeStruct, tensor: str) -> np.ndarray:
+def _read_array(
+    part: Path, key: TensorPath, declared: jax.ShapeDtypeStruct, tensor: str, place: np.ndarray | None
+) -> np.ndarray:
     """Read an array as orbax stores it; shape and type must be the declared ones, which is seen to before it is read.
 
     Args:
@@ -170,6 +183,7 @@ def _read_array(part: Path, key: TensorPath, declared: jax.ShapeDtypeStruct, ten
         key: of the array in the tree that was saved.
         declared: its shape and type.
         tensor: what it belongs to, for messages.
+        place: where to read it to, unless it has another type; by default into memory of its own.
     """
     import tensorstore
 
@@ -183,7 +197,11 @@ def _read_array(part: Path, key: TensorPath, declared: jax.ShapeDtypeStruct, ten
                 f"tensor {tensor} in {part} is {dtype}{list(stored.shape)} instead of "
                 f"{declared.dtype}{list(declared.shape)}; {CONVERT_AGAIN}."
             )
-        array: np.ndarray = stored.read().result()
+        if place is None or place.dtype != dtype:
+            array: np.ndarray = stored.read().result()
+        else:
+            array = place
+            tensorstore.array(array).write(stored).result()
     except UserError:
         raise
     except Exception as error:  # tensorstore raises many types for what is missing or damaged

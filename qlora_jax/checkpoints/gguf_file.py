@@ -20,6 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
+from qlora_jax.checkpoints.host_memory import aligned_empty
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_exactly
 from qlora_jax.errors import UserError
 
@@ -175,10 +176,10 @@ def check_readable(path: Path, entry: Entry) -> None:
 def read_tensor(path: Path, entry: Entry) -> np.ndarray:
     """Read and dequantise one tensor."""
     if entry.kind in _PLAIN_DTYPES:
-        array = np.empty(entry.shape, _PLAIN_DTYPES[entry.kind])
+        array = aligned_empty(entry.shape, _PLAIN_DTYPES[entry.kind])
         read_exactly(path, entry.offset, array, entry.gguf_name)
         return array
-    array = np.empty(entry.shape, np.float32)
+    array = aligned_empty(entry.shape, np.float32)
     rows = array.reshape(-1, entry.shape[-1])
     row_bytes = entry.nbytes // len(rows)
     chunk = max(1, _CHUNK_ELEMENTS // rows.shape[1])

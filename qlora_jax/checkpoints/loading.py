@@ -1,18 +1,20 @@
 """The frozen base model in memory, loaded from a checkpoint or a converted directory into stacked arrays.
 
-Memory: `load_base` holds the model it returns, whose stacked buffers are allocated once and never copied, and beside it
+Memory: `load_base` holds the model it returns, whose buffers are allocated once and never copied. Tensors are read
+largest first, as buffers take memory once they are written; beside what has been written there are
 
-- of a checkpoint three tensors, one of them also as it was before it was quantised (two are being digested), or five
-  where they are stored as they are wanted (two more are read meanwhile);
-- of a converted directory two copies of one array: of embedding or head while nothing else is in memory, then of a
-  linear's codes, all layers in a part of 128 MiB, or one layer where that is more; for a moment also those of the array
-  before, which threads of tensorstore let go of.
+- of a checkpoint five tensors (two in work, one being written, two being digested), those in work also as they
+  were before they were quantised or cast;
+- of a converted directory one array as it is in the file: embedding or head while nothing else is in memory, then a
+  linear's codes, all layers in a part of 128 MiB, or one layer where that is more; for a moment also the array before,
+  which threads of tensorstore let go of.
 
 `tests/reference/plan_load.py` makes bytes of these rules, for any model.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.converted import ConvertedBase
 from qlora_jax.checkpoints.digests import Digests, digest_of_all
+from qlora_jax.checkpoints.host_memory import aligned_empty, is_aligned
 from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.sources import TensorSource, open_source
 from qlora_jax.checkpoints.streaming import (
@@ -83,21 +86,22 @@ def load_base(
     """
     dtype = jnp.dtype(dtype)
     path, digest = Path(path), None
+    stacks: dict[TensorPath, _Stack] = {}
     if is_converted(path):
         converted = ConvertedBase(path, quantization, dtype)
         config, description = converted.config, converted.description
         specs, digest = base_tensors(config), converted.digest
-        chunks = converted.chunks(specs, progress, largest_first=True)
+        chunks = converted.chunks(specs, progress, places=lambda key, *at: stacks[key].place(*at))
     else:
         source = open_source(path)
         config, specs = source.config, base_tensors(source.config)
         check_source(source, specs, quantization)
         description = describe(source, specs, quantization)
-        chunks = _source_chunks(source, specs, quantization, dtype, progress)
-    stacks = {
-        key: _Stack(abstract, None if shardings is None else shardings[key])
-        for key, abstract in abstract_stacks(specs, quantization, dtype).items()
-    }
+        # Both threads have work to the end, and copies of large tensors exist while there is little else.
+        largest_first = sorted(specs, key=lambda spec: math.prod(spec.shape), reverse=True)
+        chunks = _source_chunks(source, largest_first, quantization, dtype, progress)
+    for key, abstract in abstract_stacks(specs, quantization, dtype).items():
+        stacks[key] = _Stack(abstract, None if shardings is None else shardings[key])
     with Digests() as digests, contextlib.closing(chunks):
         for key, layer, value in chunks:
             leaves = stacks[key].leaves(layer, value)
@@ -127,8 +131,9 @@ def _source_chunks(
 class _Stack:
     """One path's destination: every buffer is allocated once and filled layer by layer.
 
-    On CPU the buffers are host memory that jax then uses where it lies; on an accelerator they are device memory
-    updated in place, so that the host never holds more than the layers being written.
+    On CPU the buffers are host memory that jax then uses where it lies, an array that is not stacked is used as it
+    comes; on an accelerator they are device memory updated in place, so that the host never holds more than the layers
+    being written.
     """
 
     def __init__(self, abstract: Any, shardings: Any = None):
@@ -136,11 +141,20 @@ class _Stack:
         self._shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
         self._on_host = jax.default_backend() == "cpu"
         self._buffers = [
-            _aligned_empty(leaf.shape, leaf.dtype)
+            aligned_empty(leaf.shape, leaf.dtype)
             if self._on_host
             else jnp.empty(leaf.shape, leaf.dtype, device=sharding)
             for leaf, sharding in zip(leaves, self._shardings, strict=True)
         ]
+
+    def place(self, first_layer: int | None, layers: int) -> Any:
+        """Return host memory to read a value into, which `write` leaves where it is; None on an accelerator."""
+        if not self._on_host:
+            return None
+        rows = slice(first_layer, None if first_layer is None else first_layer + layers)
+        return jax.tree.unflatten(
+            self._structure, [buffer[rows] if buffer.ndim else buffer for buffer in self._buffers]
+        )
 
     def leaves(self, first_layer: int | None, value: Any) -> list[Any]:
         """Return the arrays of one layer or of several, each with an axis of layers if the path is stacked."""
@@ -156,13 +170,15 @@ class _Stack:
             buffer = self._buffers[i]
             # A converted directory may hold another dtype of what is not quantised.
             rows = leaf if leaf.dtype == buffer.dtype else leaf.astype(buffer.dtype)
+            if self._on_host and np.may_share_memory(rows, buffer):  # see `place`
+                continue
             if first_layer is not None:
                 if self._on_host:
                     buffer[first_layer : first_layer + len(rows)] = rows
                 else:
                     self._buffers[i] = _write_rows(buffer, rows, first_layer)
             elif self._on_host:
-                buffer[...] = rows
+                self._buffers[i] = rows if is_aligned(rows) else _aligned(rows)
             else:
                 self._buffers[i] = jax.device_put(rows, self._shardings[i])
 
@@ -177,13 +193,10 @@ class _Stack:
         return jax.tree.unflatten(self._structure, buffers)
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Uninitialised host memory at an address jax accepts without copying (a multiple of 64 bytes)."""
-    dtype = np.dtype(dtype)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+def _aligned(array: np.ndarray) -> np.ndarray:
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 _write_rows = jax.jit(

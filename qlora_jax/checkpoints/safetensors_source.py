@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from qlora_jax.checkpoints.host_memory import aligned_empty
 from qlora_jax.checkpoints.model_files import (
     DOWNLOAD_AGAIN,
     find_pickles,
@@ -169,7 +170,7 @@ class SafetensorsSource:
     def _read(self, name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
         self.check_readable(name)
         entry = self._entries[name]
-        array = np.empty(shape, _DTYPES[entry.dtype])
+        array = aligned_empty(shape, _DTYPES[entry.dtype])
         read_exactly(entry.file, entry.offset + offset, array, name)
         return array
 

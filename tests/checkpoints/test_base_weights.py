@@ -70,11 +70,11 @@ def test_a_converted_bases_arrays_are_let_go(converted: Path, monkeypatch: pytes
     before: dict[str, list[weakref.ref[Any]]] = {}
     read = converted_module._read_array
 
-    def reading(part: Path, key: tuple[str, ...], declared: Any, tensor: str) -> Any:
+    def reading(part: Path, key: tuple[str, ...], declared: Any, tensor: str, place: None) -> Any:
         gc.collect(0)  # JAX lets go of arguments then
         alive = [name for name, arrays in before.items() if name != tensor and any(ref() is not None for ref in arrays)]
         assert not alive
-        array = read(part, key, declared, tensor)
+        array = read(part, key, declared, tensor, place)
         before.setdefault(tensor, []).append(weakref.ref(array))
         return array
 

@@ -31,6 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from qlora_jax import cli, models
 from qlora_jax.checkpoints import conversion, loading
 from qlora_jax.checkpoints.conversion import Conversion, convert
+from qlora_jax.checkpoints.host_memory import aligned_empty
 from qlora_jax.checkpoints.loading import LoadedBase, load_base
 from qlora_jax.checkpoints.manifest import MANIFEST_NAME
 from qlora_jax.checkpoints.sources import open_source
@@ -224,6 +225,22 @@ def test_loaded_buffers_are_not_copied():
     value = stack.finish()
     assert value.unsafe_buffer_pointer() == address
     assert np.array_equal(np.asarray(value)[:, 0], [0, 1, 2])
+    single = loading._Stack(jax.ShapeDtypeStruct((40,), jnp.float32))
+    read = aligned_empty((40,), np.float32)
+    single.write(None, single.leaves(None, read))
+    assert single.finish().unsafe_buffer_pointer() == read.ctypes.data
+
+
+def test_values_are_read_into_their_buffers():
+    stack = loading._Stack(jax.ShapeDtypeStruct((3, 5), jnp.bfloat16))
+    if jax.default_backend() != "cpu":
+        pytest.skip("host memory is used in place on CPU only")
+    place = stack.place(1, 2)
+    assert place.shape == (2, 5)
+    place[...] = 7
+    stack.write(1, [place])
+    stack.write(0, [np.zeros((1, 5), jnp.bfloat16)])
+    assert np.array_equal(np.asarray(stack.finish())[:, 0], [0, 7, 7])
 
 
 def test_device_buffers_are_filled_in_place(monkeypatch: pytest.MonkeyPatch):

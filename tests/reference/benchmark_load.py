@@ -23,17 +23,20 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 COMMON = """
-import json, sys, time
+import json, resource, sys, time
 
 def memory(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
 
+def times():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return time.perf_counter(), used.ru_utime + used.ru_stime, used.ru_stime
+
 def measure(load):
-    before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
+    before, start = memory("VmRSS"), times()
     loaded = load()
-    seconds = time.perf_counter() - wall, time.process_time() - cpu
-    print(json.dumps([*seconds, memory("VmHWM") - before]))
+    print(json.dumps([*(stop - begun for stop, begun in zip(times(), start)), memory("VmHWM") - before]))
 """
 OURS = (
     COMMON
@@ -76,10 +79,11 @@ measure(
 
 
 class Load(NamedTuple):
-    """Seconds by the clock and of the processor, and bytes at most above those before."""
+    """Seconds by the clock, of the processor and of those in the system; bytes at most above those before."""
 
     wall: float
     cpu: float
+    system: float
     memory: int
 
 
@@ -154,12 +158,13 @@ def main() -> None:
                 loads[name].append(load(*run))
     reference, ours = ([one.wall for one in loads[name]] for name in list(runs)[:2])
     ratios = [theirs / own for theirs, own in zip(reference, ours, strict=True)]
-    print("| | read, GB | s: min | median | max | processor s, median | GB/s, median | memory, GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| | read, GB | s: min | median | max | processor s, median | in the system | GB/s, median | memory, GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, found in loads.items():
         wall = sorted(one.wall for one in found)
         middle, size = statistics.median(wall), sizes[name] / 1e9
-        figures = [wall[0], middle, wall[-1], statistics.median(one.cpu for one in found), size / middle]
+        processor = [statistics.median(times) for times in ([one.cpu for one in found], [one.system for one in found])]
+        figures = [wall[0], middle, wall[-1], *processor, size / middle]
         peak = max(one.memory for one in found) / 2**30
         print(f"| {name} | {size:.2f} | {' | '.join(f'{figure:.2f}' for figure in figures)} | {peak:.2f} |")
     low, high = min(ratios), max(ratios)

@@ -41,6 +41,8 @@ class Ceilings(NamedTuple):
         convert: of memory that `convert` takes.
         load: that loading the checkpoint takes beside the model.
         load_converted: that loading the converted directory takes beside the model.
+        load_to_gpu: of host memory that loading the checkpoint takes where the model is on a GPU.
+        load_converted_to_gpu: the same of the converted directory.
     """
 
     checkpoint: int
@@ -48,6 +50,8 @@ class Ceilings(NamedTuple):
     convert: int
     load: int
     load_converted: int
+    load_to_gpu: int
+    load_converted_to_gpu: int
 
 
 class _Tensor(NamedTuple):
@@ -73,27 +77,39 @@ def ceilings(config: dict[str, Any]) -> Ceilings:
     model, parts = sum(tensor.stored for tensor in tensors), _parts(tensors)
     linears = {tensor.path for tensor in tensors if tensor.quantised}
     codes = max(max(arrays) for part in parts for path, arrays in part.items() if path in linears)
-    # A part, orbax's copy of it and tensorstore's, and the tensor that did not fit into it any more.
+    # A part, orbax's copy of it and tensorstore's; the tensor that did not fit into it any more, and two in work.
     largest_part = max(sum(map(sum, part.values())) for part in parts)
-    convert = 3 * largest_part + max(tensor.quantised + tensor.stored for tensor in tensors)
+    array = max(max(tensor.arrays) for tensor in tensors)
+    peak, beside = _peaks(tensors)
+    convert = 3 * largest_part + 3 * max(tensor.quantised + tensor.stored for tensor in tensors)
     return Ceilings(
         checkpoint=sum(2 * math.prod(spec.shape) for spec in specs),
         model=model,
         convert=convert + ALLOWANCE + QUANTISING,
-        load=_peak(tensors) - model + ALLOWANCE + QUANTISING,
-        # Two copies of one array: the largest while there is nothing else; of linears beside all the rest, and beside
-        # those of the array before, which threads of tensorstore may let go of late.
-        load_converted=max(2 * max(max(tensor.arrays) for tensor in tensors) - model, 4 * codes) + ALLOWANCE,
+        load=peak - model + ALLOWANCE + QUANTISING,
+        # One array as it is in the file: the largest while there is nothing else; a linear's beside all the rest, and
+        # beside the array before, which threads of tensorstore may let go of late.
+        load_converted=max(2 * array - model, 2 * codes) + ALLOWANCE,
+        load_to_gpu=beside + ALLOWANCE + QUANTISING,
+        # In the file and in memory, and the one before.
+        load_converted_to_gpu=2 * max(array, 2 * codes) + ALLOWANCE,
     )
 
 
-def _peak(tensors: list[_Tensor]) -> int:
-    """Read and quantise tensors in their order, while the two before are digested."""
-    peak = done = 0
+def _peaks(tensors: list[_Tensor]) -> tuple[int, int]:
+    """Write tensors largest first, while the two before are digested and the two after are read and quantised.
+
+    Returns:
+        Most bytes with what has been written, and without.
+    """
+    tensors = sorted(tensors, key=lambda tensor: max(tensor.quantised, tensor.stored), reverse=True)
+    peak = most = done = 0
     for i, tensor in enumerate(tensors):
         done += tensor.stored
-        peak = max(peak, done + tensor.quantised + sum(one.stored for one in tensors[max(0, i - 2) : i + 1]))
-    return peak
+        beside = sum(one.stored for one in tensors[max(0, i - 2) : i + 3])
+        beside += sum(one.quantised for one in tensors[i + 1 : i + 3])
+        peak, most = max(peak, done + beside), max(most, beside)
+    return peak, most
 
 
 def _parts(tensors: list[_Tensor]) -> list[dict[tuple[str, ...], list[int]]]:
@@ -112,12 +128,13 @@ def _parts(tensors: list[_Tensor]) -> list[dict[tuple[str, ...], list[int]]]:
 
 def main() -> None:
     """Print a table."""
-    print("| model | checkpoint | in memory | `convert` takes | a load takes beside it | of a converted directory |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    loads = ["a load takes beside it", "of a converted directory", "to a GPU", "to a GPU, converted"]
+    columns = ["model", "checkpoint", "in memory", "`convert` takes", *loads]
+    print(f"| {' | '.join(columns)} |")
+    print(f"|{' --- |' * len(columns)}")
     for name in sys.argv[1:]:
         found = ceilings(LLAMA_405B if name == "llama-3.1-405b" else PRESETS[name])
-        sizes = [found.checkpoint, found.model, found.convert, found.load, found.load_converted]
-        print(f"| {name} | {' | '.join(f'{size / 1e9:.2f} GB' for size in sizes)} |")
+        print(f"| {name} | {' | '.join(f'{size / 1e9:.2f} GB' for size in found)} |")
 
 
 if __name__ == "__main__":
