@@ -130,9 +130,9 @@ def test_goes_on_to_the_same_bytes(
     before = 1
     for point in points:
         reads.clear()
-        # Progress is told when the next tensor is asked for.
+        # Progress is told when the next tensor is asked for; threads read two ahead.
         interrupt(config, point)
-        assert sum(reads.values()) == point - before + 1 and max(reads.values()) == 1
+        assert point - before + 1 <= sum(reads.values()) <= point - before + 3 and max(reads.values()) == 1
         refused_as_a_model(tmp_path / ".out.tmp")
         if point != points[0]:
             assert f"continuing: {before - 1} of {TENSORS} tensors were written before" in caplog.text

@@ -38,7 +38,8 @@ def test_logits_equal_transformers(variant, golden):
 def test_fresh_adapters_change_nothing():
     ids = np.arange(40).reshape(2, 20) % 96
     bare = tiny_model.logits(*tiny_model.build(modules=None), ids)
-    np.testing.assert_array_equal(tiny_model.logits(*tiny_model.build(), ids), bare)
+    # The two are different programs, in which XLA may round sums otherwise.
+    np.testing.assert_allclose(tiny_model.logits(*tiny_model.build(), ids), bare, rtol=0, atol=5e-5)
 
 
 def test_packed_documents_do_not_see_each_other():
