@@ -1,6 +1,16 @@
-"""Answers to prompts: batched decoding with a key-value cache, greedy or sampled."""
+"""Answers to prompts: continuous batching over a key-value cache, greedy or sampled, with one adapter or several."""
 
-from qlora_jax.generation.decoding import generate
+from qlora_jax.generation.adapters import AdapterStack, stack_adapters, stack_config
+from qlora_jax.generation.engine import Engine, Request, Token, generate
 from qlora_jax.generation.sampling import Sampling
 
-__all__ = ["Sampling", "generate"]
+__all__ = [
+    "AdapterStack",
+    "Engine",
+    "Request",
+    "Sampling",
+    "Token",
+    "generate",
+    "stack_adapters",
+    "stack_config",
+]

@@ -16,6 +16,7 @@ from qlora_jax.nn.variables import (
     Frozen,
     Initializer,
     LoRAParam,
+    RowAdapters,
     frozen_array,
     kaiming_uniform,
     trained_value,
@@ -167,5 +168,30 @@ class QLoRALinear(nnx.Module):
                     if self.dropout > 0 and dropout_key is not None:
                         keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
                         x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-                    y = y + low_rank(self.scaling, x, trained_value(self.lora_a), trained_value(self.lora_b))
+                    y = y + self._adapted(x)
             return checkpoint_name(y, SAVED)
+
+    def _adapted(self, x: Array) -> Array:
+        assert self.lora_a is not None and self.lora_b is not None
+        a, b = self.lora_a.get_value(), self.lora_b.get_value()
+        if isinstance(a, RowAdapters):
+            return _low_rank_of_rows(x, a, b)
+        return low_rank(self.scaling, x, trained_value(self.lora_a), trained_value(self.lora_b))
+
+
+def _low_rank_of_rows(x: Float[Array, "B S in"], a: RowAdapters, b: RowAdapters) -> Float[Array, "B S out"]:
+    """The adapters' half of equation 5 where every row of the batch has its own; see `low_rank`.
+
+    Of several rows the products are with all adapters, and those that are not a row's own count as zeros: every matrix
+    is read once, and which rows a batch has beside one changes nothing for it.
+    """
+    down, up = a.matrices.astype(x.dtype), b.matrices.astype(x.dtype)
+    if len(a.rows) == 1:
+        down, up = (jax.lax.dynamic_slice_in_dim(each, a.rows[0], 1) for each in (down, up))
+        own = a.scalings[:, None, None]
+    else:
+        mine = a.rows[:, None] == jnp.arange(len(down))
+        own = jnp.where(mine, a.scalings[:, None], 0)[:, None, :, None]
+    low = jnp.einsum("bsi,ari->bsar", x, down, preferred_element_type=jnp.float32)
+    low = (low * own.reshape(len(x), 1, -1, 1)).astype(x.dtype)
+    return jnp.einsum("bsar,aor->bso", low, up, preferred_element_type=jnp.float32).astype(x.dtype)

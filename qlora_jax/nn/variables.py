@@ -59,6 +59,22 @@ class GradientSlot:
     slot: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowAdapters:
+    """A matrix of several adapters, one of them for each row of a batch; for generation.
+
+    Attributes:
+        matrices: [*stack, A, rows, columns].
+        rows: int32 [*stack, B], adapter of each row of the batch.
+        scalings: float32 [*stack, B], factor of each row's product.
+    """
+
+    matrices: Any
+    rows: Any
+    scalings: Any
+
+
 @jax.custom_vjp
 def _read(matrix: Array, slot: Array) -> Array:
     """`matrix` in float32; its cotangent goes to `slot`."""

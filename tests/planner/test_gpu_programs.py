@@ -8,7 +8,8 @@ FUSED = [
     ["training_step", "smollm2", "fused", 2, 256, 2],
     ["training_step", "llama-7b", "fused", 1, 512, 1],
     ["long_step", "smollm2", "fused", 1, 8192],
-    ["decoding", "llama-7b", "fused", 1, 64],
+    ["prefilling", "llama-7b", "fused", 8, 1024, 64],
+    ["decoding", "llama-7b", "fused", 8, 1024],
 ]
 # What the assertions on those would find if weights were dequantized to memory: by a kernel, by XLA.
 DEQUANTIZED = {
@@ -29,16 +30,17 @@ def test_no_weight_is_dequantized_to_memory_or_copied(chip):
             assert result["kernels"] == 0
             continue
         # Forward, recomputed forward (but for the last linear, whose output nothing needs), backward; tiles add none.
-        # Decoding: the prompt, then one token at a time.
-        assert result["kernels"] == (7 + 7 if program == "decoding" else 7 + 6 + 7)
+        generation = program in ("prefilling", "decoding")
+        assert result["kernels"] == (7 if generation else 7 + 6 + 7)
         assert not result["moved"]
         assert not result["gathers"]
         if program == "long_step":
             assert result["host_bytes"] == 30 * 8192 * 576 * 2  # the layers' inputs, bfloat16, once
             assert not result["host_computations"]
-        if program == "decoding":
-            cache = 2 * 32 * (64 + 64) * 4096 * 2  # keys and values, bfloat16
-            assert result["temporary_bytes"] < 2.5 * cache
+        if generation:  # the cache is updated where it is: keys and values, bfloat16
+            row = 2 * 32 * 1024 * 4096 * 2
+            assert 8 * row < result["updated_bytes"] == result["state_bytes"]
+            assert result["temporary_bytes"] < 2.5 * row
 
 
 @pytest.mark.compile

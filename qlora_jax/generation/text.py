@@ -1,0 +1,71 @@
+"""Text of an answer while its tokens come."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "�"
+
+
+class TextStream:
+    """Decodes the tokens of an answer one by one, up to a stop string.
+
+    Text is given out once it cannot change any more: bytes of a character that is not complete are held back, and so is
+    what may turn out to be the beginning of a stop string.
+
+    Args:
+        tokenizer: of the model.
+        stop: strings that end the answer, which are not part of it.
+
+    Attributes:
+        stopped: a stop string came; further tokens change nothing.
+        text: given out so far.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, tuple(each for each in stop if each)
+        # Tokens from `_from` on are decoded anew each time, as a tokenizer may treat the first of a text apart; those
+        # before `_read` have been decoded to `_pending` or given out.
+        self._tokens: list[int] = []
+        self._from = self._read = 0
+        self._pending = ""
+        self.stopped, self.text = False, ""
+
+    def add(self, token: int) -> str:
+        """Take a token; return text that is new."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        before, after = self._decoded(self._from, self._read), self._decoded(self._from, None)
+        if len(after) > len(before) and not after.endswith(_REPLACEMENT):
+            self._pending += after[len(before) :]
+            self._from, self._read = self._read, len(self._tokens)
+        return self._released(final=False)
+
+    def end(self) -> str:
+        """Return what was held back; no more tokens come."""
+        if not self.stopped:
+            self._pending += self._decoded(self._from, None)[len(self._decoded(self._from, self._read)) :]
+            self._from = self._read = len(self._tokens)
+        return self._released(final=True)
+
+    def _decoded(self, start: int, stop: int | None) -> str:
+        decoded: str = self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
+        return decoded
+
+    def _released(self, *, final: bool) -> str:
+        """Give out of the pending text what is certain."""
+        found = [place for place in (self._pending.find(each) for each in self._stop) if place >= 0]
+        if found:
+            self.stopped = True
+            new, self._pending = self._pending[: min(found)], ""
+        else:
+            held = 0 if final else max((_overlap(self._pending, each) for each in self._stop), default=0)
+            split = len(self._pending) - held
+            new, self._pending = self._pending[:split], self._pending[split:]
+        self.text += new
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Count the characters at the end of a text that a stop string begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,208 @@
+"""Continuous batching: whoever shares a batch, an answer is the one that its prompt has alone."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures import tiny_model
+from fixtures.tiny_configs import LLAMA
+
+from qlora_jax import models
+from qlora_jax.errors import UserError
+from qlora_jax.generation import Engine, Request, Sampling, stack_adapters, stack_config
+from qlora_jax.generation import programs as engine_programs
+from qlora_jax.generation.engine import MOST_PIECE, pieces
+from qlora_jax.nn.linear import LoRAConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CAPACITY = 64
+
+
+@pytest.fixture(scope="module")
+def parts():
+    graphdef, lora, frozen = tiny_model.build()
+    return graphdef, jax.tree.map(lambda leaf: leaf + 0.01, lora), frozen
+
+
+def engine_of(parts, slots=3, **options):
+    return Engine(*parts, eos_ids=[], slots=slots, capacity=CAPACITY, **options)
+
+
+def run(engine):
+    """{number: tokens} of all that is asked of an engine."""
+    answers = {}
+    while engine.busy or engine.waiting:
+        for token in engine.step():
+            answers.setdefault(token.request, []).append(token.token)
+    return answers
+
+
+def alone(parts, request):
+    """Tokens of a request that shares nothing with any other."""
+    engine = engine_of(parts)
+    engine.submit(request)
+    (answer,) = run(engine).values()
+    return answer
+
+
+def request(seed, length=5, new=6, **settings):
+    tokens = np.random.default_rng(seed).integers(0, 96, length).tolist()
+    return Request(tuple(tokens), Sampling(max_new_tokens=new), **settings)
+
+
+def test_prompts_are_cut_into_few_pieces_with_little_padding():
+    for tokens in (*range(1, 1200), 4096, 10_000):
+        found = pieces(tokens)
+        padding = sum(found) - tokens
+        assert 0 <= padding < 16 or padding <= 0.15 * tokens
+        assert padding < found[-1]  # the last piece has a token
+        assert found == sorted(found, reverse=True) and set(found) <= {16, 32, 64, 128, 256, MOST_PIECE}
+        assert len(found) <= tokens // MOST_PIECE + 4
+
+
+def test_requests_join_and_leave_at_every_token(parts):
+    requests = [request(seed, length, new) for seed, (length, new) in enumerate(itertools.product((1, 5, 20), (2, 9)))]
+    expected = [alone(parts, each) for each in requests]
+    engine = engine_of(parts)
+    answers, numbers = {}, []
+    for each in requests:  # one joins at a step
+        numbers.append(engine.submit(each))
+        for token in engine.step():
+            answers.setdefault(token.request, []).append(token.token)
+    for number, tokens in run(engine).items():
+        answers.setdefault(number, []).extend(tokens)
+    assert [answers[number] for number in numbers] == expected
+
+
+def test_a_long_prompt_does_not_stall_the_others(parts):
+    engine = Engine(*parts, eos_ids=[], slots=2, capacity=2048)
+    engine.submit(request(0, 5, 40))
+    engine.step()
+    engine.submit(request(1, 3 * MOST_PIECE, 2))
+    assert [len(engine.step()) for _ in range(3)] == [1, 1, 2]
+
+
+def test_a_second_prompt_of_a_size_compiles_nothing(parts):
+    engine = engine_of(parts)
+    engine.submit(request(0, 20))
+    run(engine)
+    compiled = [program._cache_size() for program in (engine_programs.prefill, engine_programs.advance)]
+    engine.submit(request(1, 17, 11))
+    engine.submit(request(2, 30, 3))
+    run(engine)
+    assert [program._cache_size() for program in (engine_programs.prefill, engine_programs.advance)] == compiled
+
+
+def test_the_next_turn_of_a_chat_reads_what_is_new(parts):
+    engine = engine_of(parts)
+    first = request(0, 20, 8)
+    engine.submit(first)
+    (answer,) = run(engine).values()
+    second = Request((*first.tokens, *answer, 3, 4, 5), Sampling(max_new_tokens=8))
+    engine.submit(second)
+    (again,) = run(engine).values()
+    assert engine.reused == 28
+    assert again == alone(parts, second)
+    branch = Request((*first.tokens[:10], 7, 8), Sampling(max_new_tokens=8))  # another second half
+    engine.submit(branch)
+    (other,) = run(engine).values()
+    assert engine.reused == 38
+    assert other == alone(parts, branch)
+
+
+def test_what_a_window_has_overwritten_is_read_again():
+    window = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6}
+    parts = tiny_model.build(window)
+    engine, first = engine_of(parts, 1), request(0, 20, 8)
+    engine.submit(first)
+    (answer,) = run(engine).values()
+    branch = Request((*first.tokens[:18], 7, 8), Sampling(max_new_tokens=8))
+    engine.submit(branch)
+    (other,) = run(engine).values()
+    assert engine.reused == 0
+    assert other == alone(parts, branch)
+    onward = Request((*branch.tokens, *other, 9), Sampling(max_new_tokens=4))
+    engine.submit(onward)
+    (last,) = run(engine).values()
+    assert engine.reused == 28  # nothing was taken back
+    assert last == alone(parts, onward)
+    assert answer
+
+
+def test_a_cancelled_request_frees_its_slot(parts):
+    engine = engine_of(parts, 1)
+    first, second = (engine.submit(request(seed, 5, 30)) for seed in (0, 1))
+    engine.step()
+    assert (engine.busy, engine.waiting) == (1, 1)
+    engine.cancel(first)
+    tokens = run(engine)
+    assert list(tokens) == [second] and tokens[second] == alone(parts, request(1, 5, 30))
+    third = engine.submit(request(2))
+    engine.cancel(third)
+    assert not engine.step() and not engine.waiting
+
+
+def test_logprobs_are_those_of_the_model(parts):
+    engine, asked = engine_of(parts), request(0, 5, 3, likeliest=3)
+    engine.submit(asked)
+    tokens = [token for _ in range(3) for token in engine.step()]
+    ids = (*asked.tokens, *(token.token for token in tokens))
+    logits = tiny_model.logits(*parts, np.array([[*ids, *[0] * (16 - len(ids))]]))[0]
+    for place, token in enumerate(tokens, len(asked.tokens) - 1):
+        logs = np.asarray(jax.nn.log_softmax(logits[place]))
+        assert token.logprob == pytest.approx(logs[token.token], abs=1e-4)
+        best = np.argsort(-logs)[:3]
+        assert [each for each, _ in token.likeliest] == best.tolist()
+        np.testing.assert_allclose([value for _, value in token.likeliest], logs[best], atol=1e-4)
+    assert tokens[-1].end == "length"
+
+
+def test_a_prompt_must_leave_room(parts):
+    engine = engine_of(parts)
+    with pytest.raises(UserError, match="the prompt has 64 tokens, and prompt and answer together may have 64"):
+        engine.submit(request(0, CAPACITY))
+    engine.submit(request(0, CAPACITY - 2, 10))
+    assert [len(answer) for answer in run(engine).values()] == [2]
+
+
+def test_each_row_has_its_own_adapter():
+    """Of different ranks and modules, beside rows without one; each as a model with that adapter alone."""
+    everywhere = models.lora_modules(models.model_config(LLAMA), "all")
+    chosen = [LoRAConfig(4, 32.0, 0.0, everywhere), LoRAConfig(2, 6.0, 0.0, ("q_proj", "up_proj"))]
+    graphdef, declared, frozen = tiny_model.build(rank=4)
+
+    def random(adapter, seed):
+        rng = np.random.default_rng(seed)
+        return {
+            path: rng.normal(0, 0.2, _shape(path, value.shape, adapter.rank)).astype(np.float32)
+            for path, value in models.flatten(declared).items()
+            if path[-2] in adapter.modules
+        }
+
+    matrices = [random(adapter, seed) for seed, adapter in enumerate(chosen)]
+    stack = stack_adapters(declared, [None, *zip(chosen, matrices, strict=True)], jnp.float32)
+    assert stack_config(chosen) == LoRAConfig(4, 4.0, 0.0, chosen[0].modules)
+    engine = engine_of((graphdef, stack, frozen), 4)
+    requests = [request(seed, 5, 8, adapter=adapter) for seed, adapter in enumerate((0, 1, 2, 1))]
+    numbers = [engine.submit(each) for each in requests]
+    together = run(engine)
+    for number, each in zip(numbers, requests, strict=True):
+        adapter = chosen[each.adapter - 1] if each.adapter else None
+        own = _alone_with(adapter, matrices[each.adapter - 1] if adapter else {})
+        assert together[number] == alone(own, Request(each.tokens, each.sampling))
+    other = engine.submit(Request(requests[0].tokens, requests[0].sampling, adapter=1))
+    assert run(engine)[other] != together[numbers[0]]
+    assert engine.reused == 0  # another adapter's keys and values are of no use
+
+
+def _shape(path, full, rank):
+    return (full[0], rank, full[2]) if path[-1] == "lora_a" else (full[0], full[1], rank)
+
+
+def _alone_with(adapter, matrices):
+    if adapter is None:
+        return tiny_model.build(modules=None)
+    graphdef, lora, frozen = tiny_model.build(rank=adapter.rank, modules=",".join(adapter.modules), alpha=adapter.alpha)
+    return graphdef, models.unflatten_like(lora, matrices, what="adapter"), frozen
