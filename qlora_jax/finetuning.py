@@ -100,6 +100,7 @@ def finetune_in(claim: Claim) -> Result:
             "kernels": kernels.choices_to_json(kernel_choices(config, model, rows)),
             "environment": current_environment(),
             "inputs": input_files(config),
+            "dataset_format": datasets.dataset_format,
         }
         directory = RunDirectory.open(config, identity | _model_identity(config, model), facts, claim.record)
         stack.enter_context(kernels.pinned(kernels.choices_from_json(directory.facts["kernels"])))

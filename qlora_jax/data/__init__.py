@@ -10,9 +10,18 @@ from qlora_jax.data.batching import (
     evaluation_batches,
 )
 from qlora_jax.data.demo import default_prompts, follows_style
-from qlora_jax.data.formats import FORMATS
+from qlora_jax.data.formats import FORMATS, Message
 from qlora_jax.data.loading import HUB_NAMES, Rows, evaluated_split, load_rows, split_names, split_rows
-from qlora_jax.data.tokenization import IGNORED, DataReport, Example, check_tokens, encode_prompt, tokenize_rows
+from qlora_jax.data.tokenization import (
+    IGNORED,
+    DataReport,
+    Example,
+    check_tokens,
+    encode_conversation,
+    encode_prompt,
+    encode_text,
+    tokenize_rows,
+)
 
 __all__ = [
     "FORMATS",
@@ -24,12 +33,15 @@ __all__ = [
     "DataReport",
     "Example",
     "Field",
+    "Message",
     "Rows",
     "abstract_batch",
     "bucket_lengths",
     "check_tokens",
     "default_prompts",
+    "encode_conversation",
     "encode_prompt",
+    "encode_text",
     "evaluated_split",
     "evaluation_batches",
     "follows_style",

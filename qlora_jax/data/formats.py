@@ -1,7 +1,7 @@
 """Row formats: a table of functions from a row to text, and the choice among them."""
 
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,14 +125,29 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
     return choice
 
 
-def prompt_text(prompt: str, dataset_format: str) -> str:
-    """Return the source text of `prompt` in `dataset_format`, which must not be a chat format."""
+def conversation_text(messages: Sequence[Message], dataset_format: str, position: str) -> str:
+    """Return the text of a conversation in `dataset_format`, which must not be a chat format, up to the next answer.
+
+    Raises:
+        UserError: messages that the format has no place for; all but oasst1 have one question and its answer.
+    """
+    roles = [message["role"] for message in messages]
+    alternating = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(roles))
+    if not alternating or len(roles) % 2 == 0 or (dataset_format != "oasst1" and len(roles) > 1):
+        several = "turns of user and assistant, the user's last"
+        raise UserError(
+            f"{position}: {' '.join(roles) or 'no message'} given, but the model was trained on data of the format "
+            f"{dataset_format}, which has {several if dataset_format == 'oasst1' else 'one message of a user'}."
+        )
+    prompt = messages[-1]["content"]
     if dataset_format in ("alpaca", "alpaca-clean"):
         return ALPACA_PROMPT.format(instruction=prompt)
     if dataset_format == "oasst1":
-        return f"### Human: {prompt}### Assistant:"
+        names = {"user": "Human", "assistant": "Assistant"}
+        said = (f"### {names[message['role']]}: {message['content']}" for message in messages)
+        return f"{''.join(said)}### Assistant:"
     if dataset_format in _PAIRS:
-        return prompt
+        return str(prompt)
     raise ValueError(f"format '{dataset_format}' has no prompt text of its own")
 
 

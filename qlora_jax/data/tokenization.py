@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_jax.choices import OnBadRow
 from qlora_jax.data.chat_template import render
-from qlora_jax.data.formats import FORMATS, ChosenFormat, Message, SourceTarget, choose_format, prompt_text
+from qlora_jax.data.formats import FORMATS, ChosenFormat, Message, SourceTarget, choose_format, conversation_text
 from qlora_jax.data.loading import Rows, bad_rows, collected
 from qlora_jax.errors import UserError
 
@@ -218,14 +218,41 @@ def tokenize_rows(
 
 def encode_prompt(prompt: str, *, tokenizer: Tokenizer, dataset_format: str) -> np.ndarray:
     """Encode a prompt as in training on `dataset_format`, up to the beginning of the answer; returns int32 [n]."""
+    messages = [{"role": "user", "content": prompt}]
+    return encode_conversation(messages, tokenizer=tokenizer, dataset_format=dataset_format, position="prompt")
+
+
+def encode_conversation(
+    messages: Sequence[Message], *, tokenizer: Tokenizer, dataset_format: str, position: str
+) -> np.ndarray:
+    """Encode a conversation as in training on `dataset_format`, up to the beginning of the next answer.
+
+    Args:
+        messages: of the conversation, the last of them not the assistant's.
+        tokenizer: of the model.
+        dataset_format: of the data that the model was trained on; a chat format for the tokenizer's own template.
+        position: of the conversation, for messages.
+
+    Returns:
+        int32 [n].
+
+    Raises:
+        UserError: the template refuses the messages, or the format has no place for them.
+    """
     _check_tokenizer(tokenizer)
-    if FORMATS[dataset_format].chat:
-        (text,) = render(tokenizer, [{"role": "user", "content": prompt}], [(1, True)], "prompt")
-        start = []
+    if not FORMATS[dataset_format].chat:
+        text, start = conversation_text(messages, dataset_format, position), _bos(tokenizer)
+    elif not tokenizer.chat_template:
+        raise UserError(f"{position}: the tokenizer has no chat template; use that of a chat model.")
     else:
-        text = prompt_text(prompt, dataset_format)
-        start = _bos(tokenizer)
+        (text,), start = render(tokenizer, messages, [(len(messages), True)], position), []
     return np.array([*start, *next(_encode(tokenizer, [text])).ids], np.int32)
+
+
+def encode_text(text: str, *, tokenizer: Tokenizer) -> np.ndarray:
+    """Encode a text to be continued, after the tokenizer's first token if it has one; returns int32 [n]."""
+    _check_tokenizer(tokenizer)
+    return np.array([*_bos(tokenizer), *next(_encode(tokenizer, [text])).ids], np.int32)
 
 
 def check_tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocabulary: int, position: str) -> None:

@@ -8,7 +8,6 @@ from qlora_jax.exporting.recipe import (
     ExportConfig,
     check_merged_export,
     export,
-    find_trained,
     parse_size,
     push,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "check_merged_export",
     "compare",
     "export",
-    "find_trained",
     "parse_size",
     "push",
 ]

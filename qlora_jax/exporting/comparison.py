@@ -29,11 +29,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.exporting.layerwise import HeldOutLoss, LayerwiseModel, Programs, Weights
 from qlora_jax.exporting.recipe import (
     ExportConfig,
-    Trained,
-    base_name,
-    find_trained,
     hugging_face_format,
-    storage_in_training,
     warn_of_erased,
     warn_of_no_change,
 )
@@ -42,6 +38,7 @@ from qlora_jax.nn.linear import LoRAConfig
 from qlora_jax.training import setup
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.datasets import load_evaluation
+from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
 
 logger = logging.getLogger(__name__)
 

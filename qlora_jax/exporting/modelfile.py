@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.data.chat_template import render
-from qlora_jax.data.formats import FORMATS, prompt_text
+from qlora_jax.data.formats import FORMATS, conversation_text
 from qlora_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def modelfile(
     lines = [f"# {note}"] if note else []
     lines += [f"FROM {weights}", *([] if adapter is None else [f"ADAPTER {adapter}"])]
     if dataset_format is not None and not FORMATS[dataset_format].chat:
-        lines.append(f'TEMPLATE """{prompt_text("{{ .Prompt }}", dataset_format)}"""')
+        prompt = [{"role": "user", "content": "{{ .Prompt }}"}]
+        lines.append(f'TEMPLATE """{conversation_text(prompt, dataset_format, "Modelfile")}"""')
         stops = [tokenizer.eos_token, *(["### Human:"] if dataset_format == "oasst1" else [])]
     elif (found := _recognised(tokenizer)) is not None:
         template, system = found

@@ -26,10 +26,11 @@ from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.commands import export as export_command
 from qlora_jax.errors import UserError
-from qlora_jax.exporting import EXPORT_FILE, ExportConfig, export, find_trained, parse_size
+from qlora_jax.exporting import EXPORT_FILE, ExportConfig, export, parse_size
 from qlora_jax.exporting.modelfile import KNOWN, modelfile
 from qlora_jax.files import damaged_file, write_checked_json
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.trained import find_trained
 
 TARGETS = export_command.ExportFlags.__dataclass_fields__["to"].type.__args__
 
