@@ -62,6 +62,11 @@ def argument(help: str) -> Any:
     return dataclasses.field(metadata={"help": help, "group": "arguments"})
 
 
+def arguments(help: str) -> Any:
+    """Declare a dataclass field, a tuple of strings, that becomes any number of positional arguments."""
+    return dataclasses.field(default=(), metadata={"help": help, "group": "arguments"})
+
+
 def _boolean(text: str) -> bool:
     lowered = text.lower()
     if lowered in ("true", "1", "yes", "on"):
@@ -226,8 +231,11 @@ def parse_flags[T](
     valued: set[str] = set()
     wrong: list[str] = []
     for name, field in fields.items():
-        if field.default is dataclasses.MISSING:
-            parser.add_argument(name, metavar=name.upper(), help=field.metadata["help"])
+        if field.metadata["group"] == "arguments":
+            several: dict[str, Any] = (
+                {} if field.default is dataclasses.MISSING else {"nargs": "*", "default": argparse.SUPPRESS}
+            )
+            parser.add_argument(name, metavar=name.upper(), help=field.metadata["help"], **several)
             continue
         group = field.metadata["group"]
         if group not in groups:
@@ -273,7 +281,11 @@ def parse_flags[T](
     wrong = [*refusals, *wrong, *(_unexpected(group, fields) for group in _flags_with_values(rest))]
     given = frozenset(vars(found))
     unread |= {name for name, value in vars(found).items() if value is _UNREADABLE}
-    values = {name: value for name, value in vars(found).items() if name not in unread}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(found).items()
+        if name not in unread
+    }
     complaints: list[str] = []
     try:
         filled = schema(**values)

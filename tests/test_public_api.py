@@ -32,7 +32,7 @@ FLOORS = (
     ("optimizers",),
     ("training",),
     ("planner",),
-    ("exporting", "finetuning"),
+    ("exporting", "finetuning", "serving"),
     ("commands",),
 )
 # Rooms that read a command line and write to the terminal.

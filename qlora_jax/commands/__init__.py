@@ -7,6 +7,8 @@ from qlora_jax import cli
 
 COMMANDS = {
     "finetune": "Fine-tune a language model; without flags, a small example.",
+    "chat": "Talk to a fine-tuned model, or to several.",
+    "generate": "Answer a file of prompts.",
     "plan": "Say what fine-tuning would take of a GPU that need not be here.",
     "convert": "Quantise a model once, for many runs.",
     "merge": "Measure what merging an adapter costs in every format, before anything is written.",

@@ -165,32 +165,17 @@ def report(summary: dict[str, Any], answers: Sequence[tuple[str, str, str]], con
     print_section(f"Saved in {output_dir}", found)
     adapter = Path(output_dir) / "adapter"
     if adapter.exists():
-        merge, export = (prog.replace("finetune", name) + f" {shlex.quote(output_dir)}" for name in ("merge", "export"))
+        commands = (prog.replace("finetune", name) for name in ("chat", "generate", "merge", "export"))
+        chat, generate, merge, export = (f"{command} {shlex.quote(output_dir)}" for command in commands)
         print(
             "\nUse the adapter\n"
-            f"  to answer prompts, one a line in FILE:\n    {answering_command(config, prog)}\n"
+            f"  talk to it:\n    {chat}\n"
+            f'  answer {{"prompt": ...}}, one a line in FILE:\n    {generate} --input FILE\n'
             f'  in PEFT, with the base as transformers loads it:\n    PeftModel.from_pretrained(base, "{adapter}")\n'
             f"  merged: what that costs, in every format:\n    {merge}\n"
             f"  merged, in DIRECTORY, for transformers and vLLM:\n    {export} DIRECTORY\n"
             f"  as GGUF, for llama.cpp and Ollama:\n    {export} DIRECTORY --to gguf-q8_0"
         )
-
-
-def answering_command(config: TrainConfig, prog: str) -> str:
-    """Return the command that answers prompts with the adapter of a run, from the same base and in the same format."""
-    same = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name in ("model_name_or_path", "dataset")
-        or (field.name in ANSWERS_DEPEND_ON and getattr(config, field.name) != field.default)
-    }
-    adapter, answers = f"{Path(config.output_dir) / 'adapter'}", f"{Path(config.output_dir)}-answers"
-    flags = {"do_train": False, "do_eval": False, **same, "adapter": adapter, "output_dir": answers}
-    return " ".join([prog, *(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()), "--prompts FILE"])
-
-
-ANSWERS_DEPEND_ON = ("bits", "quant_type", "double_quant", "block_size", "bf16", "dataset_format", "split")
-"""Fields beside model and data set that an adapter's answers depend on."""
 
 
 def print_answers(answers: Sequence[tuple[str, str, str]]) -> None:

@@ -36,6 +36,7 @@ from tensorboardX.proto.event_pb2 import Event
 from qlora_jax.checkpoints.conversion import convert
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
+from qlora_jax.commands import generate as generate_command
 from qlora_jax.commands.finetune import report
 from qlora_jax.models import model_config
 from qlora_jax.quantization import QuantizationConfig
@@ -285,14 +286,13 @@ def test_the_progress_bar_ends_where_the_summary_does(finished):
 @pytest.mark.e2e
 def test_the_command_that_a_run_ends_with_answers_as_the_run_did(finished, place, capsys):
     directory, out, _ = finished
-    (line,) = [line.strip() for line in out.splitlines() if "--prompts FILE" in line]
-    argv = shlex.split(line.replace("FILE", str(place / "prompts.txt")))
-    argv = argv[argv.index("--do_train") :]
-    assert run_in_process([*argv, "--max_new_tokens", "4", "--report_to", "none"]) == 0
-    answered = json.loads((place / "out-answers" / "answers.json").read_text())
+    (line,) = [line.strip() for line in out.splitlines() if line.endswith("--input FILE")]
     of_the_run = json.loads((directory / "answers.json").read_text())
-    assert [answer["after"] for answer in answered] == [answer["after"] for answer in of_the_run]
-    assert "Use the adapter" not in capsys.readouterr().out
+    write_jsonl(place / "prompts.jsonl", [{"prompt": answer["prompt"]} for answer in of_the_run])
+    argv = shlex.split(line.replace("FILE", str(place / "prompts.jsonl")))[2:]
+    assert generate_command.main([*argv, "--max_new_tokens", "4"]) == 0
+    answered = [json.loads(line)["answer"].strip() for line in capsys.readouterr().out.splitlines()]
+    assert answered == [answer["after"] for answer in of_the_run]
 
 
 def test_nothing_but_finished_files_is_left(finished):

@@ -143,9 +143,10 @@ Saved in {tmp_path}
   adapter (PEFT's format)  adapter
 
 Use the adapter
-  to answer prompts, one a line in FILE:
-    qlora-jax finetune --do_train False --do_eval False --model_name_or_path 'my model' --bits 8 --dataset rows.jsonl \
---adapter {tmp_path}/adapter --output_dir {tmp_path}-answers --prompts FILE
+  talk to it:
+    qlora-jax chat {tmp_path}
+  answer {{"prompt": ...}}, one a line in FILE:
+    qlora-jax generate {tmp_path} --input FILE
   in PEFT, with the base as transformers loads it:
     PeftModel.from_pretrained(base, "{tmp_path}/adapter")
   merged: what that costs, in every format:

@@ -1,0 +1,1 @@
+"""Conversations with a model: a chat in the terminal, batches of prompts, and a server."""

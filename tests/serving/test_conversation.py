@@ -1,0 +1,239 @@
+"""Chat and batches of prompts, from files on disk: each answer is that of the model whose name was asked for."""
+
+import contextlib
+import io
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures.finetune_helpers import make_model, make_tokenizer, write_jsonl
+from fixtures.tiny_configs import BYTE_LLAMA
+from fixtures.trained_adapters import write_adapter
+
+from qlora_jax import data, models
+from qlora_jax.commands import chat as chat_command
+from qlora_jax.commands import generate as generate_command
+from qlora_jax.errors import UserError
+from qlora_jax.generation import Sampling, generate
+from qlora_jax.generation.text import TextStream
+from qlora_jax.serving.conversation import Conversation
+from qlora_jax.serving.model import ServingConfig, adapter_names, load_served
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SHORT = Sampling(max_new_tokens=6)
+CONTEXT = "--context", "256", "--max_new_tokens", "6"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two adapters on it."""
+    directory = tmp_path_factory.mktemp("work")
+    make_model(directory / "base")
+    config = models.model_config(BYTE_LLAMA)
+    for seed, name in enumerate(("one", "two"), 1):
+        write_adapter(directory / name, config, size=0.2, seed=seed, base=str(directory / "base"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def served(work: Path):
+    return load_served(ServingConfig(adapter_names([f"{work}/one", f"second={work}/two"])))
+
+
+def solo(served, name, tokens, new=6):
+    """Text of the answer of one name's model, with the stack cut down to it."""
+    place = served.names[name].adapter
+    lora = served.lora
+    matrices = lora.matrices
+    values = {path: np.asarray(value)[:, place] for path, value in models.flatten(matrices).items()}
+    scaling = float(lora.scalings[place])
+    values = {path: value * (scaling if path[-1] == "lora_b" else 1) for path, value in values.items()}
+    declared = models.unflatten_like(_shapes(matrices, values), values, what="adapter")
+    (answer,) = generate(
+        served.graphdef, declared, served.frozen, [tokens], eos_ids=served.eos_ids,
+        sampling=Sampling(max_new_tokens=new),
+    )  # fmt: skip
+    return served.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def _shapes(matrices, values):
+    from flax import nnx
+
+    pairs = nnx.to_flat_state(matrices)
+    return nnx.from_flat_state([(path, each.replace(values[tuple(map(str, path))])) for path, each in pairs])
+
+
+def talk(served, name="one", **options):
+    return Conversation(served, served.engine(1, 256), name, SHORT, **options)
+
+
+def test_names_are_those_of_the_adapters_and_the_base(served):
+    assert list(served.names) == ["one", "second", "base"]
+    with pytest.raises(UserError, match="two adapters have the name run"):
+        adapter_names(["a/run", "b/run"])
+    assert adapter_names(["x=a/b=c", "./d"]) == {"x": "a/b=c", "d": "./d"}
+
+
+def test_every_name_answers_as_itself_and_turns_are_kept(served):
+    conversation, expected = talk(served, system="be"), []
+    for name, question in (("one", "hello"), ("second", "and?"), ("base", "so"), ("one", "bye")):
+        conversation.name = name
+        tokens = served.conversation([*conversation.messages, {"role": "user", "content": question}], name)
+        expected.append(solo(served, name, tokens))
+        assert "".join(conversation.answer(question)) == expected[-1]
+    assert [each["role"] for each in conversation.messages] == ["system", *["user", "assistant"] * 4]
+    assert [each["content"] for each in conversation.messages[2::2]] == expected
+    conversation.reset()
+    assert conversation.messages == []
+    assert len(set(expected)) == 4
+
+
+def test_an_answer_that_is_interrupted_leaves_what_was_said(served):
+    conversation = talk(served)
+    whole = "".join(conversation.answer("hello"))
+    conversation.reset()
+    asked = iter([False] * 3 + [True])
+    part = "".join(conversation.answer("hello", lambda: next(asked)))
+    assert whole.startswith(part) and part != whole
+    assert conversation.messages[-1] == {"role": "assistant", "content": part}
+    assert not conversation.engine.busy
+
+
+def test_what_does_not_fit_changes_nothing(served):
+    conversation = Conversation(served, served.engine(1, 64), "one", SHORT)
+    with pytest.raises(UserError, match="prompt and answer together may have 64"):
+        list(conversation.answer("x" * 100))
+    assert conversation.messages == []
+
+
+def test_formats_without_turns_have_one_question():
+    tokenizer = make_tokenizer()
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+
+    def text(messages, dataset_format):
+        tokens = data.encode_conversation(
+            messages, tokenizer=tokenizer, dataset_format=dataset_format, position="conversation"
+        )
+        return tokenizer.decode(tokens)
+
+    begin = tokenizer.bos_token
+    assert text(turns, "oasst1") == f"{begin}### Human: a### Assistant: b### Human: c### Assistant:"
+    assert text(turns[:1], "alpaca").endswith("### Instruction:\na\n\n### Response: ")
+    assert text(turns, "messages").endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(UserError, match="user assistant user given, but the model was trained on data"):
+        text(turns, "alpaca")
+    with pytest.raises(UserError, match=r"system user given, .* turns of user and assistant"):
+        text([{"role": "system", "content": "s"}, turns[0]], "oasst1")
+    with pytest.raises(UserError, match="user assistant given"):
+        text(turns[:2], "oasst1")
+
+
+@pytest.mark.parametrize("stop", [(), ("END",), ("ü!", "zz"), ("no such",)])
+def test_text_comes_as_it_is_decoded_whole(stop):
+    """Bytes of characters and beginnings of stop strings are held back; nothing is taken back."""
+    tokenizer = make_tokenizer()
+    text = "Grüße, 世界! EN ENEND z zz ü!"
+    stream = TextStream(tokenizer, stop)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    given = [stream.add(token) for token in tokens]
+    given.append(stream.end())
+    ends = [text.find(each) for each in stop if each in text]
+    assert "".join(given) == stream.text == text[: min(ends, default=None)]
+    assert stream.stopped == bool(ends)
+    assert not any("�" in each for each in given)
+    assert sum(map(bool, given)) > 5  # piece by piece
+
+
+def test_an_incomplete_character_is_given_out_at_the_end():
+    tokenizer = make_tokenizer()
+    tokens = tokenizer("世", add_special_tokens=False)["input_ids"]
+    stream = TextStream(tokenizer)
+    assert [stream.add(token) for token in tokens[:-1]] == ["", ""]
+    assert stream.end() == "�"
+
+
+def test_rows_are_answered_with_their_own_settings(work: Path, served, tmp_path: Path):
+    rows = [
+        {"prompt": "hello", "id": 7},
+        {"messages": [{"role": "user", "content": "hello"}], "adapter": "second", "max_new_tokens": 3, "logprobs": 2},
+        {"text": "abc", "adapter": "base"},
+        {"prompt": "hello", "do_sample": True, "seed": 5, "temperature": 2.0},
+    ]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    adapters = [f"{work}/one", f"second={work}/two"]
+    files = "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")
+    assert generate_command.main([*adapters, *files, "--slots", "2", *CONTEXT]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    question = served.conversation([{"role": "user", "content": "hello"}], "one")
+    assert [{key: row[key] for key in asked} for row, asked in zip(answers, rows, strict=True)] == rows
+    assert answers[0]["answer"] == solo(served, "one", question)
+    assert answers[1]["answer"] == solo(served, "second", question, 3)
+    assert answers[2]["answer"] == solo(served, "base", served.text("abc"))
+    assert [row["tokens"] for row in answers[:3]] == [6, 3, 6]
+    assert answers[1]["end"] == "length" and len(answers[1]["token_logprobs"]) == 3
+    token, logprob, likeliest = answers[1]["token_logprobs"][0]
+    assert likeliest[token] == logprob == max(likeliest.values()) and len(likeliest) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("{", "line 2 is not valid JSON"),
+        ("[]", "line 2 must be an object with one of prompt, messages, text"),
+        ('{"prompt": "a", "text": "b"}', "must be an object with one of"),
+        ('{"prompt": 3}', "prompt must be text"),
+        ('{"messages": [3]}', "messages must be a list of objects"),
+        ('{"prompt": "a", "adapter": "x"}', "there is no 'x' here; choose from one, second, base"),
+        ('{"prompt": "a", "top_k": 1.5}', "top_k must be of the type int"),
+        ('{"prompt": "a", "temperature": 0}', "temperature=0.*: must be from"),
+        ('{"prompt": "a", "stop": "x"}', "stop must be a list"),
+        ('{"prompt": "a", "logprobs": 21}', "logprobs must be from 0 to 20"),
+        ('{"prompt": "a", "answer": "b"}', "has 'answer', which the answer is written as"),
+    ],
+)
+def test_bad_rows_are_named(served, tmp_path: Path, row: str, complaint: str):
+    from qlora_jax.serving.batch import read_tasks
+
+    (tmp_path / "in.jsonl").write_text('{"prompt": "good"}\n' + row)
+    with pytest.raises(UserError, match=complaint):
+        read_tasks(str(tmp_path / "in.jsonl"), served, "one", SHORT)
+
+
+def test_the_terminal(work: Path, served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved = tmp_path / "saved.jsonl"
+    lines = ["hello", "", "/adapter base", "hello", f"/save {saved}", "/reset", "/what", "/adapter x", "/exit", "no"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert chat_command.main([str(work / "one"), *CONTEXT]) == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    text = said.getvalue()
+    question = served.conversation([{"role": "user", "content": "hello"}], "one")
+    assert solo(served, "one", question) in text
+    assert "'/what' is no command" in text and "there is no 'x' here; choose from one, base" in text
+    row = json.loads(saved.read_text())
+    assert row["model"] == "base" and [each["role"] for each in row["messages"]] == ["user", "assistant"] * 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "give the directory of a run, or a base as --model"),
+        (["x", "--temperature", "0.5"], "--temperature has no effect without --do_sample"),
+        (["x", "--context", "1"], "--context 1: must be at least 2"),
+        (["nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_bad_command_lines(argv: list[str], complaint: str):
+    with pytest.raises(UserError, match=complaint):
+        chat_command.main(argv)
+
+
+def test_adapters_of_different_bases_are_refused(work: Path, tmp_path: Path):
+    write_adapter(tmp_path / "other", models.model_config(BYTE_LLAMA), base="elsewhere/base")
+    with pytest.raises(UserError, match="adapters one and other were trained with another base"):
+        load_served(ServingConfig(adapter_names([f"{work}/one", f"{tmp_path}/other"])))
+    with pytest.raises(UserError, match="neither an adapter nor a model is given"):
+        load_served(ServingConfig())
