@@ -9,6 +9,7 @@ COMMANDS = {
     "finetune": "Fine-tune a language model; without flags, a small example.",
     "chat": "Talk to a fine-tuned model, or to several.",
     "generate": "Answer a file of prompts.",
+    "serve": "Serve adapters on one base through OpenAI's API.",
     "plan": "Say what fine-tuning would take of a GPU that need not be here.",
     "convert": "Quantise a model once, for many runs.",
     "merge": "Measure what merging an adapter costs in every format, before anything is written.",

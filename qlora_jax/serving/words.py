@@ -1,0 +1,95 @@
+"""Answers in the words of OpenAI's API: chat and text completions, whole or as parts of a stream."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_jax.generation import Token
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Texts of single tokens."""
+
+    tokenizer: Any
+
+    def text(self, token: int) -> str:
+        """Decode a token as it would stand in the middle of a text: some tokenizers treat the first of one apart."""
+        once, twice = (self.tokenizer.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
+        return str(twice[len(once) :])
+
+
+def _finite(logprob: float) -> float:
+    """Return a logarithm that JSON can hold: OpenAI's for a probability of zero is -9999."""
+    return max(logprob, -9999.0)
+
+
+class ChatWords:
+    """Chat completions in OpenAI's words."""
+
+    prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return what an answer of a stream begins with, if anything."""
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def content(self, index: int, text: str, *, streamed: bool) -> dict[str, Any]:
+        """Return the field for a text."""
+        if streamed:
+            return {"delta": {"content": text} if text else {}}
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return the probabilities of tokens."""
+        content = [
+            {
+                **self._entry(token.token, token.logprob),
+                "top_logprobs": [self._entry(*each) for each in token.likeliest],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._vocabulary.text(token)
+        # A part of a character is no text, and tokenizers do not tell its bytes.
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if "�" in text else list(text.encode())}
+
+
+class TextWords:
+    """Text completions in OpenAI's words."""
+
+    prefix, whole, part = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, vocabulary: Vocabulary, echoed: Sequence[str], n: int):
+        self._vocabulary, self._echoed, self._n = vocabulary, echoed, n
+        self._offsets: dict[int, int] = {}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return what an answer of a stream begins with, if anything."""
+        return {"text": self._echo(index)} if self._echoed else None
+
+    def content(self, index: int, text: str, *, streamed: bool) -> dict[str, Any]:
+        """Return the field for a text."""
+        return {"text": text if streamed else self._echo(index) + text}
+
+    def _echo(self, index: int) -> str:
+        return self._echoed[index // self._n] if self._echoed else ""
+
+    def logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return the probabilities of tokens; of a stream, they continue those before."""
+        texts = [self._vocabulary.text(token.token) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(text)
+        likeliest = [(*token.likeliest, (token.token, token.logprob)) for token in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [{self._vocabulary.text(i): _finite(logprob) for i, logprob in each} for each in likeliest],
+            "text_offset": offsets,
+        }
