@@ -131,22 +131,22 @@ def features_of(settings: Sequence[Sampling]) -> Features:
 
 def rows_of(settings: Sequence[Sampling]) -> Rows:
     """Stack the settings of rows."""
-
-    def column(name: str, dtype: Any) -> np.ndarray:
-        return np.array([getattr(each, name) for each in settings], dtype)
-
     return Rows(
-        sample=column("do_sample", bool),
-        temperature=column("temperature", np.float32),
-        top_k=column("top_k", np.int32),
-        top_p=column("top_p", np.float32),
-        min_p=column("min_p", np.float32),
-        typical_p=column("typical_p", np.float32),
-        penalty=column("repetition_penalty", np.float32),
-        minimum=column("min_new_tokens", np.int32),
-        ngram=column("no_repeat_ngram_size", np.int32),
-        seed=column("seed", np.uint32),
+        sample=_column(settings, "do_sample", bool),
+        temperature=_column(settings, "temperature", np.float32),
+        top_k=_column(settings, "top_k", np.int32),
+        top_p=_column(settings, "top_p", np.float32),
+        min_p=_column(settings, "min_p", np.float32),
+        typical_p=_column(settings, "typical_p", np.float32),
+        penalty=_column(settings, "repetition_penalty", np.float32),
+        minimum=_column(settings, "min_new_tokens", np.int32),
+        ngram=_column(settings, "no_repeat_ngram_size", np.int32),
+        seed=_column(settings, "seed", np.uint32),
     )
+
+
+def _column(settings: Sequence[Sampling], name: str, dtype: Any) -> np.ndarray:
+    return np.array([getattr(each, name) for each in settings], dtype)
 
 
 def power_of_two(value: int) -> int:

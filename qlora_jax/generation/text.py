@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "�"
+# Tokens, enough for a whole character.
+_CONTEXT = 6
 
 
 class TextStream:
@@ -15,18 +17,20 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stop: strings that end the answer, which are not part of it.
+        context: last tokens before the answer, where it continues a text: some tokenizers drop the space that a text
+            begins with.
 
     Attributes:
         stopped: a stop string came; further tokens change nothing.
         text: given out so far.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), context: Sequence[int] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(each for each in stop if each)
         # Tokens from `_from` on are decoded anew each time, as a tokenizer may treat the first of a text apart; those
         # before `_read` have been decoded to `_pending` or given out.
-        self._tokens: list[int] = []
-        self._from = self._read = 0
+        self._tokens = list(context[-_CONTEXT:])
+        self._from, self._read = 0, len(self._tokens)
         self._pending = ""
         self.stopped, self.text = False, ""
 

@@ -155,7 +155,7 @@ class _Answer:
 
     def __init__(self, task: Task, served: ServedModel):
         self._task, self._tokenizer = task, served.tokenizer
-        self._stream = TextStream(served.tokenizer, task.stop)
+        self._stream = TextStream(served.tokenizer, task.stop, task.request.tokens if "text" in task.row else ())
         self._tokens: list[Token] = []
         self._end = "length"
 

@@ -6,17 +6,17 @@ import json
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fixtures.finetune_helpers import make_model, make_tokenizer, write_jsonl
 from fixtures.tiny_configs import BYTE_LLAMA
 from fixtures.trained_adapters import write_adapter
+from flax import nnx
 
 from qlora_jax import data, models
 from qlora_jax.commands import chat as chat_command
 from qlora_jax.commands import generate as generate_command
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Sampling, generate
+from qlora_jax.generation import Engine, Request, Sampling
 from qlora_jax.generation.text import TextStream
 from qlora_jax.serving.conversation import Conversation
 from qlora_jax.serving.model import ServingConfig, adapter_names, load_served
@@ -43,26 +43,20 @@ def served(work: Path):
 
 
 def solo(served, name, tokens, new=6):
-    """Text of the answer of one name's model, with the stack cut down to it."""
-    place = served.names[name].adapter
-    lora = served.lora
-    matrices = lora.matrices
-    values = {path: np.asarray(value)[:, place] for path, value in models.flatten(matrices).items()}
-    scaling = float(lora.scalings[place])
-    values = {path: value * (scaling if path[-1] == "lora_b" else 1) for path, value in values.items()}
-    declared = models.unflatten_like(_shapes(matrices, values), values, what="adapter")
-    (answer,) = generate(
-        served.graphdef, declared, served.frozen, [tokens], eos_ids=served.eos_ids,
-        sampling=Sampling(max_new_tokens=new),
-    )  # fmt: skip
+    """Text of the answer of one name's model, whose only adapter that name's is."""
+    place, matrices = served.names[name].adapter, served.lora.matrices
+    scaling = {"lora_a": 1, "lora_b": float(served.lora.scalings[place])}
+    own = [
+        (path, value.replace(value.get_value()[:, place] * scaling[path[-1]]))
+        for path, value in nnx.to_flat_state(matrices)
+    ]
+    options = {"eos_ids": served.eos_ids, "slots": 1, "capacity": 256}  # of one shape, and so compiled once
+    engine = Engine(served.graphdef, nnx.from_flat_state(own), served.frozen, **options)
+    engine.submit(Request(tuple(tokens), Sampling(max_new_tokens=new)))
+    answer = []
+    while engine.busy or engine.waiting:
+        answer += [token.token for token in engine.step() if token.end != "stop"]
     return served.tokenizer.decode(answer, skip_special_tokens=True)
-
-
-def _shapes(matrices, values):
-    from flax import nnx
-
-    pairs = nnx.to_flat_state(matrices)
-    return nnx.from_flat_state([(path, each.replace(values[tuple(map(str, path))])) for path, each in pairs])
 
 
 def talk(served, name="one", **options):
@@ -207,12 +201,12 @@ def test_the_terminal(work: Path, served, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     before = signal.getsignal(signal.SIGINT)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert chat_command.main([str(work / "one"), *CONTEXT]) == 0
+        assert chat_command.main([f"{work}/one", f"second={work}/two", *CONTEXT]) == 0
     assert signal.getsignal(signal.SIGINT) is before
     text = said.getvalue()
     question = served.conversation([{"role": "user", "content": "hello"}], "one")
     assert solo(served, "one", question) in text
-    assert "'/what' is no command" in text and "there is no 'x' here; choose from one, base" in text
+    assert "'/what' is no command" in text and "there is no 'x' here; choose from one, second, base" in text
     row = json.loads(saved.read_text())
     assert row["model"] == "base" and [each["role"] for each in row["messages"]] == ["user", "assistant"] * 2
 
