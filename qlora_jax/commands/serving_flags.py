@@ -64,7 +64,7 @@ class SamplingFlags(ServedFlags):
 
     @property
     def sampling(self) -> "Sampling":
-        """How tokens are chosen."""
+        """Settings of the choice of tokens."""
         from qlora_jax.generation import Sampling
 
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax import models
-from qlora_jax.commands import benchmark, convert, export, finetune, merge, plan
+from qlora_jax.commands import benchmark, chat, convert, export, finetune, generate, merge, plan, serve
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -20,6 +20,9 @@ SCHEMAS = {
     "convert": convert.ConvertFlags,
     "export": export.ExportFlags,
     "merge": merge.MergeFlags,
+    "chat": chat.ChatFlags,
+    "generate": generate.GenerateFlags,
+    "serve": serve.ServeFlags,
     "benchmark step": benchmark.StepFlags,
     "benchmark kernels": benchmark.KernelsFlags,
 }

@@ -76,6 +76,7 @@ def test_requests_join_and_leave_at_every_token(parts):
     assert [answers[number] for number in numbers] == expected
 
 
+@pytest.mark.e2e
 def test_a_long_prompt_does_not_stall_the_others(parts):
     engine = Engine(*parts, eos_ids=[], slots=2, capacity=2048)
     engine.submit(request(0, 5, 40))
@@ -112,6 +113,7 @@ def test_the_next_turn_of_a_chat_reads_what_is_new(parts):
     assert other == alone(parts, branch)
 
 
+@pytest.mark.e2e
 def test_what_a_window_has_overwritten_is_read_again():
     window = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6}
     parts = tiny_model.build(window)

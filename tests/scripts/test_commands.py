@@ -40,7 +40,8 @@ def test_the_version(argv, capsys):
         (["finetun"], r"^unknown command 'finetun'; choose from finetune, .*\. Did you mean finetune\? See qlora-jax"),
         (
             ["--packing"],
-            r"^unknown command '--packing'; choose from finetune, plan, convert, merge, export, benchmark\. See",
+            r"^unknown command '--packing'; choose from finetune, chat, generate, serve, plan, convert, merge, export, "
+            r"benchmark\. See",
         ),
         (
             ["benchmark", "kernel"],

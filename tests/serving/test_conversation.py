@@ -70,6 +70,7 @@ def test_names_are_those_of_the_adapters_and_the_base(served):
     assert adapter_names(["x=a/b=c", "./d"]) == {"x": "a/b=c", "d": "./d"}
 
 
+@pytest.mark.e2e
 def test_every_name_answers_as_itself_and_turns_are_kept(served):
     conversation, expected = talk(served, system="be"), []
     for name, question in (("one", "hello"), ("second", "and?"), ("base", "so"), ("one", "bye")):
@@ -195,6 +196,7 @@ def test_bad_rows_are_named(served, tmp_path: Path, row: str, complaint: str):
         read_tasks(str(tmp_path / "in.jsonl"), served, "one", SHORT)
 
 
+@pytest.mark.e2e
 def test_the_terminal(work: Path, served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     saved = tmp_path / "saved.jsonl"
     lines = ["hello", "", "/adapter base", "hello", f"/save {saved}", "/reset", "/what", "/adapter x", "/exit", "no"]
