@@ -21,6 +21,7 @@ from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, stack_adapters, stack_config
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
+from qlora_jax.training.setup import warn_of_another_base
 from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def load_served(config: ServingConfig, progress: Progress | None = None) -> Serv
         "storage of the base", {key: storage_in_training(each) for key, each in trained.items()}
     )
     storage = storage or BaseStorage()
-    adapters = {key: _read(each, model_config) for key, each in trained.items()}
+    adapters = {key: _read(each, model_config, name) for key, each in trained.items()}
     dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     quantization = storage.of(model_config)
     declared = stack_config([adapter for adapter, _ in adapters.values()]) if adapters else None
@@ -173,8 +174,11 @@ def _one[T](what: str, values: Mapping[str, T]) -> T | None:
     return items[0][1] if items else None
 
 
-def _read(trained: Trained, config: models.DecoderConfig) -> tuple[LoRAConfig, Mapping[tuple[str, ...], np.ndarray]]:
+def _read(
+    trained: Trained, config: models.DecoderConfig, base: str
+) -> tuple[LoRAConfig, Mapping[tuple[str, ...], np.ndarray]]:
     tensors, saved = load_adapter(trained.adapter, config)
+    warn_of_another_base(str(trained.adapter), saved.base_model_name, base)
     if not any(np.any(values) for path, values in tensors.items() if path[-1] == "lora_b"):
         logger.warning("every matrix B of %s is zero: it changes nothing", trained.adapter)
     return LoRAConfig(saved.rank, float(saved.alpha), 0.0, tuple(saved.target_modules)), tensors

@@ -101,17 +101,18 @@ def find_adapters(config: TrainConfig, model_config: models.DecoderConfig) -> Ad
         modules = models.lora_modules(model_config, config.lora_modules)
         return Adapters(LoRAConfig(config.lora_r, config.lora_alpha, config.lora_dropout, modules), None)
     tensors, saved = load_adapter(config.adapter, model_config)
-    if saved.base_model_name and not _same_model(saved.base_model_name, config.model_name_or_path):
-        logger.warning(
-            "adapter %s was trained on %s, not on %s", config.adapter, saved.base_model_name, config.model_name_or_path
-        )
+    warn_of_another_base(config.adapter, saved.base_model_name, config.model_name_or_path)
     modules = tuple(saved.target_modules)
     return Adapters(LoRAConfig(saved.rank, saved.alpha, config.lora_dropout, modules), tensors)
 
 
-def _same_model(name: str, other: str) -> bool:
-    """Compare hub ids or paths by their last part: one model has several places."""
-    return PurePath(name).name.lower() == PurePath(other).name.lower()
+def warn_of_another_base(adapter: str, trained_on: str | None, given: str) -> None:
+    """Say that an adapter was trained on another model than it is used with, if its file names one.
+
+    Hub ids and paths are compared by their last part: one model has several places.
+    """
+    if trained_on and PurePath(trained_on).name.lower() != PurePath(given).name.lower():
+        logger.warning("adapter %s was trained on %s, not on %s", adapter, trained_on, given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def measure(load):
 OURS = (
     COMMON
     + """
-import jax
+import jax, tensorstore
 from qlora_jax import models
 from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.manifest import is_converted

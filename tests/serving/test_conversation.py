@@ -227,9 +227,15 @@ def test_bad_command_lines(argv: list[str], complaint: str):
         chat_command.main(argv)
 
 
-def test_adapters_of_different_bases_are_refused(work: Path, tmp_path: Path):
+def test_adapters_of_different_bases_are_refused(work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     write_adapter(tmp_path / "other", models.model_config(BYTE_LLAMA), base="elsewhere/base")
     with pytest.raises(UserError, match="adapters one and other were trained with another base"):
         load_served(ServingConfig(adapter_names([f"{work}/one", f"{tmp_path}/other"])))
+    again = load_served(ServingConfig(adapter_names([f"{tmp_path}/other"]), model=str(work / "base")))
+    assert "was trained on elsewhere/base" not in caplog.text  # by their last part they are one model
+    assert list(again.names) == ["other", "base"]
+    write_adapter(tmp_path / "third", models.model_config(BYTE_LLAMA), base="elsewhere/another")
+    load_served(ServingConfig(adapter_names([f"{tmp_path}/third"]), model=str(work / "base")))
+    assert "was trained on elsewhere/another, not on" in caplog.text
     with pytest.raises(UserError, match="neither an adapter nor a model is given"):
         load_served(ServingConfig())
