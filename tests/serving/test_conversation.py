@@ -3,9 +3,13 @@
 import contextlib
 import io
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import openai
 import pytest
 from fixtures.finetune_helpers import make_model, make_tokenizer, write_jsonl
 from fixtures.tiny_configs import BYTE_LLAMA
@@ -23,6 +27,7 @@ from qlora_jax.serving.model import ServingConfig, adapter_names, load_served
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHORT = Sampling(max_new_tokens=6)
+ROOT = Path(__file__).parents[2]
 CONTEXT = "--context", "256", "--max_new_tokens", "6"
 
 
@@ -239,3 +244,24 @@ def test_adapters_of_different_bases_are_refused(work: Path, tmp_path: Path, cap
     assert "was trained on elsewhere/another, not on" in caplog.text
     with pytest.raises(UserError, match="neither an adapter nor a model is given"):
         load_served(ServingConfig())
+
+
+@pytest.mark.e2e
+def test_the_server_of_the_command_line(work: Path):
+    """A process of its own answers over HTTP, and ends when it is told to."""
+    argv = [f"{work}/one", f"second={work}/two", "--port", "0", "--context", "128", "--slots", "2"]
+    environment = {**os.environ, "QLORA_JAX_API_KEY": "secret", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if "http://" in line)
+        client = openai.OpenAI(base_url=line.split()[-1], api_key="secret", max_retries=0)
+        assert [model.id for model in client.models.list().data] == ["one", "second", "base"]
+        answer = client.completions.create(model="second", prompt="abc", max_tokens=3, temperature=0)
+        assert answer.usage is not None and answer.usage.completion_tokens == 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.communicate()
