@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax import kernels
@@ -427,7 +428,7 @@ def _attend_cached(
     target = jnp.where(kept, places % slots, slots)
     rows = jnp.arange(batch)[:, None]
     written = tuple(
-        a.at[which, rows, target].set(x.astype(a.dtype), mode="drop", unique_indices=True)
+        _as_stored(a.at[which, rows, target].set(x.astype(a.dtype), mode="drop", unique_indices=True))
         for a, x in zip(arrays, kv, strict=True)
     )
 
@@ -446,3 +447,8 @@ def _attend_cached(
     mask = jax.vmap(facts.visible)(places, at) & (at >= 0)[:, None, :]
     # The mask may hide everything from a padded query, and one token a step leaves no scores to save.
     return (written[0], written[1]), attend_xla(q, k, v, facts, mask[:, None])
+
+
+def _as_stored(cache: Array) -> Array:
+    """Keep the order of axes in memory: XLA would turn the whole cache round for a loop of layers, and back."""
+    return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))

@@ -40,7 +40,8 @@ def test_no_weight_is_dequantized_to_memory_or_copied(chip):
         if generation:  # the cache is updated where it is: keys and values, bfloat16
             row = 2 * 32 * 1024 * 4096 * 2
             assert 8 * row < result["updated_bytes"] == result["state_bytes"]
-            assert result["temporary_bytes"] < 2.5 * row
+            # A piece works on a copy of its row; a step on nothing of that size.
+            assert result["temporary_bytes"] < (2.5 if program == "prefilling" else 0.1) * row
 
 
 @pytest.mark.compile
