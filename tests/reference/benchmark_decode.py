@@ -94,7 +94,7 @@ def write_random(directory: Path) -> None:
 
     from qlora_jax.models import PRESETS
 
-    write_large_hf(directory, {**PRESETS["smollm2-135m"], "torch_dtype": "bfloat16"}, shards=1)
+    write_large_hf(directory, {**PRESETS["smollm2-135m"], "head_dim": 64, "torch_dtype": "bfloat16"}, shards=1)
 
 
 def main() -> None:
