@@ -9,16 +9,13 @@ environment with torch, transformers and bitsandbytes; without the flag the vari
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from benchmark_load import alone  # which makes the checkout's modules found
 
 PROMPT, ANSWER = 32, 64
 OURS = """
@@ -76,18 +73,6 @@ print(json.dumps((run(answer) - run(1)) / (answer - 1)))
 """
 
 
-def seconds(python: str, program: str, *arguments: str) -> float:
-    """Run a program in a process of its own; return the seconds of a step."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if program == OURS:
-        environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    # -P: transformers would take our directory kernels for a package of that name.
-    done = subprocess.run([python, "-P", "-c", program, *arguments], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{python} could not decode:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
 def write_random(directory: Path) -> None:
     """Write the random model."""
     from fixtures.checkpoint_helpers import write_large_hf
@@ -118,8 +103,8 @@ def main() -> None:
                 for rows in args.rows:
                     numbers = [str(model), str(rows), dtype, str(PROMPT), str(ANSWER)]
                     ours, theirs = found.setdefault((dtype, rows), ([], []))
-                    theirs.append(seconds(args.reference_python, THEIRS, *numbers))
-                    ours.append(seconds(sys.executable, OURS, *numbers))
+                    theirs.append(alone(args.reference_python, THEIRS, *numbers, ours=False))
+                    ours.append(alone(sys.executable, OURS, *numbers, ours=True))
     print("| compute | rows | transformers + bitsandbytes, ms a step | qlora-jax | ratio in a round | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- |")
     for (dtype, rows), (ours, theirs) in found.items():

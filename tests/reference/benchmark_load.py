@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -88,15 +88,20 @@ class Load(NamedTuple):
 
 
 def load(python: str, program: str, *arguments: str) -> Load:
-    """Run a program in a process of its own."""
+    """Load in a process of its own."""
+    return Load(*alone(python, program, *arguments, ours=program == OURS))
+
+
+def alone(python: str, program: str, *arguments: str, ours: bool) -> Any:
+    """Run a program in a process of its own, `ours` with this checkout; return the JSON that it prints last."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if program == OURS:
+    if ours:
         environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     # -P: transformers would take our directory kernels for a package of that name.
     done = subprocess.run([python, "-P", "-c", program, *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(f"{python} could not load {arguments[0]}:\n{done.stderr}")
-    return Load(*json.loads(done.stdout.splitlines()[-1]))
+        sys.exit(f"{python} failed with {arguments[0]}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def nbytes(path: Path) -> int:
