@@ -10,7 +10,7 @@ from qlora_jax.data.batching import (
     evaluation_batches,
 )
 from qlora_jax.data.demo import default_prompts, follows_style
-from qlora_jax.data.formats import FORMATS, Message
+from qlora_jax.data.formats import FORMATS, Message, turn_stops
 from qlora_jax.data.loading import HUB_NAMES, Rows, evaluated_split, load_rows, split_names, split_rows
 from qlora_jax.data.tokenization import (
     IGNORED,
@@ -49,4 +49,5 @@ __all__ = [
     "split_names",
     "split_rows",
     "tokenize_rows",
+    "turn_stops",
 ]

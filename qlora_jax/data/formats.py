@@ -125,6 +125,11 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
     return choice
 
 
+def turn_stops(dataset_format: str) -> tuple[str, ...]:
+    """Return strings that end an answer in a format whose turns end with no token: where the next would begin."""
+    return ("### Human:",) if dataset_format == "oasst1" else ()
+
+
 def conversation_text(messages: Sequence[Message], dataset_format: str, position: str) -> str:
     """Return the text of a conversation in `dataset_format`, which must not be a chat format, up to the next answer.
 

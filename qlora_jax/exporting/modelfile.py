@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.data.chat_template import render
-from qlora_jax.data.formats import FORMATS, conversation_text
+from qlora_jax.data.formats import FORMATS, conversation_text, turn_stops
 from qlora_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def modelfile(
     if dataset_format is not None and not FORMATS[dataset_format].chat:
         prompt = [{"role": "user", "content": "{{ .Prompt }}"}]
         lines.append(f'TEMPLATE """{conversation_text(prompt, dataset_format, "Modelfile")}"""')
-        stops = [tokenizer.eos_token, *(["### Human:"] if dataset_format == "oasst1" else [])]
+        stops = [tokenizer.eos_token, *turn_stops(dataset_format)]
     elif (found := _recognised(tokenizer)) is not None:
         template, system = found
         lines.append(f'TEMPLATE """{template.ollama}"""')

@@ -65,7 +65,7 @@ class Token(NamedTuple):
     end: Literal["stop", "length"] | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # slots are told apart by what they are, not by what they hold
 class _Slot:
     """A row of the cache: the tokens that it has, and the request that it works for."""
 

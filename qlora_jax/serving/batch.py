@@ -16,7 +16,6 @@ from qlora_jax.serving.model import ServedModel
 
 _SETTINGS = {field.name for field in dataclasses.fields(Sampling)}
 _ASKED = ("prompt", "messages", "text")
-_OWN = {"adapter", "stop", "logprobs"}
 _WRITTEN = {"answer", "end", "tokens", "token_logprobs"}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,7 +20,7 @@ from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, stack_adapters, stack_config
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
-from qlora_jax.training.setup import warn_of_another_base
+from qlora_jax.training.setup import default_dtype, warn_of_another_base
 from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
 
 logger = logging.getLogger(__name__)
@@ -112,11 +111,12 @@ class ServedModel:
 
     def stops(self, name: str) -> tuple[str, ...]:
         """Return strings that end an answer of that name: where the next turn would begin."""
-        return ("### Human:",) if self.names[name].dataset_format == "oasst1" else ()
+        return data.turn_stops(self.names[name].dataset_format)
 
     def _checked(self, tokens: np.ndarray, position: str) -> list[int]:
         data.check_tokens(tokens, self.tokenizer, self.config.vocab_size, position)
-        return [int(token) for token in tokens]
+        ids: list[int] = tokens.tolist()
+        return ids
 
 
 def load_served(config: ServingConfig, progress: Progress | None = None) -> ServedModel:
@@ -143,7 +143,7 @@ def load_served(config: ServingConfig, progress: Progress | None = None) -> Serv
     )
     storage = storage or BaseStorage()
     adapters = {key: _read(each, model_config, name) for key, each in trained.items()}
-    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = jnp.dtype(config.dtype or default_dtype())
     quantization = storage.of(model_config)
     declared = stack_config([adapter for adapter, _ in adapters.values()]) if adapters else None
     qlora = QLoRAConfig(quantization, dtype, declared)

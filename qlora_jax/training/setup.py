@@ -42,8 +42,13 @@ def compute_dtype(config: TrainConfig, platform: str | None = None) -> Any:
     `platform` is JAX's name of what runs the program; by default, of what this process runs on.
     """
     if config.bf16 is None:
-        return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
+        return default_dtype(platform)
     return jnp.bfloat16 if config.bf16 else jnp.float32
+
+
+def default_dtype(platform: str | None = None) -> Any:
+    """Return the dtype of computation where nothing says it; argument as for `compute_dtype`."""
+    return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
 def quantization_of(config: TrainConfig, model_config: models.DecoderConfig) -> Quantization:
