@@ -141,7 +141,9 @@ def test_killed_at_any_operation_on_the_disk_and_resumed_is_bit_identical(
                     ended = run_in_process(resumable_flags(place, name, INSIDE))
                 except Killed:
                     ended = None
-            print(f"chain {number}, died at {at} of about {operations}: {death.trace[-1]}, ended {ended}")
+            # A run that died in its last operation has none left.
+            last = death.trace[-1] if death.trace else "no operation"
+            print(f"chain {number}, died at {at} of about {operations}: {last}, ended {ended}")
             if ended is not None:  # fewer operations were left
                 break
         else:

@@ -88,10 +88,11 @@ def test_an_objective_with_a_reference_model_trains(built):
     assert report.metrics.keys() == {"moved_rows"}
     for old, new in zip(before, jax.tree.leaves(frozen), strict=True):
         np.testing.assert_array_equal(old, new)
-    # Without adapters the two models are one.
+    # Without adapters the two models are one, but for the rounding of their two subgraphs.
     fresh = jax.tree.map(jnp.zeros_like, lora)
     sums = make_eval_step(graphdef, objective=DistanceToReference(), reference=reference)
-    assert float(sums(fresh, frozen, jax.tree.map(lambda a: a[0], toy_batch(1))).loss) == 0.0
+    distance = float(sums(fresh, frozen, jax.tree.map(lambda a: a[0], toy_batch(1))).loss)
+    assert 0.0 <= distance < 1e-8 < losses[-1]
 
 
 @pytest.mark.e2e
