@@ -147,7 +147,9 @@ class StayClose:
         target, _ = reference(*arguments, segment_ids=batch["segment_ids"])
         wanted = batch["score"] * (batch["labels"] != -100)
         distance = jnp.mean((hidden - target - 1.0) ** 2, axis=-1)
-        return Sums(jnp.sum(wanted * distance), jnp.sum(wanted), {"moved": jnp.sum(wanted * (jnp.abs(distance - 1.0) > 1e-4))})
+        return Sums(
+            jnp.sum(wanted * distance), jnp.sum(wanted), {"moved": jnp.sum(wanted * (jnp.abs(distance - 1.0) > 1e-4))}
+        )
 
     def derived(self, loss):
         return {"distance": loss**0.5}
