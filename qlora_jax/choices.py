@@ -27,3 +27,6 @@ ExportTarget = Literal[
     "safetensors", "bitsandbytes", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1", "gguf-lora"
 ]
 """Formats of an export."""
+
+CacheDtype = Literal["auto", "bfloat16", "int8"]
+"""Types that keys and values are kept in for tokens to come; auto: that of computation."""

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.choices import Remat
+from qlora_jax.choices import CacheDtype, Remat
 from qlora_jax.models.family import LAYER, Name
 from qlora_jax.models.hf_config import decoder_fields, eos_token_ids
 from qlora_jax.models.layer_types import attentions_of
 from qlora_jax.nn.attention import Attention
 from qlora_jax.nn.blocks import AttentionProjections, Embedding, GatedMLP, Keys
+from qlora_jax.nn.kv_cache import Cache
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.nn.norms import RMSNorm
 from qlora_jax.nn.rotary import RotaryConfig, rotary_tables
-from qlora_jax.nn.stack import Cache, Context, Stack
+from qlora_jax.nn.stack import Context, Stack
 from qlora_jax.quantization import QuantizationConfig
 
 LORA_GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -243,10 +244,11 @@ class DecoderLM(nnx.Module):
             rope = {name: rotary_tables(table, positions) for name, table in self.config.rotary}
         return Context(rope, segment_ids)
 
-    def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens in each of `batch` rows."""
+    def empty_cache(self, batch: int, capacity: int, *, dtype: CacheDtype = "auto", margin: int = 0) -> Cache:
+        """Room for `capacity` tokens in each of `batch` rows; see `Stack.empty_cache`."""
         _, kv_heads, head_dim = self.config.heads
-        return self.stack.empty_cache(batch, capacity, (kv_heads, head_dim), self.dtype)
+        kept = jnp.dtype(self.dtype if dtype == "auto" else dtype)
+        return self.stack.empty_cache(batch, capacity, (kv_heads, head_dim), kept, margin=margin)
 
     @property
     def head(self) -> Float[Array, "V D"]:

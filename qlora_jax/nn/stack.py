@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax import kernels
 from qlora_jax.choices import Remat
 from qlora_jax.nn import long_sequence
-from qlora_jax.nn.attention import Attention, attend, attend_xla, segment_mask
+from qlora_jax.nn.attention import Attention, attend, segment_mask
+from qlora_jax.nn.kv_cache import Cache, attend_cached, empty_heads
 from qlora_jax.nn.long_sequence import layer_slice
 from qlora_jax.nn.remat import LAYER_INPUT, rematerialised
 from qlora_jax.nn.variables import GradientSlot, Trainable
@@ -101,26 +101,6 @@ class Context:
         if (self.segment_ids is None) != (self.encoder_segment_ids is None):
             raise ValueError("Cross-attention needs the documents of both sides, or of neither.")
         return None if self.segment_ids is None else segment_mask(facts, self.segment_ids, self.encoder_segment_ids)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far; every row has its own number of them.
-
-    Self-attentions that see the same number of tokens share a pair of arrays; with a window W those have W slots, and
-    token t of a row is written to its slot t mod W.
-
-    Attributes:
-        keys, values: one array [attentions, B, slots, K, E] for each window of the stack, in order of first use.
-        lengths: int32 [B], tokens of each row.
-        capacity: tokens of a row that there is room for.
-    """
-
-    keys: tuple[Any, ...]
-    values: tuple[Any, ...]
-    lengths: Any
-    capacity: int = dataclasses.field(metadata={"static": True})
 
 
 class Segment(NamedTuple):
@@ -288,29 +268,31 @@ class Stack:
             h,
         )
 
-    def abstract_cache(self, batch: int, capacity: int, heads: tuple[int, int], dtype: Any) -> Cache:
-        """Shapes of an empty cache: room for `capacity` tokens a row, `heads` = (kv heads, head width)."""
+    def empty_cache(self, batch: int, capacity: int, heads: tuple[int, int], dtype: Any, *, margin: int = 0) -> Cache:
+        """Return a cache without tokens.
 
-        def array(window: int, attentions: int) -> Any:
-            kv_heads, head_dim = heads
-            return jax.ShapeDtypeStruct((attentions, batch, window, kv_heads, head_dim), dtype)
+        Args:
+            batch: rows.
+            capacity: tokens of a row that there is room for.
+            heads: (kv heads, head width).
+            dtype: that keys and values are kept in.
+            margin: tokens that may be taken back.
+        """
 
-        arrays = tuple(array(min(window, capacity), len(places)) for window, places in self._windows(capacity).items())
-        return Cache(arrays, arrays, jax.ShapeDtypeStruct((batch,), jnp.int32), capacity)
+        def arrays() -> tuple[Any, ...]:
+            windows = self._windows(capacity, margin)
+            return tuple(empty_heads((len(places), batch, slots, *heads), dtype) for slots, places in windows.items())
 
-    def empty_cache(self, batch: int, capacity: int, heads: tuple[int, int], dtype: Any) -> Cache:
-        """Return a cache without tokens, see `abstract_cache`."""
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_cache(batch, capacity, heads, dtype)
-        )
+        return Cache(arrays(), arrays(), jnp.zeros(batch, jnp.int32), capacity, margin)
 
-    def _windows(self, capacity: int) -> dict[int, list[tuple[int, int]]]:
+    def _windows(self, capacity: int, margin: int) -> dict[int, list[tuple[int, int]]]:
         """Slots -> the (layer, attention) pairs whose keys and values have so many, in order."""
         windows: dict[int, list[tuple[int, int]]] = {}
         for layer, attentions in enumerate(self.layers):
             for i, facts in enumerate(attentions):
                 if not facts.cross:
-                    windows.setdefault(min(facts.window or capacity, capacity), []).append((layer, i))
+                    slots = capacity if facts.window is None else min(facts.window + margin, capacity)
+                    windows.setdefault(slots, []).append((layer, i))
         return windows
 
     @jax.named_scope("layers")
@@ -331,7 +313,7 @@ class Stack:
             cache: the tokens before them; there must be room.
             counts: new tokens of each row, from 0 to S; what follows them is padding, whose results mean nothing.
         """
-        windows = self._windows(cache.capacity)
+        windows = self._windows(cache.capacity, cache.margin)
         places = {pair: (group, n) for group, pairs in enumerate(windows.values()) for n, pair in enumerate(pairs)}
         graphdef, state = nnx.split(layers)
         stacks, rest = split_stacks(state)
@@ -351,7 +333,7 @@ class Stack:
                         group, here = places[first + j, i]
                         # From one period to the next, a place moves by the attentions of its window in a period.
                         _, further = places.get((first + len(pattern) + j, i), (group, here))
-                        arrays[group], attended = _attend_cached(
+                        arrays[group], attended = attend_cached(
                             qkv, facts, arrays[group], here + repeat * (further - here), (cache.lengths, counts)
                         )
                     h = layer.post_attention(i, h, attended, DropoutKeys())
@@ -362,7 +344,7 @@ class Stack:
             carry, _ = jax.lax.scan(functools.partial(period, segment=segment), carry, jnp.arange(segment.repeats))
         h, arrays = carry
         keys, values = zip(*arrays, strict=True) if arrays else ((), ())
-        return h, Cache(keys, values, cache.lengths + counts, cache.capacity)
+        return h, dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths + counts)
 
 
 def _apply(
@@ -399,56 +381,3 @@ def _join_slots(slots: Any, matrices: Any) -> Any:
         return slot if matrix is None else GradientSlot(matrix, slot)
 
     return jax.tree.map(joined, matrices, slots, is_leaf=lambda value: value is None)
-
-
-def _attend_cached(
-    qkv: tuple[Array, ...],
-    facts: Attention,
-    arrays: tuple[Array, Array],
-    which: Array | int,
-    tokens: tuple[Int[Array, " B"], Int[Array, " B"]],
-) -> tuple[tuple[Array, Array], Float[Array, "B S H E"]]:
-    """Attend over cached tokens and new ones, whose keys and values are written into the cache.
-
-    Args:
-        qkv: queries [B, S, H, E], keys and values [B, S, K, E] of the new tokens.
-        facts: of the attention.
-        arrays: keys and values of all attentions with this window, so that a loop over layers writes them in place.
-        which: place of this attention in them.
-        tokens: (tokens of each row in the cache, new ones).
-    """
-    (q, *kv), (lengths, counts) = qkv, tokens
-    batch, seq, slots = *q.shape[:2], arrays[0].shape[2]
-    places = lengths[:, None] + jnp.arange(seq)  # of the new tokens in their rows
-    ends = (lengths + counts)[:, None]
-    # Of more tokens than slots the last stay, each in its slot; what has none is dropped.
-    kept = (places < ends) & (places >= ends - slots)
-    if facts.window is None:  # a full cache takes no more: what it has stays
-        kept &= places < slots
-    target = jnp.where(kept, places % slots, slots)
-    rows = jnp.arange(batch)[:, None]
-    written = tuple(
-        _as_stored(a.at[which, rows, target].set(x.astype(a.dtype), mode="drop", unique_indices=True))
-        for a, x in zip(arrays, kv, strict=True)
-    )
-
-    def tokens_in_slots(ends: Array) -> Array:
-        """Last token that was written to each slot; negative if there is none."""
-        last = ends - 1
-        return last - (last - jnp.arange(slots)) % slots
-
-    if facts.window is None or seq == 1:
-        k, v = (jax.lax.dynamic_index_in_dim(a, which, keepdims=False) for a in written)
-        at = tokens_in_slots(ends)
-    else:  # the first of several new tokens see some that the last have replaced
-        old = (jax.lax.dynamic_index_in_dim(a, which, keepdims=False) for a in arrays)
-        k, v = (jnp.concatenate([a, x.astype(a.dtype)], axis=1) for a, x in zip(old, kv, strict=True))
-        at = jnp.concatenate([tokens_in_slots(lengths[:, None]), jnp.where(places < ends, places, -1)], axis=1)
-    mask = jax.vmap(facts.visible)(places, at) & (at >= 0)[:, None, :]
-    # The mask may hide everything from a padded query, and one token a step leaves no scores to save.
-    return (written[0], written[1]), attend_xla(q, k, v, facts, mask[:, None])
-
-
-def _as_stored(cache: Array) -> Array:
-    """Keep the order of axes in memory: XLA would turn the whole cache round for a loop of layers, and back."""
-    return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))
