@@ -5,12 +5,15 @@ read in pieces, at most `MOST_PIECE` tokens between two tokens of the others; th
 whose prompt has been read. What a slot had before stays in its cache until it is needed: a prompt that begins alike, as
 the next turn of a chat does, is read from where they part.
 
-Programs are compiled once for each size of a piece, and once for a step with each set of filters.
+With `lookup`, a step adds several tokens to answers that go on as the text before did (`PromptLookup`).
+
+Programs are compiled once for each size of a piece, and once for a step with each set of filters, and with guesses.
 """
 
 import collections
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +21,26 @@ import jax
 import numpy as np
 from flax import nnx
 
+from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError
-from qlora_jax.generation.programs import Chosen, Piece, State, advance, empty_state, model_of, prefill
-from qlora_jax.generation.sampling import Features, Sampling, features_of, power_of_two, rows_of
+from qlora_jax.generation.lookup import LookupGain, PromptLookup
+from qlora_jax.generation.programs import (
+    Chosen,
+    Guesses,
+    Piece,
+    Scores,
+    State,
+    Structure,
+    advance,
+    empty_state,
+    prefill,
+)
+from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of, power_of_two, rows_of
 
 LEAST_PIECE, MOST_PIECE = 16, 512
 """Tokens of the pieces that prompts are read in; between them the powers of two."""
+
+_SIZES = tuple(1 << bit for bit in range(LEAST_PIECE.bit_length() - 1, MOST_PIECE.bit_length()))
 
 _MOST_PADDING = 0.15
 """Share of padding in the pieces of a prompt, beyond the smallest piece."""
@@ -38,31 +55,35 @@ class Request:
         sampling: settings.
         adapter: place of its adapter in the engine's `AdapterStack`; 0 where there is none.
         likeliest: how many of the likeliest tokens to return with each, at most 20.
+        scored: return the tokens of the prompt as well, which is read whole for it.
     """
 
     tokens: tuple[int, ...]
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     adapter: int = 0
     likeliest: int = 0
+    scored: bool = False
 
 
 class Token(NamedTuple):
-    """A token of an answer.
+    """A token of an answer, or of a prompt that is scored.
 
     Attributes:
         request: number that `submit` returned.
         token: its id.
-        logprob: natural logarithm of its probability before anything was filtered.
+        logprob: natural logarithm of its probability before anything was filtered; None for the first of a prompt.
         likeliest: (id, logprob) of the likeliest tokens.
         end: why the answer ends with it: "stop" for an end-of-sequence token, which is not part of the answer; "length"
             if there may be no more; None if it goes on.
+        prompt: True for tokens of a prompt, which come before those of the answer.
     """
 
     request: int
     token: int
-    logprob: float
+    logprob: float | None
     likeliest: tuple[tuple[int, float], ...]
-    end: Literal["stop", "length"] | None
+    end: Literal["stop", "length"] | None = None
+    prompt: bool = False
 
 
 @dataclasses.dataclass(eq=False)  # slots are told apart by what they are, not by what they hold
@@ -75,10 +96,31 @@ class _Slot:
     request: Request | None = None
     unread: list[int] = dataclasses.field(default_factory=list)
     left: int = 0
+    lookup: PromptLookup | None = None
 
     @property
     def decodes(self) -> bool:
         return self.request is not None and not self.unread
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What requests ask of the program of a step."""
+
+    features: Features = dataclasses.field(default_factory=Features)
+    likeliest: int = 0
+
+    @classmethod
+    def by(cls, requests: Sequence[Request]) -> "_Asked":
+        likeliest = max((power_of_two(request.likeliest) for request in requests), default=0)
+        return cls(features_of([request.sampling for request in requests]), likeliest)
+
+    def and_by(self, other: "_Asked") -> "_Asked":
+        features = Features._make(max(pair) for pair in zip(self.features, other.features, strict=True))
+        return _Asked(features, max(self.likeliest, other.likeliest))
+
+    def size(self) -> int:
+        return sum(self.features) + self.likeliest
 
 
 class Engine:
@@ -94,10 +136,16 @@ class Engine:
         slots: requests that are answered at a time.
         capacity: most tokens of a prompt and its answer together.
         patient: read all prompts that are there before anything is answered: faster, where nobody waits for a token.
+        cache_dtype: that keys and values are kept in.
+        lookup: most tokens that are guessed at a step; 0 for none.
 
     Attributes:
         capacity: as given.
         reused: tokens of prompts that were not read, since a slot had them.
+        gain: what guesses were worth so far.
+
+    Raises:
+        UserError: guesses for a model whose rotary table follows the length: they would change it.
     """
 
     def __init__(
@@ -110,20 +158,31 @@ class Engine:
         slots: int,
         capacity: int,
         patient: bool = False,
+        cache_dtype: CacheDtype = "auto",
+        lookup: int = 0,
     ):
-        self._weights, self._graphdef = (lora, frozen), graphdef
+        structure = Structure(graphdef)
+        config = structure.model(lora, frozen).config
+        self._whole = any(table.kind == "dynamic" for _, table in config.rotary)
+        if lookup and self._whole:
+            raise UserError(
+                f"`prompt_lookup_num_tokens={lookup}`: the rotary table of this model follows the length; leave it out."
+            )
+        self._weights, self._structure = (lora, frozen), structure
         self._eos_ids = tuple(sorted(set(eos_ids)))
         self.capacity, self.reused = capacity, 0
-        self._patient = patient
-        self._state: State = empty_state(graphdef, lora, frozen, slots, capacity)
+        self._patient, self._lookup, self.gain = patient, lookup, LookupGain()
+        self._state: State = empty_state(
+            structure, lora, frozen, slots, capacity, cache_dtype=cache_dtype, margin=lookup
+        )
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._numbers = itertools.count()
-        # What any request has asked for so far: the others pay little for it, and programs differ less.
-        self._features, self._likeliest = Features(), 0
-        config = model_of(graphdef, lora, frozen).config
+        self._asked = _Asked()  # by any request so far
+        self._compiled: list[_Asked] = []  # what there are programs for
+        self._rows: tuple[Rows, np.ndarray] | None = None  # settings of the slots; None where a request came
+        self._program = _Asked()  # for these
         self._window = min((facts.window for facts in config.attentions if facts.window), default=capacity)
-        self._whole = any(table.kind == "dynamic" for _, table in config.rotary)
 
     @property
     def busy(self) -> int:
@@ -160,14 +219,44 @@ class Engine:
             if slot.number == number:
                 self._free(slot)
 
+    def warm_up(self) -> None:
+        """Compile the programs that requests will need, so that none waits for one; for an engine without requests.
+
+        Those are pieces of all sizes, steps of greedy choice, of OpenAI's settings, and of all others together. Larger
+        values of `top_k` and `no_repeat_ngram_size` than here are compiled when they come.
+        """
+        everything = Sampling(
+            do_sample=True, top_k=1024, top_p=0.9, min_p=0.1, typical_p=0.9, repetition_penalty=1.1,
+            no_repeat_ngram_size=4, max_new_tokens=2, min_new_tokens=1,
+        )  # fmt: skip
+        openai = Sampling(do_sample=True, top_k=0, top_p=0.9, max_new_tokens=2)
+        prompts = [(0,) * size for size in _SIZES if size < self.capacity and not self._whole]
+        warming = [Request(prompt, Sampling(max_new_tokens=1)) for prompt in prompts]
+        # What repeats itself is guessed at; a single token leaves nothing to guess.
+        for sampling, likeliest in ((Sampling(max_new_tokens=2), 0), (openai, 0), (everything, 20)):
+            single = dataclasses.replace(sampling, max_new_tokens=1)
+            warming += [Request((0, 1, 2, 3) * 3, each, likeliest=likeliest) for each in (single, sampling)]
+        for request in warming:
+            if len(request.tokens) + 1 < self.capacity:
+                self.submit(request)
+            while self.busy or self.waiting:
+                self.step()
+            for slot in self._slots:
+                slot.kept = []
+        # Those who ask for little get programs that do little.
+        self._asked, self.reused, self.gain = _Asked(), 0, LookupGain()
+
     def step(self) -> list[Token]:
-        """Read of prompts, if there are any to read, and add a token to every answer; return the tokens."""
+        """Read of prompts, if there are any to read, and add tokens to every answer; return them in their order."""
         self._admit()
+        tokens: list[Token] = []
         budget = MOST_PIECE
         for slot in self._slots:
             while slot.unread and (budget > 0 or self._patient):
-                budget -= self._read(slot)
-        return self._advance() if any(slot.decodes for slot in self._slots) else []
+                size, scored = self._read(slot)
+                budget -= size
+                tokens += scored
+        return tokens + (self._advance() if any(slot.decodes for slot in self._slots) else [])
 
     def _admit(self) -> None:
         free = [slot for slot in self._slots if slot.request is None]
@@ -180,70 +269,146 @@ class Engine:
             slot.kept, slot.unread = slot.kept[:common], list(request.tokens[common:])
             slot.adapter, slot.number, slot.request = request.adapter, number, request
             slot.left = min(request.sampling.max_new_tokens, self.capacity - len(request.tokens))
+            slot.lookup = PromptLookup(request.tokens) if self._lookup else None
+            self._rows = None
 
     def _common(self, slot: _Slot, request: Request) -> int:
         """Count the first tokens of a prompt that a slot has; the last of a prompt is read for what follows it."""
-        if slot.adapter != request.adapter:
+        if slot.adapter != request.adapter or request.scored:
             return 0
         pairs = zip(slot.kept, request.tokens[:-1], strict=False)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         # A window's slots may have been overwritten by what comes after.
         return common if common == len(slot.kept) or len(slot.kept) <= self._window else 0
 
-    def _read(self, slot: _Slot) -> int:
-        """Read the next piece of a slot's prompt; return its size."""
-        assert slot.request is not None
-        size = len(slot.unread) if self._whole else pieces(len(slot.unread))[0]
-        piece, slot.unread = slot.unread[:size], slot.unread[size:]
-        tokens = np.zeros(power_of_two(size) if self._whole else size, np.int32)
-        tokens[: len(piece)] = piece
+    def _read(self, slot: _Slot) -> tuple[int, list[Token]]:
+        """Read the next piece of a slot's prompt; return its size, and its tokens if they are scored."""
+        assert slot.request is not None and slot.number is not None
+        piece, tokens = next_piece(slot.unread, self._whole)
+        likeliest = power_of_two(slot.request.likeliest) if slot.request.scored else None
         place = Piece(*map(np.int32, (self._slots.index(slot), len(slot.kept), len(piece), slot.adapter)))
         lora, frozen = self._weights
-        self._state = prefill(lora, frozen, self._state, tokens, place, graphdef=self._graphdef)
+        self._state, scores = prefill(
+            lora, frozen, self._state, tokens, place, structure=self._structure, likeliest=likeliest
+        )
+        slot.unread = slot.unread[len(piece) :]
+        scored = [] if scores is None else _tokens(slot, piece, jax.device_get(scores))
+        if scored:
+            first = scored[0]._replace(logprob=None, likeliest=()) if not slot.kept else scored[0]
+            scored = [each._replace(prompt=True) for each in (first, *scored[1:])]
         slot.kept += piece
-        return len(tokens)
+        return len(tokens), scored
 
     def _advance(self) -> list[Token]:
-        requests = [slot.request for slot in self._slots if slot.request is not None]
-        self._features = _union(self._features, features_of([request.sampling for request in requests]))
-        self._likeliest = max(self._likeliest, *(power_of_two(request.likeliest) for request in requests))
         busy = np.array([slot.decodes for slot in self._slots])
-        settings = rows_of([slot.request.sampling if slot.request else Sampling() for slot in self._slots])
-        adapters = np.array([slot.adapter for slot in self._slots], np.int32)
+        guesses = self._guesses()
+        if self._rows is None:
+            self._rows = self._settings()
         lora, frozen = self._weights
+        started = time.perf_counter()
         self._state, chosen = advance(
             lora,
             frozen,
             self._state,
             busy,
-            (settings, adapters),
-            graphdef=self._graphdef,
-            features=self._features,
+            self._rows,
+            guesses,
+            structure=self._structure,
+            features=self._program.features,
             eos_ids=self._eos_ids,
-            likeliest=self._likeliest,
+            likeliest=self._program.likeliest,
         )
-        chosen = Chosen(*jax.device_get(tuple(chosen)))
-        return [self._token(i, chosen) for i in np.flatnonzero(busy).tolist()]
+        chosen = jax.device_get(chosen)
+        seconds = time.perf_counter() - started
+        if guesses is None:
+            self.gain.note_plain(seconds)
+        else:
+            self.gain.note_lookup(seconds, chosen.counts.sum() / busy.sum())
+            self._learn(guesses, chosen.counts)
+        return [token for i in np.flatnonzero(busy).tolist() for token in self._take(i, chosen)]
 
-    def _token(self, i: int, chosen: Chosen) -> Token:
-        """Take note of the token of a slot; free it after the last."""
+    def _settings(self) -> tuple[Rows, np.ndarray]:
+        """Return the settings and adapters of all slots, and choose the smallest program that does what they ask for.
+
+        Where there is none, the new one does what was asked for before, too, so that there are few.
+        """
+        needed = _Asked.by([slot.request for slot in self._slots if slot.request is not None])
+        self._asked = self._asked.and_by(needed)
+        fit = [each for each in self._compiled if each.and_by(needed) == each]
+        if not fit:
+            self._compiled.append(self._asked)
+        self._program = min(fit, key=_Asked.size, default=self._asked)
+        settings = rows_of([slot.request.sampling if slot.request else Sampling() for slot in self._slots])
+        return settings, np.array([slot.adapter for slot in self._slots], np.int32)
+
+    def _guesses(self) -> Guesses | None:
+        """Return guesses at the next tokens of every slot; None if there are none that would save a step."""
+        tokens = np.zeros((len(self._slots), 1 + self._lookup), np.int32)
+        counts = np.zeros(len(self._slots), np.int32)
+        for i, slot in enumerate(self._slots):
+            if slot.lookup is not None and slot.decodes:
+                # The first is a guess at the token that is known by now, on the device.
+                guess = slot.lookup.guess(min(1 + self._lookup, slot.left))
+                tokens[i, : len(guess)], counts[i] = guess, len(guess)
+        return Guesses(tokens, counts) if counts.max() > 1 else None
+
+    def _learn(self, guesses: Guesses, counts: np.ndarray) -> None:
+        for slot, guessed, accepted in zip(self._slots, guesses.counts - 1, counts - 1, strict=True):
+            if slot.lookup is not None and guessed > 0:
+                self.gain.guessed += int(guessed)
+                self.gain.accepted += int(accepted)
+                slot.lookup.learn(int(accepted))
+
+    def _take(self, i: int, chosen: Chosen) -> list[Token]:
+        """Return the new tokens of a slot, none after the last of its answer, which frees it."""
         slot = self._slots[i]
-        assert slot.number is not None and slot.request is not None
-        token, number = int(chosen.tokens[i]), slot.number
-        slot.kept.append(token)
-        slot.left -= 1
-        end: Literal["stop", "length"] | None = "length" if not slot.left else None
-        if token in self._eos_ids:
-            end = "stop"
-        n = slot.request.likeliest
-        likeliest = zip(chosen.likeliest[i, :n].tolist(), chosen.likeliest_logprobs[i, :n].tolist(), strict=True)
-        if end is not None:
+        count = int(chosen.counts[i])
+        ids = chosen.tokens[i, :count].tolist()
+        tokens = _tokens(slot, ids, jax.tree.map(lambda a: a[i, :count], chosen.scores))
+        slot.left -= count
+        if slot.lookup is not None:
+            slot.lookup.extend(ids)
+        slot.kept += ids
+        ends = [j for j, token in enumerate(ids) if token in self._eos_ids]
+        if ends:
+            # Tokens that were guessed after the end stay in the cache: a prompt may go on with them.
+            tokens = [*tokens[: ends[0]], tokens[ends[0]]._replace(end="stop")]
+        elif not slot.left:
+            tokens[-1] = tokens[-1]._replace(end="length")
+        if tokens[-1].end is not None:
             self._free(slot)
-        return Token(number, token, float(chosen.logprobs[i]), tuple(likeliest), end)
+        return tokens
 
     def _free(self, slot: _Slot) -> None:
-        slot.number = slot.request = None
+        slot.number = slot.request = slot.lookup = None
         slot.unread = []
+
+
+def _tokens(slot: _Slot, ids: Sequence[int], scores: Scores) -> list[Token]:
+    """Return tokens of a slot's request, as far as there are ids, with their scores."""
+    assert slot.number is not None and slot.request is not None
+    n = slot.request.likeliest
+    values = zip(ids, *(array.tolist() for array in scores), strict=False)
+    return [
+        Token(slot.number, token, logprob, tuple(zip(likeliest[:n], logprobs[:n], strict=True)))
+        for token, logprob, likeliest, logprobs in values
+    ]
+
+
+def next_piece(unread: Sequence[int], whole: bool) -> tuple[list[int], np.ndarray]:
+    """Cut the next piece off a prompt.
+
+    Args:
+        unread: the rest of the prompt.
+        whole: take all of it.
+
+    Returns:
+        Its tokens, and the same int32, padded on the right to a size that there are few of.
+    """
+    size = power_of_two(len(unread)) if whole else pieces(len(unread))[0]
+    padded = np.zeros(size, np.int32)
+    padded[: len(unread[:size])] = unread[:size]
+    return list(unread[:size]), padded
 
 
 def pieces(tokens: int) -> list[int]:
@@ -258,10 +423,6 @@ def pieces(tokens: int) -> list[int]:
     padded = tokens + -tokens % size
     bits = [1 << bit for bit in reversed(range(MOST_PIECE.bit_length() - 1)) if padded % MOST_PIECE & 1 << bit]
     return [MOST_PIECE] * (padded // MOST_PIECE) + bits
-
-
-def _union(one: Features, other: Features) -> Features:
-    return Features._make(max(pair) for pair in zip(one, other, strict=True))
 
 
 def generate(

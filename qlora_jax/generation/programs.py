@@ -1,5 +1,6 @@
-"""Programs of the engine: one that reads a piece of a prompt into a slot, one that adds a token to every busy slot."""
+"""Programs of generation: one that reads a piece of a prompt into a slot, one that adds tokens to every busy slot."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -8,9 +9,37 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.choices import CacheDtype
 from qlora_jax.generation.adapters import AdapterStack
 from qlora_jax.generation.sampling import Features, Rows, filtered, next_tokens
-from qlora_jax.nn.stack import Cache
+
+SCORED_AT_A_TIME = 16
+"""Tokens of a prompt whose logits are in memory at a time."""
+
+
+class Structure:
+    """The structure of a model as an argument of programs: hashed once, and not at every call.
+
+    Args:
+        graphdef: of the model.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self._graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        """Return the hash of the graph definition."""
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what the models are."""
+        return self is other or (isinstance(other, Structure) and self._graphdef == other._graphdef)
+
+    def model(self, lora: Any, frozen: nnx.State, rows: Array | None = None) -> Any:
+        """Return the model; of an `AdapterStack` with the adapters of some rows, and without any not to be called."""
+        if isinstance(lora, AdapterStack):
+            lora = lora.matrices if rows is None else lora.of_rows(rows)
+        return nnx.merge(self._graphdef, lora, frozen)
 
 
 class State(NamedTuple):
@@ -45,44 +74,77 @@ class Piece(NamedTuple):
     adapter: Any
 
 
-class Chosen(NamedTuple):
-    """A token of every slot.
+class Guesses(NamedTuple):
+    """Tokens that may follow in each slot.
 
     Attributes:
-        tokens: int32 [B].
-        logprobs: float32 [B], of each before anything was filtered.
-        likeliest: int32 [B, n], the likeliest tokens.
-        likeliest_logprobs: float32 [B, n].
+        tokens: int32 [B, S], in their order.
+        counts: int32 [B], those that mean something.
     """
 
     tokens: Any
+    counts: Any
+
+
+class Scores(NamedTuple):
+    """Natural logarithms of probabilities before anything was filtered.
+
+    Attributes:
+        logprobs: float32 [...], of tokens that came.
+        likeliest: int32 [..., n], the likeliest tokens in their places.
+        likeliest_logprobs: float32 [..., n].
+    """
+
     logprobs: Any
     likeliest: Any
     likeliest_logprobs: Any
 
 
-def empty_state(graphdef: nnx.GraphDef, lora: Any, frozen: nnx.State, slots: int, capacity: int) -> State:
-    """Return the state of slots without tokens, each with room for `capacity`."""
-    model = model_of(graphdef, lora, frozen)
+class Chosen(NamedTuple):
+    """Tokens of every slot.
+
+    Attributes:
+        tokens: int32 [B, S].
+        counts: int32 [B], those that were chosen; at least one of a busy slot.
+        scores: of them.
+    """
+
+    tokens: Any
+    counts: Any
+    scores: Scores
+
+
+def empty_state(
+    structure: Structure,
+    lora: Any,
+    frozen: nnx.State,
+    slots: int,
+    capacity: int,
+    *,
+    cache_dtype: CacheDtype = "auto",
+    margin: int = 0,
+) -> State:
+    """Return the state of slots without tokens, each with room for `capacity`; see `Cache` for the rest."""
+    model = structure.model(lora, frozen)
     return State(
-        model.empty_cache(slots, capacity),
+        model.empty_cache(slots, capacity, dtype=cache_dtype, margin=margin),
         jnp.zeros((slots, model.config.vocab_size), jnp.float32),
         jnp.zeros((slots, capacity), jnp.int32),
         jnp.zeros(slots, jnp.int32),
     )
 
 
-def model_of(graphdef: nnx.GraphDef, lora: Any, frozen: nnx.State, rows: Array | None = None) -> Any:
-    """Return the model; of an `AdapterStack` with the adapters of some rows, and without any it is not to be called."""
-    if isinstance(lora, AdapterStack):
-        lora = lora.matrices if rows is None else lora.of_rows(rows)
-    return nnx.merge(graphdef, lora, frozen)
-
-
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("structure", "likeliest"), donate_argnames="state")
 def prefill(
-    lora: Any, frozen: nnx.State, state: State, tokens: Int[Array, " S"], piece: Piece, *, graphdef: nnx.GraphDef
-) -> State:
+    lora: Any,
+    frozen: nnx.State,
+    state: State,
+    tokens: Int[Array, " S"],
+    piece: Piece,
+    *,
+    structure: Structure,
+    likeliest: int | None = None,
+) -> tuple[State, Scores | None]:
     """Read a piece of a prompt.
 
     Args:
@@ -91,9 +153,10 @@ def prefill(
         state: is given up.
         tokens: of the piece, padded on the right.
         piece: where they go.
-        graphdef: of the model.
+        structure: of the model.
+        likeliest: how many of the likeliest tokens are returned in the scores of the tokens [S]; None for no scores.
     """
-    model = model_of(graphdef, lora, frozen, piece.adapter[None])
+    model = structure.model(lora, frozen, piece.adapter[None])
     cache, places = state.cache, piece.start + jnp.arange(len(tokens))
 
     def row(arrays: Any) -> Any:
@@ -104,66 +167,123 @@ def prefill(
             lambda a, one: jax.lax.dynamic_update_slice_in_dim(a, one, piece.slot, axis=1), arrays, rows
         )
 
-    own = Cache(row(cache.keys), row(cache.values), piece.start[None], cache.capacity)
+    own = dataclasses.replace(cache, keys=row(cache.keys), values=row(cache.values), lengths=piece.start[None])
     # Of the padding, too, none beyond the piece: a rotary table may follow the longest.
     positions = jnp.minimum(places, piece.start + piece.count - 1)
     hidden, own = model(tokens[None], positions[None], cache=own, counts=piece.count[None])
     last = jax.lax.dynamic_slice_in_dim(hidden, piece.count - 1, 1, axis=1)
     written = jnp.where(jnp.arange(len(tokens)) < piece.count, places, state.history.shape[1])
+    scores = (
+        None if likeliest is None else _prompt_scores(model, state.logits[piece.slot], hidden[0], tokens, likeliest)
+    )
+    new = dataclasses.replace(
+        cache,
+        keys=put_back(cache.keys, own.keys),
+        values=put_back(cache.values, own.values),
+        lengths=cache.lengths.at[piece.slot].set(own.lengths[0]),
+    )
     return State(
-        Cache(
-            put_back(cache.keys, own.keys),
-            put_back(cache.values, own.values),
-            cache.lengths.at[piece.slot].set(own.lengths[0]),
-            cache.capacity,
-        ),
+        new,
         state.logits.at[piece.slot].set(model.logits(last)[0, 0]),
         state.history.at[piece.slot, written].set(tokens, mode="drop"),
         state.generated.at[piece.slot].set(0),
-    )
+    ), scores
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "features", "eos_ids", "likeliest"), donate_argnames="state")
+def _prompt_scores(
+    model: Any, before: Float[Array, " V"], hidden: Float[Array, "S D"], tokens: Int[Array, " S"], likeliest: int
+) -> Scores:
+    """Score tokens by the logits before the first and the hidden states that the others follow."""
+    size = min(SCORED_AT_A_TIME, len(tokens))
+    following = jnp.roll(tokens, -1).reshape(-1, size)
+
+    def score(tile: tuple[Array, Array]) -> Scores:
+        hidden, tokens = tile
+        return _scores(model.logits(hidden[None])[0], tokens, likeliest)
+
+    later = jax.lax.map(score, (hidden.reshape(*following.shape, -1), following))
+    first = _scores(before[None], tokens[:1], likeliest)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(len(tokens), *b.shape[2:])[:-1]]), first, later)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "features", "eos_ids", "likeliest"), donate_argnames="state")
 def advance(
     lora: Any,
     frozen: nnx.State,
     state: State,
     busy: Bool[Array, " B"],
     rows: tuple[Rows, Int[Array, " B"]],
+    guesses: Guesses | None = None,
     *,
-    graphdef: nnx.GraphDef,
+    structure: Structure,
     features: Features,
     eos_ids: tuple[int, ...],
     likeliest: int,
 ) -> tuple[State, Chosen]:
-    """Choose a token for every busy slot and pass it through the model.
+    """Choose a token for every busy slot and pass it through the model, with guesses at those that follow.
+
+    Guesses that are what would have been chosen are tokens of the answer; the first that is not, and all after it, are
+    taken back. So a slot gets the tokens that it would get without guesses, in fewer steps.
 
     Args:
         lora: adapters of the model, or an `AdapterStack`.
         frozen: base weights.
         state: is given up.
-        busy: slots that get a token; the others stay as they are.
+        busy: slots that get tokens; the others stay as they are.
         rows: settings of each slot, and its adapter.
-        graphdef: of the model.
+        guesses: at the next tokens, S of them; None for none. The cache's margin must be S - 1 or more.
+        structure: of the model.
         features: filters of the logits.
         eos_ids: tokens that end an answer.
         likeliest: how many of the likeliest tokens are returned.
     """
     settings, adapters = rows
-    model = model_of(graphdef, lora, frozen, adapters)
+    model = structure.model(lora, frozen, adapters)
     lengths, generated = state.cache.lengths, state.generated
     stops = jnp.isin(jnp.arange(state.logits.shape[1]), jnp.asarray(eos_ids, jnp.int32))
-    logits = filtered(state.logits, settings, features, (state.history, lengths, generated), stops)
-    tokens = next_tokens(logits, settings, features, generated)
-    chosen = _logprobs(state.logits, tokens, likeliest)
-    places = jnp.where(busy, lengths, state.history.shape[1])
-    history = state.history.at[jnp.arange(len(tokens)), places].set(tokens, mode="drop")
-    hidden, cache = model(tokens[:, None], lengths[:, None], cache=state.cache, counts=busy.astype(jnp.int32))
-    logits = jnp.where(busy[:, None], model.logits(hidden)[:, 0], state.logits)
-    return State(cache, logits, history, generated + busy), chosen
+
+    def choose(logits: Array, history: Array, settings: Rows, lengths: Array, generated: Array) -> Array:
+        logits = filtered(logits, settings, features, (history, lengths, generated), stops)
+        return next_tokens(logits, settings, features, generated)
+
+    fed = choose(state.logits, state.history, settings, lengths, generated)[:, None]
+    counts = busy.astype(jnp.int32)
+    if guesses is not None:
+        right = guesses.tokens[:, :1] == fed
+        fed = jnp.concatenate([fed, guesses.tokens[:, 1:]], axis=1)
+        counts = jnp.where(busy & right[:, 0], jnp.maximum(guesses.counts, 1), counts)
+    batch, size = fed.shape
+    places = lengths[:, None] + jnp.arange(size)
+    written = jnp.where(jnp.arange(size) < counts[:, None], places, state.history.shape[1])
+    history = state.history.at[jnp.arange(batch)[:, None], written].set(fed, mode="drop")
+    positions = jnp.minimum(places, jnp.maximum(lengths + counts - 1, lengths)[:, None])
+    hidden, cache = model(fed, positions, cache=state.cache, counts=counts)
+    logits = model.logits(hidden)
+    taken = busy.astype(jnp.int32)
+    if size > 1:
+
+        def each(values: Any) -> Any:
+            return jax.tree.map(lambda a: jnp.repeat(a, size - 1, axis=0), values)
+
+        # The token after each guess, as if all before it had been chosen.
+        further = (lengths[:, None] + jnp.arange(1, size)).reshape(-1)
+        later = choose(
+            logits[:, :-1].reshape(-1, logits.shape[2]), each(history), each(settings), further,
+            further - each(lengths - generated),
+        )  # fmt: skip
+        agreed = (later.reshape(batch, -1) == fed[:, 1:]) & (jnp.arange(1, size) < counts[:, None])
+        taken += jnp.sum(jnp.cumprod(agreed, axis=1), axis=1)
+    scores = _scores(jnp.concatenate([state.logits[:, None], logits[:, :-1]], axis=1), fed, likeliest)
+    following = jnp.take_along_axis(logits, jnp.maximum(taken - 1, 0)[:, None, None], axis=1)[:, 0]
+    return State(
+        dataclasses.replace(cache, lengths=lengths + taken),
+        jnp.where(busy[:, None], following, state.logits),
+        history,
+        generated + taken,
+    ), Chosen(fed, taken, scores)
 
 
-def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], likeliest: int) -> Chosen:
+def _scores(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"], likeliest: int) -> Scores:
     logs = jax.nn.log_softmax(logits, axis=-1)
     top, ids = jax.lax.top_k(logs, likeliest)
-    return Chosen(tokens, jnp.take_along_axis(logs, tokens[:, None], axis=1)[:, 0], ids.astype(jnp.int32), top)
+    return Scores(jnp.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0], ids.astype(jnp.int32), top)

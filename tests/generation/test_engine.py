@@ -1,5 +1,6 @@
 """Continuous batching: whoever shares a batch, an answer is the one that its prompt has alone."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -14,6 +15,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, Request, Sampling, stack_adapters, stack_config
 from qlora_jax.generation import programs as engine_programs
 from qlora_jax.generation.engine import MOST_PIECE, pieces
+from qlora_jax.generation.sampling import Features
 from qlora_jax.nn.linear import LoRAConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -159,6 +161,73 @@ def test_logprobs_are_those_of_the_model(parts):
         assert [each for each, _ in token.likeliest] == best.tolist()
         np.testing.assert_allclose([value for _, value in token.likeliest], logs[best], atol=1e-4)
     assert tokens[-1].end == "length"
+
+
+def test_tokens_of_a_prompt_are_scored_by_the_model(parts):
+    """In one piece and in several, padded; nothing that a slot has is taken over for it."""
+    engine = engine_of(parts, 1)
+    for length in (1, 2, 40):
+        asked = dataclasses.replace(request(length, length, 2), likeliest=3, scored=True)
+        for _ in range(2):
+            engine.submit(asked)
+            tokens = []
+            while engine.busy or engine.waiting:
+                tokens += engine.step()
+            assert [token.prompt for token in tokens] == [True] * length + [False] * 2
+            assert tuple(token.token for token in tokens[:length]) == asked.tokens
+            ids = np.array([[token.token for token in tokens]], np.int32)
+            logs = np.asarray(jax.nn.log_softmax(tiny_model.logits(*parts, ids)[0]))
+            assert (tokens[0].logprob, tokens[0].likeliest) == (None, ())
+            for before, token in zip(logs, tokens[1:], strict=False):
+                assert token.logprob == pytest.approx(before[token.token], abs=1e-4)
+                best = np.argsort(-before)[:3]
+                assert [i for i, _ in token.likeliest] == best.tolist()
+                np.testing.assert_allclose([value for _, value in token.likeliest], before[best], atol=1e-4)
+    assert engine.reused == 0
+
+
+@pytest.mark.e2e
+def test_a_warm_engine_compiles_nothing(parts):
+    """Whatever is asked for, alone or together; and who asks for little gets a program that does little."""
+    greedy = request(0, 40, 5)
+    expected = alone(parts, greedy)
+    before = [program._cache_size() for program in (engine_programs.prefill, engine_programs.advance)]
+    engine = engine_of(parts, 2, lookup=2)
+    engine.warm_up()
+    assert not (engine.busy or engine.waiting or engine.reused)
+    compiled = [program._cache_size() for program in (engine_programs.prefill, engine_programs.advance)]
+    # Pieces of 16 and 32; three programs of a step, each with guesses and without.
+    assert [after - before for after, before in zip(compiled, before, strict=True)] == [2, 6]
+    engine.submit(greedy)
+    assert run(engine).popitem()[1] == expected
+    settings = [
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "top_k": 3, "min_p": 0.1, "seed": 3},
+        {"typical_p": 0.5, "do_sample": True, "top_p": 0.7},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 2},
+    ]
+    for each in settings:
+        asked = request(1, 9, 4)
+        engine.submit(dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, **each), likeliest=5))
+        engine.submit(request(2, 3, 2))
+    run(engine)
+    assert [program._cache_size() for program in (engine_programs.prefill, engine_programs.advance)] == compiled
+
+
+def test_programs_do_what_is_asked_of_them_and_there_are_few(parts):
+    """The smallest that there is; a new one does what was asked for before, too."""
+    engine = engine_of(parts, 1)
+
+    def program(**settings):
+        engine.submit(Request((1, 2), Sampling(max_new_tokens=1, **settings)))
+        run(engine)
+        return engine._program.features
+
+    assert program() == Features()
+    assert program(do_sample=True, top_k=0) == Features(sample=True)
+    assert program(min_new_tokens=1) == Features(sample=True, minimum=True)
+    assert program() == Features()
+    assert len(engine._compiled) == 3
 
 
 def test_a_prompt_must_leave_room(parts):
