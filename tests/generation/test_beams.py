@@ -1,0 +1,51 @@
+"""Beam search against transformers' (tests/reference/make_beam_golden.py)."""
+
+import json
+
+import pytest
+from fixtures import tiny_model
+
+from qlora_jax.errors import UserError
+from qlora_jax.generation import BeamSearch, Sampling, beam_search
+
+GOLDEN = json.loads((tiny_model.GOLDEN / "beams.json").read_text())
+CONFIG = {**GOLDEN["config"], "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+_SEARCH = {"num_beams", "length_penalty", "early_stopping"}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_model.build(CONFIG, seed=GOLDEN["seed"], modules=None)
+
+
+def search_of(settings):
+    own = {key: settings[key] for key in _SEARCH & settings.keys()}
+    if isinstance(own.get("early_stopping"), bool):
+        own["early_stopping"] = str(own["early_stopping"]).lower()
+    return BeamSearch(**own)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("result", GOLDEN["results"], ids=lambda result: str(result["settings"]))
+def test_searches_find_what_transformers_finds(parts, result):
+    settings = result["settings"]
+    sampling = Sampling(
+        **{"max_new_tokens": GOLDEN["new"], **{key: settings[key] for key in settings.keys() - _SEARCH}}
+    )
+    for prompt, expected in zip(GOLDEN["prompts"], result["beams"], strict=True):
+        found = beam_search(*parts, prompt, search_of(settings), eos_ids=GOLDEN["eos"], sampling=sampling, capacity=32)
+        assert [list(beam.tokens) for beam in found] == [tokens for tokens, _ in expected]
+        for beam, (_, score) in zip(found, expected, strict=True):
+            assert score is None or beam.score == pytest.approx(score, rel=1e-4, abs=1e-5)
+
+
+def test_searches_that_cannot_be_made_are_refused(parts):
+    with pytest.raises(UserError, match=r"`num_beams=0`: must be from 1 to 256.\n  `length_penalty=nan`: must be"):
+        BeamSearch(0, float("nan"))
+    sampling = Sampling(max_new_tokens=4)
+    with pytest.raises(ValueError, match="a prompt needs a token"):
+        beam_search(*parts, [], BeamSearch(2), eos_ids=[], sampling=sampling)
+    with pytest.raises(UserError, match="the prompt has 16 tokens, and prompt and answer together may have 16"):
+        beam_search(*parts, [3] * 16, BeamSearch(2), eos_ids=[], sampling=sampling, capacity=16)
+    with pytest.raises(UserError, match=r"`num_beams=2`: beams are not drawn; leave `do_sample` out\."):
+        beam_search(*parts, [3], BeamSearch(2), eos_ids=[], sampling=Sampling(do_sample=True))
