@@ -48,7 +48,7 @@ def chat(flags: ChatFlags) -> None:
     sampling = flags.sampling
     served = load(flags)
     names = list(served.names)
-    engine = served.engine(slots=1, capacity=flags.context)
+    engine = served.engine(flags.engine_options(slots=1))
     talk = Conversation(served, engine, names[0], sampling, stop=flags.stops, system=flags.system)
     print(f"{served.description}\n{_answering(talk)} (of {', '.join(names)}). /help lists commands.")
     with contextlib.suppress(ImportError):

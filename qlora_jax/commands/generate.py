@@ -68,14 +68,14 @@ def generate(flags: GenerateFlags) -> None:
     served = load(flags)
     name = check_name(served, flags.adapter or next(iter(served.names)))
     if flags.prompt is not None:
-        talk = Conversation(served, served.engine(1, flags.context), name, sampling, stop=flags.stops)
+        talk = Conversation(served, served.engine(flags.engine_options(slots=1)), name, sampling, stop=flags.stops)
         for piece in talk.answer(flags.prompt):
             print(piece, end="", flush=True)
         print(f"\n[{talk.speed}]", file=sys.stderr)
         return
     assert flags.input is not None
     tasks = read_tasks(flags.input, served, name, sampling, flags.stops)
-    engine = served.engine(min(flags.slots, len(tasks)), flags.context)
+    engine = served.engine(flags.engine_options(min(flags.slots, len(tasks))))
     came: list[float] = []  # when each token did
 
     def note(token: "Token") -> None:

@@ -20,6 +20,7 @@ class ServeFlags(ServedFlags):
     host: str = flag("127.0.0.1", "Address to listen at; others than this machine reach 0.0.0.0.", group="server")
     port: int = flag(8000, "Port to listen at.", group="server")
     slots: int = flag(8, "Answers that are written at a time, each with room for --context tokens.", group="server")
+    warm_up: bool = flag(True, "Compile what requests need before the first of them is answered.", group="server")
     queue: int = flag(64, "Requests that wait for a slot; what comes beyond is refused (429).", group="server")
 
 
@@ -34,6 +35,9 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax serve") -> int:
         config = ServerConfig(
             slots=flags.slots,
             capacity=flags.context,
+            cache_dtype=flags.kv_cache_dtype,
+            lookup=flags.prompt_lookup_num_tokens,
+            warm_up=flags.warm_up,
             queue=flags.queue,
             api_key=os.environ.get("QLORA_JAX_API_KEY"),
             host=flags.host,

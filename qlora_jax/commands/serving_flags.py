@@ -6,12 +6,13 @@ import sys
 from collections.abc import Set
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_jax.choices import CacheDtype
 from qlora_jax.cli import arguments, flag
 from qlora_jax.commands.base_flags import BaseFlags, base_refusals
 
 if TYPE_CHECKING:
     from qlora_jax.generation import Sampling
-    from qlora_jax.serving.model import ServedModel, ServingConfig
+    from qlora_jax.serving.model import EngineOptions, ServedModel, ServingConfig
 
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 
@@ -28,6 +29,12 @@ class ServedFlags(BaseFlags):
         "auto", "Type of computation, and of weights that are not quantised; auto: bfloat16, on CPUs float32."
     )
     context: int = flag(4096, "Most tokens of a conversation, with the answer: what the cache has room for.")
+    kv_cache_dtype: CacheDtype = flag(
+        "auto", "Type of keys and values of the tokens before; auto: that of computation. int8 says what it costs."
+    )
+    prompt_lookup_num_tokens: int = flag(
+        0, "Guess at so many tokens where an answer repeats the text before it: the same answer, sooner."
+    )
     compilation_cache: str = flag(
         "auto", "Directory that keeps compiled programs, with which the next start is sooner; none: keep none."
     )
@@ -43,6 +50,12 @@ class ServedFlags(BaseFlags):
             storage=self.storage,
             dtype=None if self.dtype == "auto" else self.dtype,
         )
+
+    def engine_options(self, slots: int) -> "EngineOptions":
+        """Settings of an engine with so many slots."""
+        from qlora_jax.serving.model import EngineOptions
+
+        return EngineOptions(slots, self.context, self.kv_cache_dtype, self.prompt_lookup_num_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +93,8 @@ def served_refusals(values: Any, given: Set[str]) -> list[str]:
     found = base_refusals(values, given)
     if not values.adapters and values.model is None:
         found.append("give the directory of a run, or a base as `model`.")
+    if not 0 <= values.prompt_lookup_num_tokens <= 64:
+        found.append(f"`prompt_lookup_num_tokens={values.prompt_lookup_num_tokens}`: must be from 0 to 64.")
     if values.context < 2:
         found.append(f"`context={values.context}`: must be at least 2.")
     return found
@@ -97,8 +112,12 @@ def sampling_refusals(values: Any, given: Set[str]) -> list[str]:
 def load(flags: ServedFlags) -> "ServedModel":
     """Load the base and its adapters, with a progress bar and notes on the standard error output."""
     from qlora_jax.commands.terminal import progress_bar
+    from qlora_jax.serving.cache_cost import cache_cost
     from qlora_jax.serving.model import load_served
 
     config = flags.served
     with contextlib.redirect_stdout(sys.stderr), progress_bar("Loading the base model") as progress:
-        return load_served(config, progress)
+        served = load_served(config, progress)
+    if flags.kv_cache_dtype == "int8":
+        print(cache_cost(served, next(iter(served.names)), flags.engine_options(1)), file=sys.stderr)
+    return served

@@ -123,6 +123,11 @@ class Body(_Strict):
         """True if the prompt is part of the answer."""
         return False
 
+    @property
+    def only_echoes(self) -> bool:
+        """True if the prompt is the answer."""
+        return False
+
 
 class ChatBody(Body):
     """Fields of a chat completion."""
@@ -164,9 +169,12 @@ class TextBody(Body):
     @property
     def echoes(self) -> bool:
         """True with `echo`."""
-        if self.echo and self.logprobs is not None:
-            wrong("echo", "cannot go with `logprobs`: probabilities of prompts are not computed.")
         return self.echo
+
+    @property
+    def only_echoes(self) -> bool:
+        """True if nothing but the prompt is wanted, as by those who score texts."""
+        return self.echo and self.max_tokens == 0
 
 
 _WITHOUT_EFFECT = frozenset(
@@ -225,7 +233,7 @@ _OWN_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 def sampling_of(body: Body, capacity: int) -> list[Sampling]:
     """Return the settings of each of a prompt's `n` answers."""
-    most = body.wanted_tokens
+    most = 1 if body.only_echoes else body.wanted_tokens
     if most is None:
         most = max(body.default_tokens or capacity, body.min_tokens)
     first = secrets.randbits(32) if body.seed is None else body.seed

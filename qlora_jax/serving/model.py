@@ -17,6 +17,7 @@ from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
+from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, stack_adapters, stack_config
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
@@ -46,6 +47,23 @@ class ServingConfig:
     storage: BaseStorage | None = None
     dtype: str | None = None
     base: str = "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Settings of an engine.
+
+    Attributes:
+        slots: answers that are written at a time.
+        capacity: most tokens of a prompt and its answer together.
+        cache_dtype: that keys and values are kept in.
+        lookup: most tokens that are guessed at a step; 0 for none.
+    """
+
+    slots: int = 1
+    capacity: int = 4096
+    cache_dtype: CacheDtype = "auto"
+    lookup: int = 0
 
 
 class Served(NamedTuple):
@@ -85,9 +103,9 @@ class ServedModel:
         """Tokens that end an answer."""
         return tuple(sorted({self.tokenizer.eos_token_id, *self.config.eos_token_ids} - {None}))
 
-    def engine(self, slots: int, capacity: int) -> Engine:
+    def engine(self, options: EngineOptions) -> Engine:
         """Return an engine; see `Engine`."""
-        return Engine(self.graphdef, self.lora, self.frozen, eos_ids=self.eos_ids, slots=slots, capacity=capacity)
+        return Engine(self.graphdef, self.lora, self.frozen, eos_ids=self.eos_ids, **vars(options))
 
     def conversation(self, messages: Sequence[data.Message], name: str, position: str = "conversation") -> list[int]:
         """Return a conversation's tokens, as the adapter of that name was trained, up to the next answer.

@@ -18,13 +18,14 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError, refuse_all
 from qlora_jax.extras import install_command
 from qlora_jax.generation import Request as Prompt
 from qlora_jax.generation import Token
 from qlora_jax.generation.text import TextStream
 from qlora_jax.serving.bodies import Body, ChatBody, Refused, TextBody, parsed_body, sampling_of, wrong
-from qlora_jax.serving.model import ServedModel
+from qlora_jax.serving.model import EngineOptions, ServedModel
 from qlora_jax.serving.words import ChatWords, TextWords, Vocabulary
 from qlora_jax.serving.worker import Call, EngineFailed, QueueFull, Worker
 
@@ -63,6 +64,9 @@ class ServerConfig:
     Attributes:
         slots: answers that are written at a time.
         capacity: most tokens of a prompt and its answer together.
+        cache_dtype: that keys and values are kept in.
+        lookup: most tokens that are guessed at a step; 0 for none.
+        warm_up: compile what requests need before the first of them is answered.
         queue: most answers that wait for a slot; what comes beyond is refused.
         api_key: that clients must know; None for none.
         host: address to listen at.
@@ -75,6 +79,9 @@ class ServerConfig:
 
     slots: int = 8
     capacity: int = 4096
+    cache_dtype: CacheDtype = "auto"
+    lookup: int = 0
+    warm_up: bool = True
     queue: int = 64
     api_key: str | None = dataclasses.field(default=None, repr=False)
     host: str = "127.0.0.1"
@@ -96,6 +103,11 @@ class ServerConfig:
         if self.api_key is not None and not self.api_key.strip():
             wrong.append("`api_key` is empty: give a key, or none at all.")
         refuse_all(wrong)
+
+    @property
+    def engine(self) -> EngineOptions:
+        """Settings of the engine."""
+        return EngineOptions(self.slots, self.capacity, self.cache_dtype, self.lookup)
 
 
 def _refusal(error: Exception) -> Refused:
@@ -245,6 +257,7 @@ class _Answering:
             i: TextStream(tokenizer, self._asked.stops, request.tokens if continues else ())
             for i, request in enumerate(self._call.requests)
         }
+        scored: dict[int, list[Token]] = {i: [] for i in streams}  # of prompts, which go with the first of an answer
         metrics, first = self._api.metrics, True
         while streams:
             i, token = await self._call.events.get()
@@ -252,12 +265,16 @@ class _Answering:
                 raise token
             if i not in streams:  # it came while the end was being told to the engine
                 continue
+            if token.prompt:
+                scored[i].append(token)
+                continue
             if first:
                 metrics.first_token.observe(time.monotonic() - self._asked.arrived)
                 first = False
-            delta = _step(i, streams[i], token)
+            delta = _Delta(i, "", (), "length") if self._asked.body.only_echoes else _step(i, streams[i], token)
             metrics.tokens_out.inc(len(delta.tokens))
             self._tokens += len(delta.tokens)
+            delta, scored[i] = delta._replace(tokens=(*scored[i], *delta.tokens)), []
             if delta.finish is not None:
                 del streams[i]
                 if token.end is None:
@@ -318,7 +335,7 @@ class _Api:
 
     def __init__(self, served: ServedModel, config: ServerConfig):
         self.served, self._config = served, config
-        self.worker = Worker(served.engine(config.slots, config.capacity), config.slots, config.queue)
+        self.worker = Worker(served.engine(config.engine), config.slots, config.queue, warm_up=config.warm_up)
         self.metrics = _Metrics(self.worker)
         self._vocabulary = Vocabulary(served.tokenizer)
         self._started = int(time.time())
@@ -337,8 +354,8 @@ class _Api:
 
     async def health(self, _request: Request) -> Response:
         """Tell if requests are answered."""
-        healthy = self.worker.healthy
-        return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
+        status = self.worker.status
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def numbers(self, _request: Request) -> Response:
         """Return the metrics."""
@@ -347,8 +364,14 @@ class _Api:
 
     async def models(self, _request: Request) -> Response:
         """List the base and its adapters."""
-        same = {"object": "model", "created": self._started, "owned_by": "qlora-jax"}
-        return JSONResponse({"object": "list", "data": [{"id": name, **same} for name in self.served.names]})
+        return JSONResponse({"object": "list", "data": [self._described(name) for name in self.served.names]})
+
+    async def one_model(self, request: Request) -> Response:
+        """Describe the base or an adapter."""
+        return JSONResponse(self._described(self._known(request.path_params["name"])))
+
+    def _described(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "qlora-jax"}
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -381,7 +404,9 @@ class _Api:
         raise Refused(413, f"The body has more than {most} bytes.", headers={"Connection": "close"})
 
     def _model(self, body: Body) -> str:
-        name = next(iter(self.served.names)) if body.model is None else body.model
+        return self._known(next(iter(self.served.names)) if body.model is None else body.model)
+
+    def _known(self, name: str) -> str:
         if name not in self.served.names:
             names = ", ".join(self.served.names)
             message = f"The model {name!r} does not exist; there are {names}."
@@ -438,7 +463,8 @@ class _Api:
                 wrong(field, message, "context_length_exceeded")
         settings = sampling_of(body, capacity)
         place, likeliest = self.served.names[asked.model].adapter, body.likeliest or 0
-        return [Prompt(tuple(tokens), each, place, likeliest) for tokens in asked.prompts for each in settings]
+        scored = body.echoes and body.likeliest is not None
+        return [Prompt(tuple(tokens), each, place, likeliest, scored) for tokens in asked.prompts for each in settings]
 
 
 async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T | None:
@@ -523,6 +549,7 @@ def make_app(served: ServedModel, config: ServerConfig) -> Starlette:
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.text, methods=["POST"]),
         Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.one_model),
         Route("/metrics", api.numbers),
         Route(_OPEN, api.health),
     ]

@@ -19,9 +19,9 @@ class Vocabulary:
         return str(twice[len(once) :])
 
 
-def _finite(logprob: float) -> float:
+def _finite(logprob: float | None) -> float | None:
     """Return a logarithm that JSON can hold: OpenAI's for a probability of zero is -9999."""
-    return max(logprob, -9999.0)
+    return None if logprob is None else max(logprob, -9999.0)
 
 
 class ChatWords:
@@ -53,7 +53,7 @@ class ChatWords:
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._vocabulary.text(token)
         # A part of a character is no text, and tokenizers do not tell its bytes.
         return {"token": text, "logprob": _finite(logprob), "bytes": None if "�" in text else list(text.encode())}
@@ -86,10 +86,16 @@ class TextWords:
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        likeliest = [(*token.likeliest, (token.token, token.logprob)) for token in tokens]
         return {
             "tokens": texts,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [{self._vocabulary.text(i): _finite(logprob) for i, logprob in each} for each in likeliest],
+            "top_logprobs": [self._likeliest(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _likeliest(self, token: Token) -> dict[str, float | None] | None:
+        """Return the likeliest tokens and the one that came; None where nothing comes before it."""
+        if token.logprob is None:
+            return None
+        pairs = (*token.likeliest, (token.token, token.logprob))
+        return {self._vocabulary.text(i): _finite(logprob) for i, logprob in pairs}

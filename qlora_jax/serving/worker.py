@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, Request, Token
@@ -69,12 +69,13 @@ class Worker:
         engine: is the worker's from now on.
         slots: of the engine.
         queue: most requests that wait for a slot.
+        warm_up: compile programs before the first request is answered; requests wait for it.
 
     Attributes:
         most: requests that can be taken at a time.
     """
 
-    def __init__(self, engine: Engine, slots: int, queue: int):
+    def __init__(self, engine: Engine, slots: int, queue: int, *, warm_up: bool = False):
         self._engine, self._slots, self._queue = engine, slots, queue
         self.most = slots + queue
         # Guards what follows, and the engine's list of waiting requests; not held during a step.
@@ -82,14 +83,17 @@ class Worker:
         self._new: list[_Place] = []
         self._places: dict[int, _Place] = {}
         self._unwanted: list[int] = []
+        self._cold = warm_up
         self._ended: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
-    def healthy(self) -> bool:
-        """True while calls are answered."""
-        return self._ended is None and self._thread.is_alive()
+    def status(self) -> Literal["ok", "starting", "failed"]:
+        """Progress of the thread: "ok" while calls are answered, "starting" while they wait for programs."""
+        if self._ended is not None or not self._thread.is_alive():
+            return "failed"
+        return "starting" if self._cold else "ok"
 
     @property
     def capacity(self) -> int:
@@ -152,6 +156,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            if self._cold:
+                self._engine.warm_up()
+                self._cold = False
             while self._prepared():
                 self._publish(self._engine.step())
         except Exception as error:

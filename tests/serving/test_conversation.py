@@ -23,7 +23,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, Request, Sampling
 from qlora_jax.generation.text import TextStream
 from qlora_jax.serving.conversation import Conversation
-from qlora_jax.serving.model import ServingConfig, adapter_names, load_served
+from qlora_jax.serving.model import EngineOptions, ServingConfig, adapter_names, load_served
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHORT = Sampling(max_new_tokens=6)
@@ -65,7 +65,7 @@ def solo(served, name, tokens, new=6):
 
 
 def talk(served, name="one", **options):
-    return Conversation(served, served.engine(1, 256), name, SHORT, **options)
+    return Conversation(served, served.engine(EngineOptions(1, 256)), name, SHORT, **options)
 
 
 def test_names_are_those_of_the_adapters_and_the_base(served):
@@ -102,7 +102,7 @@ def test_an_answer_that_is_interrupted_leaves_what_was_said(served):
 
 
 def test_what_does_not_fit_changes_nothing(served):
-    conversation = Conversation(served, served.engine(1, 64), "one", SHORT)
+    conversation = Conversation(served, served.engine(EngineOptions(1, 64)), "one", SHORT)
     with pytest.raises(UserError, match="prompt and answer together may have 64"):
         list(conversation.answer("x" * 100))
     assert conversation.messages == []

@@ -25,7 +25,7 @@ from flax import nnx
 
 from qlora_jax import models
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Request, Sampling, stack_adapters, stack_config
+from qlora_jax.generation import Engine, Request, Sampling, stack_adapters, stack_config
 from qlora_jax.generation.text import TextStream
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.serving import server as module
@@ -36,7 +36,7 @@ from qlora_jax.serving.worker import Call, EngineFailed, Worker
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]
 
 KEY = "secret"
-CONFIG = ServerConfig(slots=4, capacity=128, queue=40, api_key=KEY, port=0, max_body_bytes=10_000)
+CONFIG = ServerConfig(slots=4, capacity=128, queue=40, api_key=KEY, port=0, max_body_bytes=10_000, warm_up=False)
 MOST = CONFIG.slots + CONFIG.queue
 NAMES = ("first", "second", "base")
 HELLO = [{"role": "user", "content": "hello"}]
@@ -152,7 +152,7 @@ def worker(server, client):
 @pytest.fixture(scope="module")
 def solo(served):
     """Function that returns an answer's tokens from an engine that has nothing else to do."""
-    engine = served.engine(CONFIG.slots, CONFIG.capacity)
+    engine = served.engine(CONFIG.engine)
 
     def answer(name, prompt, **settings):
         sampling = Sampling(**{"top_k": 0, "max_new_tokens": 16} | settings)
@@ -243,6 +243,9 @@ def test_names_answer_differently_and_the_first_is_the_default(server, client, w
     assert status == 200 and json.loads(body)["choices"][0]["text"] == texts["first"]
     listed = client.models.list().data
     assert [model.id for model in listed] == list(NAMES) and listed[0].object == "model"
+    assert [client.models.retrieve(name) for name in NAMES] == listed
+    with pytest.raises(openai.NotFoundError, match="'a/b' does not exist"):
+        client.models.retrieve("a/b")
 
 
 def test_prompts_come_in_four_ways(served, client, worker):
@@ -275,7 +278,9 @@ def test_a_stream_of_a_chat_says_the_same(logprobs, client, worker):
     assert all(part.usage is None for part in client.chat.completions.create(**asked, stream=True))
 
 
-@pytest.mark.parametrize("settings", [{"logprobs": 3}, {"logprobs": 0}, {"echo": True}, {}])
+@pytest.mark.parametrize(
+    "settings", [{"logprobs": 3}, {"logprobs": 0}, {"echo": True}, {"echo": True, "logprobs": 2}, {}]
+)
 def test_a_stream_of_a_completion_says_the_same(settings, client, worker):
     asked = {"model": "second", "prompt": ["ab", "cde"], "n": 2, "max_tokens": 20, "seed": 5} | settings
     whole = client.completions.create(**asked)
@@ -314,6 +319,32 @@ def test_logprobs_are_the_engines(served, client, solo, worker):
     assert all(1 <= len(top) <= 3 for top in given.logprobs.top_logprobs)
     lengths = [len(token) for token in given.logprobs.tokens]
     assert given.logprobs.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def test_texts_are_scored_as_evaluations_ask(served, client, worker):
+    """Echoed with probabilities, and nothing or one token after it."""
+    asked = {"model": "first", "prompt": "a text to score", "temperature": 0, "echo": True, "logprobs": 2}
+    none = client.completions.create(**asked, max_tokens=0)
+    (choice,) = none.choices
+    ids = served.text("a text to score")
+    assert choice.text == "a text to score" and choice.finish_reason == "length"
+    assert len(choice.logprobs.tokens) == len(ids)
+    assert (none.usage.prompt_tokens, none.usage.completion_tokens) == (len(ids), 0)
+    assert choice.logprobs.token_logprobs[0] is None and choice.logprobs.top_logprobs[0] is None
+    # Each token's probability is the one that it would have as the answer to what comes before it.
+    for n in (1, 4, len(ids) - 1):
+        given = client.completions.create(model="first", prompt=ids[:n], temperature=0, max_tokens=1, logprobs=20)
+        top = given.choices[0].logprobs.top_logprobs[0]
+        likeliest = max(choice.logprobs.top_logprobs[n], key=choice.logprobs.top_logprobs[n].get)
+        assert choice.logprobs.top_logprobs[n][likeliest] == pytest.approx(max(top.values()), abs=1e-4)
+    one = client.completions.create(**asked, max_tokens=1).choices[0]
+    assert one.logprobs.token_logprobs[1:-1] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-4)
+    lengths = [len(token) for token in one.logprobs.tokens]
+    assert one.logprobs.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
+    free = client.completions.create(**asked | {"echo": False}, max_tokens=1).choices[0]
+    assert one.text == choice.text + free.text
+    with pytest.raises(openai.BadRequestError, match="`max_tokens=0`: must be from 1"):
+        client.completions.create(**asked | {"echo": False}, max_tokens=0)
 
 
 def test_stop_strings_end_an_answer(client, worker):
@@ -438,7 +469,6 @@ REFUSED = [
     (TEXT, {"prompt": "a", "n": MOST + 1}, "n", f"{MOST + 1} answers are asked for, of at most {MOST}"),
     (TEXT, {"prompt": "a", "n": 10**12, "echo": True}, "n", "answers are asked for"),
     (TEXT, {"prompt": "a", "stop": list("abcde")}, "stop", "at most 4"),
-    (TEXT, {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "cannot go with `logprobs`"),
     (TEXT, {"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
     (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", "does not support it"),
     (TEXT, {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "does not support it"),
@@ -533,6 +563,25 @@ def test_health_and_metrics(server, client, worker):
     assert after["qlora_jax_queue_length"] == after["qlora_jax_busy_slots"] == 0
 
 
+def test_a_server_that_warms_up_says_so(served, monkeypatch):
+    """Requests wait; what is asked for then has its programs."""
+    warm, may_go = Engine.warm_up, threading.Event()
+
+    def warm_up(engine):
+        may_go.wait(PATIENCE)
+        warm(engine)
+
+    monkeypatch.setattr(Engine, "warm_up", warm_up)
+    with running(served, dataclasses.replace(CONFIG, warm_up=True)) as server, client_of(server) as client:
+        assert http_request(server, "GET", "/health")[::2] == (503, b'{"status":"starting"}')
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            early = pool.submit(client.completions.create, model="base", prompt="a", max_tokens=2, temperature=0)
+            wait_until(lambda: worker_of(server).waiting)
+            may_go.set()
+            assert early.result().usage.completion_tokens <= 2
+        assert http_request(server, "GET", "/health")[::2] == (200, b'{"status":"ok"}')
+
+
 def test_nothing_is_left_of_many_requests(server, client, worker):
     def ask(i):
         if i % 4 == 0:  # one that is not read to its end
@@ -553,7 +602,7 @@ def test_nothing_is_left_of_many_requests(server, client, worker):
 
     ask_all(16)
     threads = threading.active_count()
-    ask_all(200)
+    ask_all(1000)
     assert threading.active_count() <= threads
     wait_until(lambda: len(server.server_state.tasks) == 0)
     gc.collect()
@@ -600,7 +649,7 @@ def test_answers_under_way_are_finished_at_the_end_or_cut(served, client, monkey
         server.should_exit = True
         with pytest.raises(openai.APIError, match="the server is shutting down"):
             collected(stream)
-    assert not worker._thread.is_alive() and not worker.healthy
+    assert not worker._thread.is_alive() and worker.status == "failed"
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
@@ -632,14 +681,14 @@ def test_a_missing_extra_is_told(missing, monkeypatch):
 
 def test_a_call_after_the_end_is_refused(served):
     async def run():
-        worker = Worker(served.engine(CONFIG.slots, CONFIG.capacity), CONFIG.slots, CONFIG.queue)
+        worker = Worker(served.engine(CONFIG.engine), CONFIG.slots, CONFIG.queue)
         worker.start()
         call = worker.submit([Request((1, 2)), Request((1,) * CONFIG.capacity)])
         # What the engine refuses is told to the request alone.
         refused = await call.events.get()
         assert refused.request == 1 and isinstance(refused.token, UserError)
         await asyncio.to_thread(worker.close)
-        assert not worker.healthy
+        assert worker.status == "failed"
         with pytest.raises(EngineFailed, match="shutting down"):
             worker.submit([Request((1, 2))])
 
