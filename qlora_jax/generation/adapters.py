@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from qlora_jax.nn.linear import LoRAConfig
 from qlora_jax.nn.variables import RowAdapters
@@ -17,7 +17,7 @@ from qlora_jax.nn.variables import RowAdapters
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdapterStack:
-    """Adapters of one model.
+    """Adapters of one model; values may be abstract.
 
     Attributes:
         matrices: adapters as the model declares them, every value [L, A, rows, columns].
@@ -25,7 +25,7 @@ class AdapterStack:
     """
 
     matrices: nnx.State
-    scalings: Float[Array, " A"]
+    scalings: Any
 
     def of_rows(self, rows: Int[Array, " B"]) -> nnx.State:
         """Return the model's adapters where row b of a batch has adapter `rows[b]`."""
@@ -46,6 +46,21 @@ def stack_config(adapters: Sequence[LoRAConfig]) -> LoRAConfig:
     return LoRAConfig(rank, float(rank), 0.0, tuple(modules))
 
 
+def empty_stack(declared: nnx.State, count: int, dtype: Any) -> AdapterStack:
+    """Return a stack of adapters that change nothing.
+
+    Args:
+        declared: as for `stack_adapters`.
+        count: A, how many.
+        dtype: of the matrices.
+    """
+    matrices = [
+        (path, variable.replace(jnp.zeros(_stacked_shape(variable.get_value(), count), dtype)))
+        for path, variable in nnx.to_flat_state(declared)
+    ]
+    return AdapterStack(nnx.from_flat_state(matrices), jnp.zeros(count, jnp.float32))
+
+
 def stack_adapters(
     declared: nnx.State,
     adapters: Sequence[tuple[LoRAConfig, Mapping[tuple[str, ...], np.ndarray]] | None],
@@ -60,8 +75,7 @@ def stack_adapters(
     """
 
     def stacked(path: tuple[str, ...], abstract: Any) -> Array:
-        layers, *matrix = abstract.shape
-        values = np.zeros((layers, len(adapters), *matrix), dtype)
+        values = np.zeros(_stacked_shape(abstract, len(adapters)), dtype)
         for i, adapter in enumerate(adapters):
             own = None if adapter is None else adapter[1].get(path)
             if own is not None:
@@ -74,3 +88,8 @@ def stack_adapters(
     ]
     scalings = jnp.asarray([0.0 if each is None else each[0].scaling for each in adapters], jnp.float32)
     return AdapterStack(nnx.from_flat_state(matrices), scalings)
+
+
+def _stacked_shape(matrix: Any, count: int) -> tuple[int, ...]:
+    layers, rows, columns = matrix.shape
+    return layers, count, rows, columns
