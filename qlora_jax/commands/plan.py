@@ -58,7 +58,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax plan") -> int:
 def run_config(flags: Any) -> TrainConfig:
     """Return the configuration of the run that the flags are of."""
     shared = {name: getattr(flags, name) for name in STEP_FLAGS}
-    return TrainConfig(**shared, per_device_train_batch_size=flags.batch)
+    return TrainConfig(**shared, model_name_or_path=flags.model, per_device_train_batch_size=flags.batch)
 
 
 def plan_step(flags: Any, config: TrainConfig) -> int:
