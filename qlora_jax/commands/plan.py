@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qlora_jax.planner.planning import Advice
 
 DESCRIPTION = """Say what fine-tuning would take of a GPU that need not be here: bytes by class, the longest sequence,
-its time."""
+its time. With --decode: what generation would take, and the most tokens a second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,32 @@ class PlanFlags:
     model: str = argument("config.json, model directory, hub id, or a preset such as llama-3.1-8b.")
     gpu: str | None = flag(None, "The GPU to plan for, e.g. rtx4090, a6000, h100.", group="plan")
     all_gpus: bool = flag(False, "A table of all GPUs known instead.", group="plan")
-    seq: int | None = flag(None, "Tokens of a sequence; by default what finetune keeps of a row at most.", group="plan")
-    batch: int = flag(1, "Sequences in a forward pass (finetune's per_device_train_batch_size).", group="plan")
+    decode: bool = flag(
+        False, "Bounds on generation instead, by batch and context: memory, time a token, tokens/s.", group="plan"
+    )
+    seq: int | None = flag(
+        None,
+        "Tokens of a sequence; by default what finetune keeps of a row at most, and with decode several.",
+        group="plan",
+    )
+    batch: int = flag(
+        1,
+        "Sequences in a forward pass (finetune's per_device_train_batch_size); with decode several by default.",
+        group="plan",
+    )
     max_seq: bool = flag(False, "Find the longest sequence that fits, by compiling for a few.", group="plan")
     host_memory_gb: float | None = flag(None, "Host memory that may be used, in units of 1e9 bytes.", group="plan")
     dataset_tokens: int | None = flag(None, "Tokens of the data, for the least time an epoch takes.", group="plan")
     dataset_rows: int | None = flag(None, "Rows of the data, the same with --seq tokens each.", group="plan")
     json: bool = flag(False, "Print JSON.", group="plan")
+
+
+SHAPES_GENERATION = frozenset(
+    field.name for field in dataclasses.fields(PlanFlags)
+) - {"max_seq", "host_memory_gb", "dataset_tokens", "dataset_rows"} | {
+    "bits", "quant_type", "double_quant", "block_size", "bf16", "lora_r", "lora_modules", "adapter",
+}  # fmt: skip
+"""Flags that count with `decode`."""
 
 
 def schema() -> type[Any]:
@@ -52,7 +71,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax plan") -> int:
         config = run_config(flags)
         for note in idle_notes(config, given):
             print(f"Note: {with_dashes(note, spelling)}", file=sys.stderr)
-        return plan_step(flags, config)
+        return plan_decoding(flags, config, given) if flags.decode else plan_step(flags, config)
 
 
 def run_config(flags: Any) -> TrainConfig:
@@ -99,6 +118,37 @@ def plan_step(flags: Any, config: TrainConfig) -> int:
     return 0
 
 
+def plan_decoding(flags: Any, config: TrainConfig, given: Set[str]) -> int:
+    """Bound generation on one GPU or on all, and print."""
+    from qlora_jax.checkpoints.hub import resolve_config
+    from qlora_jax.gpus import CHIPS, chip_named
+    from qlora_jax.planner import decoding
+
+    chips = list(CHIPS.values()) if flags.gpu is None else [chip_named(flags.gpu)]
+    model_config = resolve_config(flags.model)
+    positions = model_config.max_position_embeddings
+    contexts = (min(decoding.COMPARED_CONTEXT, positions),) if flags.all_gpus else decoding.contexts_within(positions)
+    request = decoding.Request(
+        model=flags.model,
+        model_config=model_config,
+        config=config,
+        batches=(flags.batch,) if "batch" in given else decoding.BATCHES,
+        contexts=contexts if flags.seq is None else (flags.seq,),
+    )
+    steps = decoding.decode_steps(request)
+    if flags.json:
+        values = {chip.name: decoding.as_json(request, chip, steps) for chip in chips}
+        print(json.dumps(values if flags.all_gpus else values[chips[0].name], indent=2))
+        return 0
+    if flags.all_gpus:
+        print(decoding.describe_comparison(request, chips, steps))
+    else:
+        print(decoding.describe(request, chips[0], steps))
+    for warning in request.warnings:
+        print(f"Note: {warning}", file=sys.stderr)
+    return 0
+
+
 def advised_flags(advice: "Advice") -> str:
     """Write the settings of an advice as flags of this command."""
     settings = {"batch" if name == "per_device_train_batch_size" else name: v for name, v in advice.changes.items()}
@@ -115,6 +165,9 @@ def refusals(values: Any, given: Set[str]) -> list[str]:
         found += (text.replace("`per_device_train_batch_size=", "`batch=") for text in error.sentences)
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     found += idle_refusals(types.SimpleNamespace(**{**defaults, **vars(values)}), given)
+    if values.decode:
+        idle = sorted(given - SHAPES_GENERATION)
+        found += (f"`{name}` has no effect with `decode`, which plans no training; leave it out." for name in idle)
     for name in ("seq", "dataset_tokens", "dataset_rows", "host_memory_gb"):
         if (value := getattr(values, name)) is not None and value <= 0:
             found.append(f"`{name}={value}`: must be positive.")

@@ -1,4 +1,7 @@
-"""Plans of a run for a GPU that need not be there: bytes by class, the longest sequence, a bound on its time."""
+"""Plans of a run for a GPU that need not be there: bytes by class, the longest sequence, bounds on its time.
+
+`planner.decoding` has bounds on generation.
+"""
 
 from qlora_jax.planner.accounting import Allowance, BaseBytes, Phase, Plan, Program, tree_bytes
 from qlora_jax.planner.bounds import Bound, MatmulFlops, StepCost, bound, count_products, visible_fraction

@@ -231,6 +231,16 @@ class BaseBytes:
         return self.unquantised.get("head", self.unquantised["embedding"])
 
     @property
+    def decoded(self) -> int:
+        """Bytes that a step of generation reads, however many rows it has: all but an embedding that is no head."""
+        return sum(self.by_class.values()) - self.looked_up
+
+    @property
+    def looked_up(self) -> int:
+        """Bytes of an embedding of which a step of generation reads one row for each token; 0 where it is the head."""
+        return self.unquantised["embedding"] if "head" in self.unquantised else 0
+
+    @property
     def by_class(self) -> dict[str, int]:
         """Class -> bytes, without empty classes."""
         classes = {"base_packed": self.packed, "scales": self.scales}

@@ -56,12 +56,7 @@ class StepPlan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences that limit the plan's validity, or name a cost that another setting would not have."""
-        found = []
-        if self.length > self.positions:
-            found.append(
-                f"config.json gives the model {self.positions:,} positions; the plan counts the memory of more, and "
-                "says nothing of what the model makes of them."
-            )
+        found = beyond_positions(self.length, self.positions)
         if self.tile is None and self.config.remat_policy != "none" and self._tokens > 2 * TILE:
             found.append(
                 f"{self._tokens:,} tokens do not divide into tiles, which would take far less memory; a multiple of "
@@ -85,6 +80,16 @@ class StepPlan:
             f"{which} was compiled as {cost}, because cuDNN is not installed here; a GPU run has cuDNN's, which keeps "
             f"none: {install_command('plan')}."
         )
+
+
+def beyond_positions(length: int, positions: int) -> list[str]:
+    """List a sentence if there are more tokens than the model has positions."""
+    if length <= positions:
+        return []
+    return [
+        f"config.json gives the model {positions:,} positions; the plan counts the memory of more, and says nothing of "
+        "what the model makes of them."
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

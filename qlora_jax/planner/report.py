@@ -24,7 +24,8 @@ def _both_units(count: int) -> str:
     return f"{count / 1e9:.2f} GB ({count / 2**30:.2f} GiB)"
 
 
-def _name(name: str) -> str:
+def class_title(name: str) -> str:
+    """Write a class of bytes for people."""
     return _TITLES.get(name) or _NAMES.get(name, name.replace("_", " "))
 
 
@@ -44,11 +45,11 @@ def describe(plan: Plan) -> str:
     rows = [["on the device", *(phase.program.name for phase in plan.phases)]]
     for name in names:
         cells = [format_bytes(column.get(name, 0)) for column in columns]
-        rows.append([_name(name), *cells])
+        rows.append([class_title(name), *cells])
     rows.append(["total", *(format_bytes(sum(column.values())) for column in columns)])
     lines = [table(rows)]
     if plan.host:
-        host = [(_name(name), format_bytes(count)) for name, count in plan.host.items()]
+        host = [(class_title(name), format_bytes(count)) for name, count in plan.host.items()]
         lines.append(table([("on the host (pinned)", ""), *host]))
     lines.extend(_scopes(phase.program) for phase in plan.phases if set(phase.program.scopes) - {OTHER})
     lines.append(f"Device: {_both_units(plan.device_bytes)} of {_both_units(plan.device_limit)}: {verdict(plan)}")
