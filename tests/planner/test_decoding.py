@@ -42,7 +42,9 @@ def request(contents, batches, contexts, **settings):
 
 def planned(capsys, *argv):
     plan_command.main([*argv, "--decode", "--json"])
-    return json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert not told.err
+    return json.loads(told.out)
 
 
 @pytest.mark.parametrize("name", families.ONE_A_FAMILY)
