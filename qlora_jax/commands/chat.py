@@ -86,7 +86,8 @@ def _say(talk: "Conversation", text: str) -> None:
         for piece in talk.answer(text, interrupted):
             print(piece, end="", flush=True)
         print("\n(interrupted)" if interrupted() else "")
-    print(f"[{talk.speed}]", file=sys.stderr)
+    gain = f"; {talk.engine.gain}" if talk.engine.gain.guessed else ""
+    print(f"[{talk.speed}{gain}]", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,19 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Sequence, Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.choices import EarlyStopping
 from qlora_jax.cli import command, flag, parse_flags, spellings
 from qlora_jax.commands.serving_flags import SamplingFlags, load, sampling_refusals
 from qlora_jax.environment import keep_compiled_programs
 from qlora_jax.files import check_can_make, user_path
 
 if TYPE_CHECKING:
-    from qlora_jax.generation import Token
+    from qlora_jax.generation import BeamSearch, Engine, Token
+    from qlora_jax.serving.model import ServedModel
 
 DESCRIPTION = """Answer prompts with a fine-tuned model, many at a time. A line of INPUT is a JSON object with prompt (a
 question), messages (a conversation) or text (to be continued), and settings of its own if it has any; OUTPUT has the
@@ -29,6 +32,12 @@ class GenerateFlags(SamplingFlags):
     output: str | None = flag(None, "File to write them to with their answers; by default they are printed.")
     adapter: str | None = flag(None, "Adapter that answers rows which name none; by default the first.")
     slots: int = flag(8, "Rows that are answered at a time.")
+    num_beams: int = flag(1, "Search with so many beams, one row at a time, instead of choosing tokens.", group="beams")
+    length_penalty: float = flag(1.0, "A beam's score is by its length to this power.", group="beams")
+    early_stopping: EarlyStopping = flag(
+        "false", "End a search with as many finished beams as are kept; never: when no other can be better.",
+        group="beams",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str], *, prog: str = "qlora-jax generate") -> int:
@@ -47,6 +56,12 @@ def refusals(values: Any, given: Set[str]) -> list[str]:
     if values.prompt is not None:
         idle = sorted({"output", "slots"} & given)
         found += [f"`{name}` has no effect with `prompt`; leave it out." for name in idle]
+    if values.num_beams == 1:
+        idle = sorted({"length_penalty", "early_stopping"} & given)
+        found += [f"`{name}` has no effect without `num_beams`; leave it out." for name in idle]
+    else:
+        idle = sorted({"do_sample", "slots", "prompt_lookup_num_tokens"} & given)
+        found += [f"`{name}` has no effect with `num_beams`; leave it out." for name in idle]
     if not 1 <= values.slots <= 1024:
         found.append(f"`slots={values.slots}`: must be from 1 to 1024.")
     return found
@@ -59,39 +74,66 @@ def generate(flags: GenerateFlags) -> None:
         check_can_make(output, "choose another file")
     keep_compiled_programs(flags.compilation_cache)
     # Imported after that, and once the flags are known to be good: loading JAX takes seconds.
-    from tqdm import tqdm
+    from qlora_jax.generation import BeamSearch
+    from qlora_jax.serving.conversation import check_name
 
-    from qlora_jax.serving.batch import answered, read_tasks, write_rows
-    from qlora_jax.serving.conversation import Conversation, check_name
-
-    sampling = flags.sampling
+    search = BeamSearch(flags.num_beams, flags.length_penalty, flags.early_stopping)
     served = load(flags)
     name = check_name(served, flags.adapter or next(iter(served.names)))
     if flags.prompt is not None:
-        talk = Conversation(served, served.engine(flags.engine_options(slots=1)), name, sampling, stop=flags.stops)
-        for piece in talk.answer(flags.prompt):
-            print(piece, end="", flush=True)
-        print(f"\n[{talk.speed}]", file=sys.stderr)
+        _answer_one(flags, flags.prompt, served, name, search)
+    else:
+        _answer_file(flags, output, served, name, search)
+
+
+def _answer_one(flags: GenerateFlags, prompt: str, served: "ServedModel", name: str, search: "BeamSearch") -> None:
+    from qlora_jax.serving.batch import searched, task_of
+    from qlora_jax.serving.conversation import Conversation
+
+    options = flags.engine_options(slots=1)
+    if search.num_beams > 1:
+        task = task_of({"prompt": prompt}, "prompt", served, name, flags.sampling, flags.stops)
+        (row,) = searched([task], served, search, options)
+        print(row["answer"])
+        print(f"[{row['tokens']} tokens, score {row['score']:.4f}]", file=sys.stderr)
         return
+    talk = Conversation(served, served.engine(options), name, flags.sampling, stop=flags.stops)
+    for piece in talk.answer(prompt):
+        print(piece, end="", flush=True)
+    print(f"\n[{talk.speed}]", file=sys.stderr)
+    _tell_gain(flags, talk.engine)
+
+
+def _answer_file(
+    flags: GenerateFlags, output: Path | None, served: "ServedModel", name: str, search: "BeamSearch"
+) -> None:
+    from tqdm import tqdm
+
+    from qlora_jax.serving.batch import answered, read_tasks, searched, write_rows
+
     assert flags.input is not None
-    tasks = read_tasks(flags.input, served, name, sampling, flags.stops)
-    engine = served.engine(flags.engine_options(min(flags.slots, len(tasks))))
+    tasks = read_tasks(flags.input, served, name, flags.sampling, flags.stops)
     came: list[float] = []  # when each token did
 
     def note(token: "Token") -> None:
         came.append(time.perf_counter())
 
-    with tqdm(total=len(tasks), unit=" rows", desc="Answering", disable=None) as bar:
+    options = flags.engine_options(min(flags.slots, len(tasks)))
+    engine = None if search.num_beams > 1 else served.engine(options)
+    rows = searched(tasks, served, search, options) if engine is None else answered(tasks, served, engine, note)
+    counted = iter(tqdm(rows, total=len(tasks), unit=" rows", desc="Answering", disable=None))
+    if output is None:
+        for row in counted:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    else:
+        write_rows(output, counted)
+    if engine is not None:
+        span = came[-1] - came[0]
+        rate = f", {(len(came) - 1) / span:.1f} tokens/s after the first" if span else ""
+        print(f"[{len(tasks)} rows, {len(came)} tokens{rate}]", file=sys.stderr)
+        _tell_gain(flags, engine)
 
-        def counted() -> Iterator[Mapping[str, Any]]:
-            for row in answered(tasks, served, engine, note):
-                bar.update()
-                yield row
 
-        if output is None:
-            for row in counted():
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-        else:
-            write_rows(output, counted())
-    rate = f", {(len(came) - 1) / (came[-1] - came[0]):.1f} tokens/s after the first" if came[-1] > came[0] else ""
-    print(f"[{len(tasks)} rows, {len(came)} tokens{rate}]", file=sys.stderr)
+def _tell_gain(flags: GenerateFlags, engine: "Engine") -> None:
+    if flags.prompt_lookup_num_tokens:
+        print(f"[{engine.gain}]", file=sys.stderr)

@@ -7,6 +7,7 @@ import types
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from qlora_jax.choices import CacheDtype
 from qlora_jax.cli import argument, command, flag, parse_flags, spellings, with_dashes
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
@@ -39,6 +40,7 @@ class PlanFlags:
         "Sequences in a forward pass (finetune's per_device_train_batch_size); with decode several by default.",
         group="plan",
     )
+    kv_cache_dtype: CacheDtype = flag("auto", "Type of keys and values, with decode; see generate.", group="plan")
     max_seq: bool = flag(False, "Find the longest sequence that fits, by compiling for a few.", group="plan")
     host_memory_gb: float | None = flag(None, "Host memory that may be used, in units of 1e9 bytes.", group="plan")
     dataset_tokens: int | None = flag(None, "Tokens of the data, for the least time an epoch takes.", group="plan")
@@ -134,6 +136,7 @@ def plan_decoding(flags: Any, config: TrainConfig, given: Set[str]) -> int:
         config=config,
         batches=(flags.batch,) if "batch" in given else decoding.BATCHES,
         contexts=contexts if flags.seq is None else (flags.seq,),
+        cache_dtype=flags.kv_cache_dtype,
     )
     steps = decoding.decode_steps(request)
     if flags.json:
@@ -168,6 +171,8 @@ def refusals(values: Any, given: Set[str]) -> list[str]:
     if values.decode:
         idle = sorted(given - SHAPES_GENERATION)
         found += (f"`{name}` has no effect with `decode`, which plans no training; leave it out." for name in idle)
+    elif "kv_cache_dtype" in given:
+        found.append("`kv_cache_dtype` has no effect without `decode`: training keeps no cache; leave it out.")
     for name in ("seq", "dataset_tokens", "dataset_rows", "host_memory_gb"):
         if (value := getattr(values, name)) is not None and value <= 0:
             found.append(f"`{name}={value}`: must be positive.")

@@ -7,7 +7,7 @@ and which beams go on, and from where, is decided here.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.choices import CacheDtype
+from qlora_jax.choices import CacheDtype, EarlyStopping
 from qlora_jax.errors import UserError, refuse_all
-from qlora_jax.generation.engine import next_piece, pieces
+from qlora_jax.generation.engine import next_piece, no_room, pieces
 from qlora_jax.generation.programs import Piece, State, Structure, empty_state, prefill
 from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of, filtered, rows_of
-
-EarlyStopping = Literal["true", "false", "never"]
-"""What ends a search before `max_new_tokens`: as many finished beams as are kept; that the running ones are worse by
-their present length; or that they are by any length."""
 
 _NOT_YET = -1e9
 """Score of a beam that does not exist yet; as in transformers, so that ties are broken alike."""
@@ -36,7 +32,7 @@ class BeamSearch:
     Attributes:
         num_beams: beams that are kept.
         length_penalty: a finished beam's score is its log-probability by its length to this power.
-        early_stopping: see `EarlyStopping`.
+        early_stopping: see `qlora_jax.choices.EarlyStopping`.
 
     Raises:
         UserError: values outside their ranges.
@@ -110,10 +106,7 @@ def beam_search(
     capacity = capacity or sum(pieces(len(prompt) + sampling.max_new_tokens))
     most = min(sampling.max_new_tokens, capacity - len(prompt))
     if most < 1:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, and prompt and answer together may have {capacity}; shorten it, or "
-            "make room for more."
-        )
+        raise UserError(no_room(len(prompt), capacity))
     structure, eos, beams = Structure(graphdef), tuple(sorted(set(eos_ids))), search.num_beams
     state = empty_state(structure, lora, frozen, beams, capacity, cache_dtype=cache_dtype)
     state = _read(structure, (lora, frozen), state, prompt, adapter)

@@ -204,10 +204,7 @@ class Engine:
         if not request.tokens:
             raise ValueError("a prompt needs a token.")
         if len(request.tokens) >= self.capacity:
-            raise UserError(
-                f"the prompt has {len(request.tokens)} tokens, and prompt and answer together may have "
-                f"{self.capacity}; shorten it, or make room for more."
-            )
+            raise UserError(no_room(len(request.tokens), self.capacity))
         number = next(self._numbers)
         self._waiting.append((number, request))
         return number
@@ -393,6 +390,14 @@ def _tokens(slot: _Slot, ids: Sequence[int], scores: Scores) -> list[Token]:
         Token(slot.number, token, logprob, tuple(zip(likeliest[:n], logprobs[:n], strict=True)))
         for token, logprob, likeliest, logprobs in values
     ]
+
+
+def no_room(tokens: int, capacity: int) -> str:
+    """Say that a prompt leaves no room for an answer."""
+    return (
+        f"the prompt has {tokens} tokens, and prompt and answer together may have {capacity}; shorten it, or make room "
+        "for more."
+    )
 
 
 def next_piece(unread: Sequence[int], whole: bool) -> tuple[list[int], np.ndarray]:

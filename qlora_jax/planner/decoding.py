@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.choices import CacheDtype
 from qlora_jax.formatting import format_bytes, table
 from qlora_jax.generation import Sampling, empty_stack
-from qlora_jax.generation.programs import State, advance, empty_state
+from qlora_jax.generation.programs import State, Structure, advance, empty_state
 from qlora_jax.generation.sampling import Features, rows_of
 from qlora_jax.gpus import Chip
 from qlora_jax.models import DecoderConfig
@@ -54,6 +55,7 @@ class Request:
         config: of the run whose adapter answers, for how its base is stored, its compute dtype and its adapter's shape.
         batches: numbers of rows.
         contexts: numbers of tokens of a row.
+        cache_dtype: that keys and values are kept in.
     """
 
     model: str
@@ -61,6 +63,7 @@ class Request:
     config: TrainConfig
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
+    cache_dtype: CacheDtype = "auto"
 
     @property
     def positions(self) -> int:
@@ -141,10 +144,12 @@ def decode_steps(request: Request) -> tuple[DecodeStep, ...]:
     model = setup.declare(config, request.model_config, "gpu").parts
     dtype = setup.compute_dtype(config, "gpu")
     adapters = jax.eval_shape(lambda: empty_stack(model.lora, ADAPTERS, dtype))
+    structure = Structure(model.graphdef)
     base, adapter_bytes = BaseBytes.of(model.frozen), tree_bytes(adapters)
 
     def state_of(batch: int, context: int) -> State:
-        return jax.eval_shape(lambda: empty_state(model.graphdef, adapters, model.frozen, batch, context))
+        arguments = structure, adapters, model.frozen, batch, context
+        return jax.eval_shape(lambda: empty_state(*arguments, cache_dtype=request.cache_dtype))
 
     def products_of_a_row(context: int) -> MatmulFlops:
         busy, adapter = jax.ShapeDtypeStruct((1,), jnp.bool_), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -154,7 +159,7 @@ def decode_steps(request: Request) -> tuple[DecodeStep, ...]:
             state_of(1, context),
             busy,
             (rows_of([Sampling()]), adapter),
-            graphdef=model.graphdef,
+            structure=structure,
             features=Features(),
             eos_ids=request.model_config.eos_token_ids,
             likeliest=0,

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, user_path, write_errors
-from qlora_jax.generation import Engine, Request, Sampling, Token
+from qlora_jax.generation import BeamSearch, Engine, Request, Sampling, Token
+from qlora_jax.generation.engine import no_room
 from qlora_jax.generation.text import TextStream
 from qlora_jax.json_text import parse_json
 from qlora_jax.serving.conversation import check_name
-from qlora_jax.serving.model import ServedModel
+from qlora_jax.serving.model import EngineOptions, ServedModel
 
 _SETTINGS = {field.name for field in dataclasses.fields(Sampling)}
 _ASKED = ("prompt", "messages", "text")
-_WRITTEN = {"answer", "end", "tokens", "token_logprobs"}
+_WRITTEN = {"answer", "end", "tokens", "token_logprobs", "score"}
 
 
 class Task(NamedTuple):
@@ -60,17 +61,34 @@ def read_tasks(path: str, served: ServedModel, name: str, sampling: Sampling, st
     for number, line in enumerate(lines, 1):
         if line.strip():
             seeded = dataclasses.replace(sampling, seed=(sampling.seed + len(tasks)) % 2**32)
-            tasks.append(_task(line, f"{file} line {number}", served, name, seeded, stop))
+            position = f"{file} line {number}"
+            tasks.append(task_of(_parsed(line, position), position, served, name, seeded, stop))
     if not tasks:
         raise UserError(f"{file} holds no row; write one a line.")
     return tasks
 
 
-def _task(line: str, position: str, served: ServedModel, name: str, sampling: Sampling, stop: Sequence[str]) -> Task:
+def _parsed(line: str, position: str) -> Any:
     try:
-        row = parse_json(line.encode())
+        return parse_json(line.encode())
     except ValueError as error:
         raise UserError(f"{position} is not valid JSON ({error}).") from None
+
+
+def task_of(row: Any, position: str, served: ServedModel, name: str, sampling: Sampling, stop: Sequence[str]) -> Task:
+    """Check a row and put it into tokens; see `read_tasks`.
+
+    Args:
+        row: as it was read.
+        position: in its file, for errors.
+        served: the model.
+        name: that answers if the row names none.
+        sampling: settings where the row has none.
+        stop: strings that end the answer.
+
+    Raises:
+        UserError: the row is wrong.
+    """
     asked = [key for key in _ASKED if isinstance(row, dict) and key in row]
     if len(asked) != 1:
         raise UserError(f"{position} must be an object with one of {', '.join(_ASKED)}.")
@@ -147,6 +165,39 @@ def answered(
         while following in done:
             yield done.pop(following)
             following = next(order, None)
+
+
+def searched(
+    tasks: Sequence[Task], served: ServedModel, search: BeamSearch, options: EngineOptions
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows with the best answers that searches find, one after the other.
+
+    Added to a row: answer, up to the first of its stop strings; end, tokens, and score, see `BeamSearch`.
+
+    Args:
+        tasks: rows.
+        served: the model.
+        search: settings of the searches.
+        options: room and type of their caches.
+
+    Raises:
+        UserError: a row asks for draws or probabilities, or leaves no room; before the first search.
+    """
+    for number, task in enumerate(tasks, 1):
+        asked = {"do_sample": task.request.sampling.do_sample, "logprobs": task.request.likeliest > 0}
+        if wrong := [name for name, given in asked.items() if given]:
+            raise UserError(f"row {number}: {wrong[0]} cannot go with `num_beams`; leave one of them out.")
+        if len(task.request.tokens) >= options.capacity:
+            raise UserError(no_room(len(task.request.tokens), options.capacity))
+    for task in tasks:
+        best = served.search(task.request, search, options)[0]
+        answer = _Answer(task, served)
+        ended = best.tokens[-1] in served.eos_ids
+        for i, token in enumerate(best.tokens):
+            last = i + 1 == len(best.tokens)
+            if answer.add(Token(0, token, None, (), ("stop" if ended else "length") if last else None)):
+                break
+        yield answer.row() | {"score": best.score}
 
 
 class _Answer:

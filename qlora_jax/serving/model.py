@@ -19,7 +19,7 @@ from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Engine, stack_adapters, stack_config
+from qlora_jax.generation import Beam, BeamSearch, Engine, Request, beam_search, stack_adapters, stack_config
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.training.setup import default_dtype, warn_of_another_base
 from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
@@ -106,6 +106,21 @@ class ServedModel:
     def engine(self, options: EngineOptions) -> Engine:
         """Return an engine; see `Engine`."""
         return Engine(self.graphdef, self.lora, self.frozen, eos_ids=self.eos_ids, **vars(options))
+
+    def search(self, request: Request, search: BeamSearch, options: EngineOptions) -> list[Beam]:
+        """Return the continuations that a search finds, the best first; see `beam_search`."""
+        return beam_search(
+            self.graphdef,
+            self.lora,
+            self.frozen,
+            request.tokens,
+            search,
+            eos_ids=self.eos_ids,
+            sampling=request.sampling,
+            adapter=request.adapter,
+            capacity=options.capacity,
+            cache_dtype=options.cache_dtype,
+        )
 
     def conversation(self, messages: Sequence[data.Message], name: str, position: str = "conversation") -> list[int]:
         """Return a conversation's tokens, as the adapter of that name was trained, up to the next answer.

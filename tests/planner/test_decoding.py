@@ -21,7 +21,7 @@ from qlora_jax.generation import Engine
 from qlora_jax.gpus import CHIPS
 from qlora_jax.models.presets import PRESETS
 from qlora_jax.planner import decoding, tree_bytes
-from qlora_jax.serving.model import ServingConfig, load_served
+from qlora_jax.serving.model import EngineOptions, ServingConfig, load_served
 from qlora_jax.training import setup
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 
@@ -60,6 +60,9 @@ def test_the_cache_has_the_bytes_of_an_engines(name):
         assert step.by_class["cache"] == sum(leaf.nbytes for leaf in cache)
         assert step.by_class["cache"] == step.batch * (2 * 2 * kept * kv_heads * width + 4)
         assert step.cache_dtypes == ("bfloat16",)
+        (rounded,) = decoding.decode_steps(dataclasses.replace(asked, batches=(step.batch,), cache_dtype="int8"))
+        assert rounded.by_class["cache"] == step.batch * (2 * kept * kv_heads * (width + 4) + 4)
+        assert step.work.device_bytes - rounded.work.device_bytes == step.by_class["cache"] - rounded.by_class["cache"]
         assert "base_packed" not in step.by_class
     if "gemma3" in name:
         assert kept < 48 * len(asked.model_config.attentions)
@@ -70,7 +73,7 @@ def test_bytes_are_those_of_a_model_that_is_served(tmp_path, capsys):
     adapter = write_adapter(tmp_path / "adapter", config, base=str(base))
     found = planned(capsys, str(base), "--gpu", "l4", "--adapter", str(adapter), "--batch", "3", "--seq", "300")
     served = load_served(ServingConfig({"one": str(adapter)}, str(base), dtype="bfloat16"))
-    engine = served.engine(slots=3, capacity=300)
+    engine = served.engine(EngineOptions(3, 300))
     (step,) = found["steps"]
     classes = step["by_class"]
     allowance = classes.pop("allowance")

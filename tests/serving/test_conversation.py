@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from qlora_jax.commands import generate as generate_command
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, Request, Sampling
 from qlora_jax.generation.text import TextStream
+from qlora_jax.serving.batch import read_tasks
 from qlora_jax.serving.conversation import Conversation
 from qlora_jax.serving.model import EngineOptions, ServingConfig, adapter_names, load_served
 
@@ -177,6 +179,48 @@ def test_rows_are_answered_with_their_own_settings(work: Path, served, tmp_path:
     assert likeliest[token] == logprob == max(likeliest.values()) and len(likeliest) == 2
 
 
+@pytest.mark.e2e
+def test_rows_are_searched_with_beams(work: Path, served, tmp_path: Path, capsys):
+    """The best of the beams, by the model's own probabilities; no worse than greedy choice."""
+    rows = [{"prompt": "hello", "id": 7}, {"text": "abc", "adapter": "base", "max_new_tokens": 3}]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    argv = f"{work}/one", "--input", str(tmp_path / "in.jsonl"), *CONTEXT, "--length_penalty", "0", "--num_beams", "3"
+    assert generate_command.main(argv) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{key: row[key] for key in asked} for row, asked in zip(answers, rows, strict=True)] == rows
+    tasks = read_tasks(str(tmp_path / "in.jsonl"), served, "one", SHORT)
+    for task, row in zip(tasks, answers, strict=True):
+        engine = served.engine(EngineOptions(1, 256))
+        engine.submit(task.request)
+        greedy = 0.0
+        while engine.busy or engine.waiting:
+            greedy += sum(token.logprob for token in engine.step())
+        assert row["score"] >= greedy - 1e-4
+        assert row["end"] in ("stop", "length") and row["tokens"] <= task.request.sampling.max_new_tokens
+    assert generate_command.main([f"{work}/one", "--prompt", "hello", *argv[3:]]) == 0
+    told = capsys.readouterr()
+    assert told.out == answers[0]["answer"] + "\n" and f"score {answers[0]['score']:.4f}" in told.err
+    for row, complaint in (({"do_sample": True}, "row 1: do_sample cannot go"), ({"logprobs": 1}, "row 1: logprobs")):
+        write_jsonl(tmp_path / "in.jsonl", [{"prompt": "hello", **row}])
+        with pytest.raises(UserError, match=complaint):
+            generate_command.main(argv)
+
+
+@pytest.mark.e2e
+def test_prompt_lookup_and_eight_bits_tell_what_they_do(work: Path, tmp_path: Path, capsys):
+    write_jsonl(tmp_path / "in.jsonl", [{"text": "abc abc abc abc abc"}, {"text": "la la la la"}])
+    argv = f"{work}/one", "--input", str(tmp_path / "in.jsonl"), *CONTEXT, "--max_new_tokens", "24"
+    assert generate_command.main(argv) == 0
+    plain = capsys.readouterr()
+    assert generate_command.main([*argv, "--prompt_lookup_num_tokens", "4"]) == 0
+    sooner = capsys.readouterr()
+    assert sooner.out == plain.out
+    assert re.search(r"\[prompt lookup: \d+ of \d+ guessed tokens accepted|nothing to guess", sooner.err)
+    assert generate_command.main([*argv, "--kv_cache_dtype", "int8"]) == 0
+    told = re.search(r"int8: perplexity ([\d.]+) on 254 tokens of held-out text, ([\d.]+) in", capsys.readouterr().err)
+    assert told is not None and float(told[1]) == pytest.approx(float(told[2]), rel=0.2) and told[1] != told[2]
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
@@ -194,8 +238,6 @@ def test_rows_are_answered_with_their_own_settings(work: Path, served, tmp_path:
     ],
 )
 def test_bad_rows_are_named(served, tmp_path: Path, row: str, complaint: str):
-    from qlora_jax.serving.batch import read_tasks
-
     (tmp_path / "in.jsonl").write_text('{"prompt": "good"}\n' + row)
     with pytest.raises(UserError, match=complaint):
         read_tasks(str(tmp_path / "in.jsonl"), served, "one", SHORT)
@@ -224,12 +266,27 @@ def test_the_terminal(work: Path, served, tmp_path: Path, monkeypatch: pytest.Mo
         ([], "give the directory of a run, or a base as --model"),
         (["x", "--temperature", "0.5"], "--temperature has no effect without --do_sample"),
         (["x", "--context", "1"], "--context 1: must be at least 2"),
+        (["x", "--prompt_lookup_num_tokens", "65"], "--prompt_lookup_num_tokens 65: must be from 0 to 64"),
         (["nowhere"], "nowhere does not exist"),
     ],
 )
 def test_bad_command_lines(argv: list[str], complaint: str):
     with pytest.raises(UserError, match=complaint):
         chat_command.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--length_penalty", "2"], "--length_penalty has no effect without --num_beams"),
+        (["--num_beams", "2", "--prompt_lookup_num_tokens", "2"], "--prompt_lookup_num_tokens has no effect with"),
+        (["--num_beams", "2", "--do_sample", "True"], "--do_sample has no effect with --num_beams"),
+        (["--num_beams", "0"], "--num_beams 0: must be from 1 to 256"),
+    ],
+)
+def test_bad_searches(argv: list[str], complaint: str):
+    with pytest.raises(UserError, match=complaint):
+        generate_command.main(["x", "--prompt", "a", *argv])
 
 
 def test_adapters_of_different_bases_are_refused(work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
