@@ -105,7 +105,7 @@ class _Slot:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What requests ask of the program of a step."""
+    """Demands of requests on the program of a step."""
 
     features: Features = dataclasses.field(default_factory=Features)
     likeliest: int = 0
