@@ -256,8 +256,10 @@ def encode_text(text: str, *, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def check_tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocabulary: int, position: str) -> None:
-    """Raise `UserError`, which names position and token, if one is not below the model's `vocab_size`."""
-    largest = int(np.max(ids, initial=0))
+    """Raise `UserError`, which names position and token, if one is negative or not below the model's `vocab_size`."""
+    smallest, largest = int(np.min(ids, initial=0)), int(np.max(ids, initial=0))
+    if smallest < 0:
+        raise UserError(f"{position}: token {smallest} is negative; use the tokenizer of the model.")
     if largest >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import FORMATS, IGNORED, Rows, encode_prompt, load_rows, tokenize_rows
+from qlora_jax.data import FORMATS, IGNORED, Rows, check_tokens, encode_prompt, load_rows, tokenize_rows
 from qlora_jax.data.chat_template import render
 from qlora_jax.errors import UserError
 
@@ -473,3 +473,12 @@ def test_embedded_set_through_the_whole_way(tokenizer):
     examples, report = tokenize_rows(load_rows("default"), tokenizer=tokenizer)
     assert report.rows_used == report.rows_read == len(examples) >= 300
     assert all(e.input_ids[e.labels != IGNORED][-1] == IM_END for e in examples)
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused(tokenizer):
+    check_tokens([0, 7], tokenizer, 8, "here")
+    check_tokens([], tokenizer, 8, "here")
+    with pytest.raises(UserError, match=r"^here: token 8 \(.*\) is beyond the model's vocab_size 8; "):
+        check_tokens([0, 8], tokenizer, 8, "here")
+    with pytest.raises(UserError, match=r"^here: token -1 is negative; use the tokenizer of the model\.$"):
+        check_tokens([5, -1], tokenizer, 8, "here")
