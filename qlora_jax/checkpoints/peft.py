@@ -13,6 +13,7 @@ whose gradients are zero, and what their scale differs by is multiplied into B. 
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -38,6 +39,8 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterConfig", "load_adapter", "save
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+logger = logging.getLogger(__name__)
 
 _PEFT_PREFIX = "base_model.model."
 _MATRICES = {"lora_A": "lora_a", "lora_B": "lora_b"}
@@ -211,6 +214,17 @@ def load_adapter(
             f"{directory / CHECKSUMS_NAME}."
         )
     return _read_adapter(directory / CONFIG_NAME, directory / WEIGHTS_NAME, _Names(model))
+
+
+def warn_of_no_change(directory: Path, tensors: Mapping[tuple[str, ...], np.ndarray]) -> None:
+    """Say that an adapter changes nothing, where every matrix B is zero, as all are before training.
+
+    Args:
+        directory: of the adapter.
+        tensors: as `load_adapter` returns them.
+    """
+    if not any(np.any(values) for path, values in tensors.items() if path[-1] == "lora_b"):
+        logger.warning("every matrix B of %s is zero: it was not trained, and changes nothing", directory)
 
 
 def _read_adapter(

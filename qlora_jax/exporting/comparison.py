@@ -22,6 +22,7 @@ from qlora_jax.checkpoints.gguf_writer import GGUF_FORMATS, codecs, gguf_metadat
 from qlora_jax.checkpoints.hub import resolve_model
 from qlora_jax.checkpoints.manifest import is_converted
 from qlora_jax.checkpoints.merging import Adapter, Codec, MergedTensor, merged_tensors, open_adapter, stored
+from qlora_jax.checkpoints.peft import warn_of_no_change
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import ensure_pad, load_tokenizer
 from qlora_jax.choices import BaseKind, ExportTarget, OnBadRow
@@ -31,7 +32,6 @@ from qlora_jax.exporting.recipe import (
     ExportConfig,
     hugging_face_format,
     warn_of_erased,
-    warn_of_no_change,
 )
 from qlora_jax.models import TensorSpec
 from qlora_jax.nn.linear import LoRAConfig
@@ -219,6 +219,7 @@ def compare(config: ComparisonConfig, progress: Progress | None = None) -> tuple
     bases = {kind: open_base(model, kind, storage) for kind in _bases(config, model, storage)}
     first = next(iter(bases.values()))
     adapter = open_adapter(trained.adapter, first.config, first.specs)
+    warn_of_no_change(adapter.path, adapter.tensors)
     # Rows last: there may be many to read.
     batches, notes = load_evaluation(train, ensure_pad(load_tokenizer(model)))
     if not batches:
@@ -230,8 +231,6 @@ def compare(config: ComparisonConfig, progress: Progress | None = None) -> tuple
         notes += [note for note in left_out if note not in notes]
         formats: dict[str, Codecs] = {name: _codecs(name, config, storage, base) for name in names}
         results += measure(base, kind, adapter, formats, batches, setup.compute_dtype(train), progress)
-    if not any(each.shares for each in results):
-        warn_of_no_change()
     for each in results:
         warn_of_erased(each.name, each.base, each.shares)
     return results, notes

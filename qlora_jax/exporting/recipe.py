@@ -22,7 +22,7 @@ from qlora_jax.checkpoints.hf_export import BITSANDBYTES_BLOCK, HuggingFaceForma
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.journal import fingerprint, resumable_directory, versions
 from qlora_jax.checkpoints.merging import open_adapter
-from qlora_jax.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME
+from qlora_jax.checkpoints.peft import CONFIG_NAME, WEIGHTS_NAME, warn_of_no_change
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.choices import BaseKind, ExportTarget
@@ -119,6 +119,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
     base = open_base(model, config.base, storage) if merges else None
     model_config = resolve_config(model) if base is None else base.config
     adapter = open_adapter(trained.adapter, model_config, tuple(base_tensors(model_config)))
+    warn_of_no_change(adapter.path, adapter.tensors)
     identity = {
         "command": "export",
         "versions": versions(),
@@ -164,8 +165,6 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
         files.write_json(staging / EXPORT_FILE, record)
         files.write_checksums(staging)
     if merges:
-        if not shares:
-            warn_of_no_change()
         warn_of_erased(config.to, config.base, shares)
     if config.push_to_hub is not None:
         push(output, config.push_to_hub)
@@ -290,13 +289,6 @@ def _checked_output(config: ExportConfig) -> Path:
     if not config.overwrite:
         raise UserError(f"{output} already holds an export; set `overwrite` to replace it.")
     return output
-
-
-def warn_of_no_change() -> None:
-    """Say that an adapter changes nothing."""
-    logger.warning(
-        "every matrix B of the adapter is zero: it was not trained, and what it is merged into stays as it is"
-    )
 
 
 def warn_of_erased(to: str, base: BaseKind, shares: Mapping[str, float]) -> None:

@@ -1,7 +1,6 @@
 """A base in memory with adapters by name, and conversations as tokens: what chat, batches and the server share."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from qlora_jax import data, models
 from qlora_jax.checkpoints.base_weights import BaseStorage
 from qlora_jax.checkpoints.hub import resolve_config, resolve_model
 from qlora_jax.checkpoints.loading import load_base
-from qlora_jax.checkpoints.peft import load_adapter
+from qlora_jax.checkpoints.peft import load_adapter, warn_of_no_change
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.choices import CacheDtype
@@ -23,8 +22,6 @@ from qlora_jax.generation import Beam, BeamSearch, Engine, Request, beam_search,
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.training.setup import default_dtype, warn_of_another_base
 from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
-
-logger = logging.getLogger(__name__)
 
 CHAT = "messages"
 """Format of conversations that go through the tokenizer's own template."""
@@ -212,8 +209,7 @@ def _read(
 ) -> tuple[LoRAConfig, Mapping[tuple[str, ...], np.ndarray]]:
     tensors, saved = load_adapter(trained.adapter, config)
     warn_of_another_base(str(trained.adapter), saved.base_model_name, base)
-    if not any(np.any(values) for path, values in tensors.items() if path[-1] == "lora_b"):
-        logger.warning("every matrix B of %s is zero: it changes nothing", trained.adapter)
+    warn_of_no_change(trained.adapter, tensors)
     return LoRAConfig(saved.rank, float(saved.alpha), 0.0, tuple(saved.target_modules)), tensors
 
 
