@@ -98,7 +98,7 @@ def write_gguf(
     file: Path,
     storage: GGUFFormat,
     *,
-    title: str,
+    metadata: Mapping[str, Any],
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> dict[str, float]:
@@ -109,7 +109,7 @@ def write_gguf(
         adapter: what is merged.
         file: to write.
         storage: one of `GGUF_FORMATS`.
-        title: `general.name`.
+        metadata: what is not, or not as in, the base's own: `general.name` and the like.
         progress: see `Progress`.
         journal: of the file's directory, to go on after the last tensor that an earlier process wrote there.
 
@@ -120,8 +120,9 @@ def write_gguf(
         UserError: a family, a setting or a tokenizer that GGUF does not have, or values that overflow; names it. A disk
             without room.
     """
-    metadata = gguf_metadata(base) | {
-        "general.name": title,
+    metadata = {
+        **gguf_metadata(base),
+        **metadata,
         "general.file_type": int(storage.file_type),
         "general.quantization_version": GGML_QUANT_VERSION,
     }

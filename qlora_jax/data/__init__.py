@@ -10,7 +10,7 @@ from qlora_jax.data.batching import (
     evaluation_batches,
 )
 from qlora_jax.data.demo import default_prompts, follows_style
-from qlora_jax.data.formats import FORMATS, Message, turn_stops
+from qlora_jax.data.formats import CHAT, FORMATS, Message, RowFormat, read_messages
 from qlora_jax.data.loading import HUB_NAMES, Rows, evaluated_split, load_rows, split_names, split_rows
 from qlora_jax.data.tokenization import (
     IGNORED,
@@ -20,10 +20,12 @@ from qlora_jax.data.tokenization import (
     encode_conversation,
     encode_prompt,
     encode_text,
+    eos_ids,
     tokenize_rows,
 )
 
 __all__ = [
+    "CHAT",
     "FORMATS",
     "HUB_NAMES",
     "IGNORED",
@@ -34,6 +36,7 @@ __all__ = [
     "Example",
     "Field",
     "Message",
+    "RowFormat",
     "Rows",
     "abstract_batch",
     "bucket_lengths",
@@ -42,12 +45,13 @@ __all__ = [
     "encode_conversation",
     "encode_prompt",
     "encode_text",
+    "eos_ids",
     "evaluated_split",
     "evaluation_batches",
     "follows_style",
     "load_rows",
+    "read_messages",
     "split_names",
     "split_rows",
     "tokenize_rows",
-    "turn_stops",
 ]

@@ -33,7 +33,8 @@ def render(
 
     Args:
         tokenizer: has a chat template.
-        messages: of the conversation; values that are null are left out.
+        messages: of the conversation; values that are null are left out, and the role developer is system's name in
+            newer APIs, which a template that does not mention it would pass over or take for another.
         renders: for each rendering, how many of the messages it has, and if it ends with a prompt for an answer.
         position: of the conversation, for messages.
 
@@ -46,13 +47,18 @@ def render(
         raise UserError(
             f"{position}: the tokenizer's chat template cannot be used: {str(error).rstrip('.')}."
         ) from error
+    named = {} if "developer" in template else {"developer": "system"}
     request = {
         "template": template,
         "variables": {
             name: list(map(str, value)) if isinstance(value, list | tuple) else str(value)
             for name, value in tokenizer.special_tokens_map.items()
         },
-        "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
+        "messages": [
+            {key: value for key, value in message.items() if value is not None}
+            | {"role": named.get(message["role"], message["role"])}
+            for message in messages
+        ],
         "renders": list(renders),
     }
     answer = _child().ask(json.dumps(request, default=lambda value: f"<{type(value).__name__}>"), position)

@@ -1,5 +1,7 @@
 """Row formats: a table of functions from a row to text, and the choice among them."""
 
+import itertools
+import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ SHAREGPT_ROLES = {
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of a message; the assistant's turns are trained."""
+
+CHAT = "messages"
+"""Format of conversations where nothing says which: they go through the tokenizer's own chat template."""
 
 NOT_YET_SUPPORTED = ("chip2", "self-instruct", "hh-rlhf")
 """The reference program's formats that a later release adds."""
@@ -53,14 +58,49 @@ class RowFormat:
         columns: alternative sets of required columns; the first that is present is used.
         read: (row, position) -> SourceTarget, or the list of messages; raises UserError naming position and column.
         optional: columns that are read if present.
-        chat: `read` returns messages, which go through the tokenizer's chat template.
+        prompt: text before and after a user's message, up to where its answer begins; None for a chat format, whose
+            `read` returns messages, which go through the tokenizer's chat template.
+        turns: conversations may have several; else they are one question and its answer.
+        stops: strings that end an answer where no token ends a turn: what the next turn begins with.
     """
 
     name: str
     columns: tuple[tuple[str, ...], ...]
     read: Callable[[Mapping[str, Any], str], SourceTarget | list[Message]]
     optional: tuple[str, ...] = ()
-    chat: bool = False
+    prompt: tuple[str, str] | None = None
+    turns: bool = False
+    stops: tuple[str, ...] = ()
+
+    @property
+    def chat(self) -> bool:
+        """True if rows are messages for the tokenizer's chat template."""
+        return self.prompt is None
+
+    @property
+    def place(self) -> str:
+        """Messages that `prompt` has a place for, for errors."""
+        has = "turns of user and assistant, the user's last" if self.turns else "one message of a user"
+        return f"the model was trained on data of the format {self.name}, which has {has}; give such messages only."
+
+    @property
+    def template(self) -> str | None:
+        """`prompt` as a chat template that begins with BOS, for programs that read those; None for a chat format.
+
+        It renders what `conversation_text` does, and refuses the same messages.
+        """
+        if self.prompt is None:
+            return None
+        before, after = map(json.dumps, self.prompt)
+        length = "messages | length % 2 == 0" if self.turns else "messages | length != 1"
+        refuse = f"{{{{ raise_exception({json.dumps(self.place)}) }}}}"
+        return (
+            f"{{% if {length} %}}{refuse}{{% endif %}}{{{{ bos_token }}}}{{% for message in messages %}}"
+            "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}" + refuse + "{% endif %}"
+            f"{{% if message['role'] == 'user' %}}{{{{ {before} + message['content'] + {after} }}}}{{% else %}}"
+            "{{ (' ' if message['content'] and message['content'].lstrip() == message['content'] else '') "
+            "+ message['content'] }}{% endif %}{% endfor %}"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,35 +165,25 @@ def choose_format(rows: Rows, dataset_format: str | None) -> ChosenFormat:
     return choice
 
 
-def turn_stops(dataset_format: str) -> tuple[str, ...]:
-    """Return strings that end an answer in a format whose turns end with no token: where the next would begin."""
-    return ("### Human:",) if dataset_format == "oasst1" else ()
-
-
 def conversation_text(messages: Sequence[Message], dataset_format: str, position: str) -> str:
     """Return the text of a conversation in `dataset_format`, which must not be a chat format, up to the next answer.
 
     Raises:
-        UserError: messages that the format has no place for; all but oasst1 have one question and its answer.
+        UserError: messages that the format has no place for.
     """
+    chosen = FORMATS[dataset_format]
+    if chosen.prompt is None:
+        raise ValueError(f"format '{dataset_format}' has no prompt text of its own")
     roles = [message["role"] for message in messages]
-    alternating = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(roles))
-    if not alternating or len(roles) % 2 == 0 or (dataset_format != "oasst1" and len(roles) > 1):
-        several = "turns of user and assistant, the user's last"
-        raise UserError(
-            f"{position}: {' '.join(roles) or 'no message'} given, but the model was trained on data of the format "
-            f"{dataset_format}, which has {several if dataset_format == 'oasst1' else 'one message of a user'}."
-        )
-    prompt = messages[-1]["content"]
-    if dataset_format in ("alpaca", "alpaca-clean"):
-        return ALPACA_PROMPT.format(instruction=prompt)
-    if dataset_format == "oasst1":
-        names = {"user": "Human", "assistant": "Assistant"}
-        said = (f"### {names[message['role']]}: {message['content']}" for message in messages)
-        return f"{''.join(said)}### Assistant:"
-    if dataset_format in _PAIRS:
-        return str(prompt)
-    raise ValueError(f"format '{dataset_format}' has no prompt text of its own")
+    alternate = roles == list(itertools.islice(itertools.cycle(("user", "assistant")), len(roles)))
+    if not alternate or len(roles) % 2 == 0 or (len(roles) > 1 and not chosen.turns):
+        raise UserError(f"{position}: {' '.join(roles) or 'no message'} given, but {chosen.place}")
+    before, after = chosen.prompt
+    text = ""
+    for message in messages:
+        said = message["content"]
+        text = f"{text}{before}{said}{after}" if message["role"] == "user" else _answered(text, said)
+    return text
 
 
 def _names(names: Iterable[str]) -> str:
@@ -199,12 +229,18 @@ def _read_oasst1(row: Mapping[str, Any], position: str) -> SourceTarget:
     if "text" in row:
         return SourceTarget("", _text(row, "text", position))
     prompt, answer = _text(row, "input", position), _text(row, "output", position)
-    # The published set has a space between "### Assistant:" and the answer.
+    return SourceTarget("", _answered(prompt, answer))
+
+
+def _answered(prompt: str, answer: str) -> str:
+    """Put an answer of the format oasst1 after its prompt, with the published set's space between them."""
+    # An answer that was generated may have brought it.
     apart = prompt and answer and not prompt[-1].isspace() and not answer[0].isspace()
-    return SourceTarget("", f"{prompt} {answer}" if apart else prompt + answer)
+    return f"{prompt} {answer}" if apart else prompt + answer
 
 
-def _read_messages(row: Mapping[str, Any], position: str) -> list[Message]:
+def read_messages(row: Mapping[str, Any], position: str) -> list[Message]:
+    """Read the messages of a row; raises `UserError` naming the position and what is wrong with which."""
     read: list[Message] = []
     for number, message in enumerate(_turns(row, "messages", position), start=1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
@@ -255,15 +291,25 @@ def _joined_parts(parts: list[Any], position: str) -> str:
     return "".join(texts)
 
 
+_before, _after = ALPACA_PROMPT.split("{instruction}")
+_ALPACA = (_before, _after)
+
 FORMATS: dict[str, RowFormat] = {
     f.name: f
     for f in (
-        RowFormat("alpaca", (("instruction", "output"),), _read_alpaca, ("input",)),
-        RowFormat("alpaca-clean", (("instruction", "output"),), _read_alpaca, ("input",)),
-        *(RowFormat(name, (columns,), _read_pair(columns)) for name, columns in _PAIRS.items()),
-        RowFormat("oasst1", (("text",), ("input", "output")), _read_oasst1),
-        RowFormat("messages", (("messages",),), _read_messages, chat=True),
-        RowFormat("sharegpt", (("conversations",),), _read_sharegpt, ("system",), chat=True),
+        RowFormat("alpaca", (("instruction", "output"),), _read_alpaca, ("input",), _ALPACA),
+        RowFormat("alpaca-clean", (("instruction", "output"),), _read_alpaca, ("input",), _ALPACA),
+        *(RowFormat(name, (columns,), _read_pair(columns), prompt=("", "")) for name, columns in _PAIRS.items()),
+        RowFormat(
+            "oasst1",
+            (("text",), ("input", "output")),
+            _read_oasst1,
+            prompt=("### Human: ", "### Assistant:"),
+            turns=True,
+            stops=("### Human:",),
+        ),
+        RowFormat("messages", (("messages",),), read_messages, turns=True),
+        RowFormat("sharegpt", (("conversations",),), _read_sharegpt, ("system",), turns=True),
     )
 }
 """Every format by name: the values of the field `dataset_format`."""

@@ -1,7 +1,8 @@
 """Rows to token ids and labels, with a count of what is trained, masked and cut."""
 
+import contextlib
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,13 +238,15 @@ def encode_conversation(
         int32 [n].
 
     Raises:
-        UserError: the template refuses the messages, or the format has no place for them.
+        UserError: the template refuses the messages, the format has no place for them, or the last is the assistant's.
     """
     _check_tokenizer(tokenizer)
     if not FORMATS[dataset_format].chat:
         text, start = conversation_text(messages, dataset_format, position), _bos(tokenizer)
     elif not tokenizer.chat_template:
         raise UserError(f"{position}: the tokenizer has no chat template; use that of a chat model.")
+    elif not messages or messages[-1]["role"] == "assistant":
+        raise UserError(f"{position}: the last message must be one to answer, not the assistant's; add such a message.")
     else:
         (text,), start = render(tokenizer, messages, [(len(messages), True)], position), []
     return np.array([*start, *next(_encode(tokenizer, [text])).ids], np.int32)
@@ -253,6 +256,34 @@ def encode_text(text: str, *, tokenizer: Tokenizer) -> np.ndarray:
     """Encode a text to be continued, after the tokenizer's first token if it has one; returns int32 [n]."""
     _check_tokenizer(tokenizer)
     return np.array([*_bos(tokenizer), *next(_encode(tokenizer, [text])).ids], np.int32)
+
+
+def eos_ids(tokenizer: Tokenizer, others: Iterable[int], dataset_format: str) -> tuple[int, ...]:
+    """Return the tokens that end an answer, in ascending order.
+
+    Args:
+        tokenizer: of the model; its EOS is one.
+        others: those of the model's config.json.
+        dataset_format: of the data that the model was trained on; in a chat format, the token that is trained at the
+            end of a turn is one too, which neither may name.
+    """
+    ends = {tokenizer.eos_token_id, *others}
+    if FORMATS[dataset_format].chat and tokenizer.chat_template:
+        with contextlib.suppress(UserError):  # a template that cannot be used is told where it is needed
+            ends.add(_turn_end(tokenizer))
+    return tuple(sorted(ends - {None}))
+
+
+def _turn_end(tokenizer: Tokenizer) -> int | None:
+    """Return the token that ends the assistant's turns; None if that is not a special one."""
+    special = _special(tokenizer)
+    messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = _conversation(messages, tokenizer, special, "the end of a turn")
+    if not found.ended:
+        return None
+    turn = found.text[slice(*found.turns[0])]
+    token: int = tokenizer.convert_tokens_to_ids(max(filter(turn.endswith, special), key=len))
+    return token
 
 
 def check_tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocabulary: int, position: str) -> None:
@@ -268,6 +299,11 @@ def check_tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocabula
         )
 
 
+def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the tokens that can end a turn: all but those of the vocabulary proper."""
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
+
+
 def _read_rows(
     rows: Rows, chosen: ChosenFormat, tokenizer: Tokenizer, on_bad_row: OnBadRow, report: DataReport
 ) -> tuple[Rows, list[Any]]:
@@ -277,7 +313,7 @@ def _read_rows(
             f"{rows.source} holds chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
             "model, or data of another `dataset_format`."
         )
-    special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
+    special = _special(tokenizer)
     bad: list[str] = list(rows.bad)
     kept, texts = [], []
     for i, (row, position) in enumerate(zip(rows.rows, rows.positions, strict=True)):

@@ -11,11 +11,12 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from qlora_jax import data
 from qlora_jax.data.chat_template import render
-from qlora_jax.data.formats import FORMATS, conversation_text, turn_stops
 from qlora_jax.errors import UserError
+from qlora_jax.exporting.templates import adds_bos
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,22 @@ KNOWN = {
 """Name -> template."""
 
 
+class _Found(NamedTuple):
+    """A known template that a tokenizer has.
+
+    Attributes:
+        template: that it is.
+        system: prompt that it adds to a conversation without one.
+        bos: it begins with BOS, which is not that of its first turn.
+    """
+
+    template: KnownTemplate
+    system: str | None
+    bos: bool
+
+
 def modelfile(
-    weights: str, tokenizer: Any, *, adapter: str | None = None, dataset_format: str | None = None, note: str = ""
+    weights: str, tokenizer: Any, *, adapter: str | None = None, dataset_format: str = data.CHAT, note: str = ""
 ) -> str:
     """Return the contents of a Modelfile.
 
@@ -96,29 +111,47 @@ def modelfile(
         weights: GGUF file of the model, or of the base.
         tokenizer: with the chat template of training.
         adapter: GGUF file of the adapter, if it is not merged.
-        dataset_format: of the training data; None for a chat format.
+        dataset_format: of the training data.
         note: comment on the first line.
     """
     lines = [f"# {note}"] if note else []
     lines += [f"FROM {weights}", *([] if adapter is None else [f"ADAPTER {adapter}"])]
-    if dataset_format is not None and not FORMATS[dataset_format].chat:
-        prompt = [{"role": "user", "content": "{{ .Prompt }}"}]
-        lines.append(f'TEMPLATE """{conversation_text(prompt, dataset_format, "Modelfile")}"""')
-        stops = [tokenizer.eos_token, *turn_stops(dataset_format)]
+    chosen = data.FORMATS[dataset_format]
+    if chosen.prompt is not None:
+        lines.append(f'TEMPLATE """{_start(tokenizer, bool(tokenizer.bos_token))}{_prompt_template(chosen)}"""')
+        stops = [tokenizer.eos_token, *chosen.stops]
     elif (found := _recognised(tokenizer)) is not None:
-        template, system = found
-        lines.append(f'TEMPLATE """{template.ollama}"""')
-        lines += [] if system is None else [f'SYSTEM """{system}"""']
-        stops = [template.stop]
+        lines.append(f'TEMPLATE """{_start(tokenizer, found.bos)}{found.template.ollama}"""')
+        lines += [] if found.system is None else [f'SYSTEM """{found.system}"""']
+        stops = [found.template.stop]
     else:
         lines.append("# The chat template is the GGUF file's own.")
-        stops = [tokenizer.eos_token]
+        stops = tokenizer.convert_ids_to_tokens(data.eos_ids(tokenizer, (), dataset_format))
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
 
 
-def _recognised(tokenizer: Any) -> tuple[KnownTemplate, str | None] | None:
-    """Find the known template that renders as the tokenizer's own, and the system prompt that it adds."""
+def _start(tokenizer: Any, bos: bool) -> str:
+    """Return the BOS that a text begins with in training, unless llama.cpp and Ollama put it there themselves."""
+    return str(tokenizer.bos_token) if bos and not adds_bos(tokenizer) else ""
+
+
+def _prompt_template(chosen: data.RowFormat) -> str:
+    """Return the prompt of a format in Ollama's language; of one without turns, it has the last question alone."""
+    assert chosen.prompt is not None
+    before, after = chosen.prompt
+    asked = f"{before}{{{{ .Content }}}}{after}"
+    if not chosen.turns:
+        last = "{{ if eq (len (slice $.Messages $i)) 1 }}"
+        return f"{{{{- range $i, $message := .Messages }}}}{last}{asked}{{{{ end }}}}{{{{ end }}}}"
+    # As in training: a space, which an answer that was generated may have brought.
+    apart = '{{ if and .Content (not (eq (slice .Content 0 1) " " "\\n")) }} {{ end }}'
+    answered = f'{{{{ else if eq .Role "assistant" }}}}{apart}{{{{ .Content }}}}'
+    return f'{{{{- range .Messages }}}}{{{{ if eq .Role "user" }}}}{asked}{answered}{{{{ end }}}}{{{{ end }}}}'
+
+
+def _recognised(tokenizer: Any) -> _Found | None:
+    """Find the known template that renders as the tokenizer's own."""
     if not tokenizer.chat_template:
         return None
     for name, known in KNOWN.items():
@@ -130,18 +163,12 @@ def _recognised(tokenizer: Any) -> tuple[KnownTemplate, str | None] | None:
         except UserError as error:
             logger.info("the Modelfile has no TEMPLATE: %s", error)
             return None
-        # llama.cpp and Ollama put it there themselves.
-        rendered = [
-            text.removeprefix(tokenizer.bos_token) if _adds_bos(known, tokenizer) else text for text in rendered
-        ]
+        bos = tokenizer.bos_token or ""
+        begins = bool(bos) and not known.turn.startswith(bos) and rendered[0].startswith(bos)
+        rendered = [text.removeprefix(bos) if begins else text for text in rendered]
         system = known.default_system(rendered[0])
         before = [] if system is None else [{"role": "system", "content": system}]
         if rendered == [known.render(chat if chat[0] is _SYSTEM else [*before, *chat]) for chat in chats]:
-            return known, system
+            return _Found(known, system, begins)
         logger.info("the Modelfile has no TEMPLATE: the model's own is like %s, but renders otherwise", name)
     return None
-
-
-def _adds_bos(known: KnownTemplate, tokenizer: Any) -> bool:
-    """Tell if the tokenizer has a BOS that is not the beginning of every turn."""
-    return bool(tokenizer.bos_token) and not known.turn.startswith(tokenizer.bos_token)

@@ -29,9 +29,10 @@ from qlora_jax.choices import BaseKind, ExportTarget
 from qlora_jax.errors import UserError
 from qlora_jax.exporting.model_card import CardFacts, model_card, public_name
 from qlora_jax.exporting.modelfile import modelfile
+from qlora_jax.exporting.templates import template_metadata, write_template
 from qlora_jax.models import base_tensors
 from qlora_jax.quantization import QuantizationConfig
-from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
+from qlora_jax.training.trained import base_name, find_trained, storage_in_training
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
         "storage": dataclasses.asdict(storage),
         "dtype": config.dtype,
         "max_shard_bytes": config.max_shard_bytes,
+        "dataset_format": trained.dataset_format,
         "adapter": {file: files.file_digest(trained.adapter / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
     }
     with resumable_directory(output, identity, replace=config.overwrite) as journal:
@@ -140,15 +142,16 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Export:
         elif config.to.startswith("gguf"):
             kind = config.to.removeprefix("gguf-").upper()
             file = staging / _merged_file(config)
-            title = _title(name)
+            own = {"general.name": _title(name), **template_metadata(load_tokenizer(model), trained.dataset_format)}
             shares = write_gguf(
-                base, adapter, file, GGUF_FORMATS[kind], title=title, progress=progress, journal=journal
+                base, adapter, file, GGUF_FORMATS[kind], metadata=own, progress=progress, journal=journal
             )
         else:
             into = hugging_face_format(config, storage, base)
             shares = write_hugging_face(base, adapter, staging, into, progress, journal=journal)
+            write_template(staging, trained.dataset_format)
         if config.to.startswith("gguf"):
-            text = _modelfile(config, trained, model, name)
+            text = _modelfile(config, trained.dataset_format, model, name)
             (staging / "Modelfile").write_text(text, encoding="utf-8")
         merged_into = config.base if merges else None
         kept_as = storage.describe(model_config)
@@ -265,15 +268,15 @@ def _title(name: str) -> str:
     return f"{PurePath(public_name(name)).name.removesuffix('.gguf')}-lora"
 
 
-def _modelfile(config: ExportConfig, trained: Trained, model: Path, name: str) -> str:
+def _modelfile(config: ExportConfig, dataset_format: str, model: Path, name: str) -> str:
     tokenizer = load_tokenizer(model)
     if config.to != "gguf-lora":
-        return modelfile(f"./{_merged_file(config)}", tokenizer, dataset_format=trained.dataset_format)
+        return modelfile(f"./{_merged_file(config)}", tokenizer, dataset_format=dataset_format)
     return modelfile(
         f"./{model.name}" if model.is_file() else "./base.gguf",
         tokenizer,
         adapter=f"./{_ADAPTER}",
-        dataset_format=trained.dataset_format,
+        dataset_format=dataset_format,
         note=f"FROM is a GGUF file of {public_name(name)}: put it here, or say where it is.",
     )
 

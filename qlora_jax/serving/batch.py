@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax import data
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, user_path, write_errors
 from qlora_jax.generation import BeamSearch, Engine, Request, Sampling, Token
@@ -107,16 +108,13 @@ def task_of(row: Any, position: str, served: ServedModel, name: str, sampling: S
         served.names[name].adapter,
         likeliest,
     )
-    return Task(row, request, (*stop, *own, *(served.stops(name) if asked[0] != "text" else ())))
+    return Task(row, request, (*stop, *own, *(served.names[name].format.stops if asked[0] != "text" else ())))
 
 
 def _tokens(row: Mapping[str, Any], key: str, position: str, served: ServedModel, name: str) -> list[int]:
     value = row[key]
     if key == "messages":
-        messages: list[Any] = value if isinstance(value, list) else [None]
-        if not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages):
-            raise UserError(f"{position}: messages must be a list of objects with role and content.")
-        return served.conversation(messages, name, position)
+        return served.conversation(data.read_messages(row, position), name, position)
     if not isinstance(value, str):
         raise UserError(f"{position}: {key} must be text.")
     if key == "text":

@@ -72,7 +72,7 @@ class Conversation:
     @property
     def stands_alone(self) -> bool:
         """Every question is asked without those before: the model's format has no place for them."""
-        return not self.served.remembers(self.name)
+        return not self.served.names[self.name].format.turns
 
     def reset(self, system: str | None = None) -> None:
         """Forget all turns, and begin with a system prompt if one is given."""
@@ -89,13 +89,14 @@ class Conversation:
             UserError: the conversation does not fit into the context or the model's template; it is as it was.
         """
         question = {"role": "user", "content": text}
-        asked = [question] if self.stands_alone else [*self.messages, question]
-        tokens = self.served.conversation(asked, self.name)
-        adapter = self.served.names[self.name].adapter
+        # A system prompt is for every question: it is refused, not passed over, where there is no place for it.
+        before = [each for each in self.messages if each["role"] == "system" or not self.stands_alone]
+        tokens = self.served.conversation([*before, question], self.name)
+        adapter, row_format = self.served.names[self.name].adapter, self.served.names[self.name].format
         self.speed = Speed(prompt=len(tokens))
         reused, started = self.engine.reused, time.perf_counter()
         number = self.engine.submit(Request(tuple(tokens), self._sampling, adapter))
-        stream = TextStream(self.served.tokenizer, (*self._stop, *self.served.stops(self.name)))
+        stream = TextStream(self.served.tokenizer, (*self._stop, *row_format.stops))
         self.messages.append(question)
         try:
             while (self.engine.busy or self.engine.waiting) and not stream.stopped and not interrupted():

@@ -23,9 +23,6 @@ from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.training.setup import default_dtype, warn_of_another_base
 from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
 
-CHAT = "messages"
-"""Format of conversations that go through the tokenizer's own template."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ServingConfig:
@@ -74,6 +71,11 @@ class Served(NamedTuple):
     adapter: int
     dataset_format: str
 
+    @property
+    def format(self) -> data.RowFormat:
+        """The format itself."""
+        return data.FORMATS[self.dataset_format]
+
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
@@ -98,7 +100,8 @@ class ServedModel:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        return tuple(sorted({self.tokenizer.eos_token_id, *self.config.eos_token_ids} - {None}))
+        # Of the template too, whatever the adapters' formats: the base's name has it.
+        return data.eos_ids(self.tokenizer, self.config.eos_token_ids, data.CHAT)
 
     def engine(self, options: EngineOptions) -> Engine:
         """Return an engine; see `Engine`."""
@@ -133,15 +136,6 @@ class ServedModel:
     def text(self, text: str, position: str = "prompt") -> list[int]:
         """Return the tokens of a text to be continued, with the model's first token where it has one."""
         return self._checked(data.encode_text(text, tokenizer=self.tokenizer), position)
-
-    def remembers(self, name: str) -> bool:
-        """Tell if conversations with that name have several turns."""
-        dataset_format = self.names[name].dataset_format
-        return dataset_format == "oasst1" or data.FORMATS[dataset_format].chat
-
-    def stops(self, name: str) -> tuple[str, ...]:
-        """Return strings that end an answer of that name: where the next turn would begin."""
-        return data.turn_stops(self.names[name].dataset_format)
 
     def _checked(self, tokens: np.ndarray, position: str) -> list[int]:
         data.check_tokens(tokens, self.tokenizer, self.config.vocab_size, position)
@@ -180,8 +174,8 @@ def load_served(config: ServingConfig, progress: Progress | None = None) -> Serv
     graphdef, lora, frozen = models.split_model(models.abstract_model(model_config, qlora))
     base = load_base(path, quantization=quantization, dtype=dtype, progress=progress)
     stacked = stack_adapters(lora, [None, *adapters.values()], dtype) if adapters else lora
-    names = {key: Served(i, each.dataset_format or CHAT) for i, (key, each) in enumerate(trained.items(), 1)}
-    names[config.base] = Served(0, CHAT)
+    names = {key: Served(i, each.dataset_format) for i, (key, each) in enumerate(trained.items(), 1)}
+    names[config.base] = Served(0, data.CHAT)
     tokenizer = load_tokenizer(path)
     return ServedModel(
         model_config, base.description, graphdef, stacked, models.fill_base(frozen, base.tensors), tokenizer, names

@@ -378,7 +378,7 @@ class _Api:
         arrived, body = time.monotonic(), parsed_body(await self._body(request), ChatBody)
         model = self._model(body)
         prompt = await self._encoded(self._conversation, body, model)
-        stops = (*self.served.stops(model), *body.stop)
+        stops = (*self.served.names[model].format.stops, *body.stop)
         asked = _Asked(body, model, [prompt], stops, ChatWords(self._vocabulary), arrived)
         return await self._answered(request, asked, "messages")
 
@@ -421,8 +421,6 @@ class _Api:
         messages = [turn.model_dump(exclude_none=True) for turn in body.messages]
         if not messages or messages[-1]["role"] == "assistant":
             wrong("messages", "the last one must be there, and not the assistant's, to be answered.")
-        for message in messages:
-            message["role"] = {"developer": "system"}.get(message["role"], message["role"])
         return self.served.conversation(messages, model, "messages")
 
     def _texts(self, body: TextBody) -> list[tuple[str, list[int]]]:

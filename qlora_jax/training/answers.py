@@ -12,6 +12,7 @@ from qlora_jax.defaults import DEFAULT_DATASET
 from qlora_jax.errors import UserError
 from qlora_jax.files import read_checked_json, reason, user_path, write_checked_json
 from qlora_jax.generation import Sampling, generate
+from qlora_jax.generation.text import TextStream
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.model import Model
 from qlora_jax.training.progress import announced
@@ -70,14 +71,13 @@ class Questionnaire:
         ]
         for prompt, ids in zip(self.prompts, encoded, strict=True):
             data.check_tokens(ids, tokenizer, self.model.base.config.vocab_size, f"prompt {prompt!r}")
-        stop = self.model.base.config.eos_token_ids
         with announced(f"answering {len(encoded)} prompts"):
             tokens = generate(
                 self.model.parts.graphdef,
                 lora,
                 self.model.parts.frozen,
                 encoded,
-                eos_ids=sorted({tokenizer.eos_token_id, *stop} - {None}),
+                eos_ids=data.eos_ids(tokenizer, self.model.base.config.eos_token_ids, self.dataset_format),
                 sampling=Sampling(
                     max_new_tokens=config.max_new_tokens,
                     do_sample=config.do_sample,
@@ -87,7 +87,15 @@ class Questionnaire:
                     seed=config.seed,
                 ),
             )
-        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+        return [self._text(ids) for ids in tokens]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """Decode an answer, up to where another turn begins."""
+        stream = TextStream(self.tokenizer, data.FORMATS[self.dataset_format].stops)
+        for token in tokens:
+            stream.add(token)
+        stream.end()
+        return stream.text.strip()
 
     def recorded(self, directory: RunDirectory) -> list[str] | None:
         """Return the answers from before training that an interrupted run recorded; None if it recorded none."""

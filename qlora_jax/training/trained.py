@@ -10,7 +10,7 @@ from qlora_jax import files
 from qlora_jax.checkpoints.base_weights import BaseStorage
 from qlora_jax.checkpoints.model_files import read_json_object
 from qlora_jax.checkpoints.peft import CONFIG_NAME
-from qlora_jax.data import FORMATS
+from qlora_jax.data import CHAT, FORMATS
 from qlora_jax.errors import UserError
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.training.ownership import RUN_FILE
@@ -40,10 +40,10 @@ class Trained:
         return flags
 
     @property
-    def dataset_format(self) -> str | None:
-        """Format of the training data; None if the record does not say, or knows no such format."""
+    def dataset_format(self) -> str:
+        """Format of the training data; `CHAT` if the record does not say, or names none that there is."""
         found = self.run.get("facts", {}).get("dataset_format") or self.flags.get("dataset_format")
-        return found if found in FORMATS else None
+        return found if found in FORMATS else CHAT
 
 
 def find_trained(path: str | Path) -> Trained:

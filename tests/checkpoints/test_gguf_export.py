@@ -80,7 +80,7 @@ def test_reader_gives_what_the_writer_wrote(bases: dict[str, Path], tmp_path: Pa
     base = open_base(bases[name], "original", BaseStorage())
     adapter = random_adapter(tmp_path / "adapter", base.config)
     storage = GGUF_FORMATS[kind]
-    shares = export_gguf(base, adapter, tmp_path / "model.gguf", storage, title="tiny")
+    shares = export_gguf(base, adapter, tmp_path / "model.gguf", storage, metadata={"general.name": "tiny"})
     assert len(shares) == 7 * base.config.num_hidden_layers
     source = GGUFSource(tmp_path / "model.gguf")
     assert sorted(source.names()) == sorted(spec.name for spec in base.specs)
@@ -117,7 +117,7 @@ def test_metadata_are_those_of_llama_cpps_converter(bases: dict[str, Path], tmp_
         random_adapter(tmp_path / "adapter", base.config),
         tmp_path / "ours.gguf",
         GGUF_FORMATS["F16"],
-        title="Tiny Random",
+        metadata={"general.name": "Tiny Random"},
     )
     ours = read_metadata(tmp_path / "ours.gguf")
     added = {"rope.dimension_count", "vocab_size", "attention.key_length", "attention.value_length"}
@@ -138,7 +138,7 @@ def test_types_of_tensors(bases: dict[str, Path], tmp_path: Path):
     base = open_base(bases["qwen2_untied"], "original", BaseStorage())
     adapter = random_adapter(tmp_path / "adapter", base.config)
     for kind, storage in GGUF_FORMATS.items():
-        export_gguf(base, adapter, tmp_path / f"{kind}.gguf", storage, title="tiny")
+        export_gguf(base, adapter, tmp_path / f"{kind}.gguf", storage, metadata={"general.name": "tiny"})
         metadata, entries = read_header(tmp_path / f"{kind}.gguf")
         types = {name: entry.kind for name, entry in entries.items()}
         assert types["blk.0.ffn_up.weight"] == GGMLQuantizationType[kind]
@@ -160,7 +160,11 @@ def test_tokenizer_of_a_gguf_file_is_copied(tmp_path: Path):
     before = {key: value for key, value in read_metadata(written).items() if key.startswith("tokenizer.")}
     base = open_base(written, "original", BaseStorage())
     export_gguf(
-        base, random_adapter(tmp_path / "adapter", base.config), tmp_path / "new.gguf", GGUF_FORMATS["Q8_0"], title="t"
+        base,
+        random_adapter(tmp_path / "adapter", base.config),
+        tmp_path / "new.gguf",
+        GGUF_FORMATS["Q8_0"],
+        metadata={"general.name": "t"},
     )
     after = {key: value for key, value in read_metadata(tmp_path / "new.gguf").items() if key.startswith("tokenizer.")}
     assert after == before

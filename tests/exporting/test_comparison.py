@@ -119,7 +119,9 @@ def test_formats_measure_what_is_written(name: str, tmp_path: Path, monkeypatch:
     (tmp_path / "hf").mkdir()
     shares = {
         "bitsandbytes": write_hugging_face(opened, adapter, tmp_path / "hf", BITSANDBYTES),
-        "Q8_0": write_gguf(opened, adapter, tmp_path / "model.gguf", GGUF_FORMATS["Q8_0"], title="t"),
+        "Q8_0": write_gguf(
+            opened, adapter, tmp_path / "model.gguf", GGUF_FORMATS["Q8_0"], metadata={"general.name": "t"}
+        ),
     }
     for written, file in (("bitsandbytes", "hf"), ("Q8_0", "model.gguf")):
         assert results[written].shares == shares[written]

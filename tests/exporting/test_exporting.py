@@ -24,7 +24,9 @@ from qlora_jax.checkpoints import gguf_writer
 from qlora_jax.checkpoints.gguf_source import GGUFSource
 from qlora_jax.checkpoints.peft import load_adapter
 from qlora_jax.checkpoints.sources import open_source
+from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.commands import export as export_command
+from qlora_jax.data import FORMATS
 from qlora_jax.errors import UserError
 from qlora_jax.exporting import EXPORT_FILE, ExportConfig, export, parse_size
 from qlora_jax.exporting.modelfile import KNOWN, modelfile
@@ -52,7 +54,7 @@ def run(model: Path, tmp_path: Path) -> Path:
         dataset="/secret/place/rows.jsonl",
         output_dir="/secret/out",
     )
-    facts = {"versions": {"jax": "1.2.3"}}
+    facts = {"versions": {"jax": "1.2.3"}, "dataset_format": "oasst1"}
     contents = {"flags": vars(flags), "identity": {}, "facts": facts, "wrote": []}
     write_checked_json(directory / "run.json", contents)
     summary = {"steps": 7, "last_loss": 1.25, "bytes": {"base_packed": 2048}, "files": {}}
@@ -80,6 +82,11 @@ def test_every_format_is_whole_and_says_what_it_is(run: Path, tmp_path: Path, ta
             assert str(tmp_path) not in (result.directory / file).read_text()
     assert len(result.shares) == (0 if target == "gguf-lora" else 14)
     assert {file.suffix for file in result.directory.iterdir()} & {".gguf", ".safetensors"}
+    if target == "gguf-lora":
+        assert "### Human:" in (result.directory / "Modelfile").read_text()
+    else:
+        tokenizer = load_tokenizer(next(result.directory.glob("*.gguf"), result.directory))
+        assert tokenizer.chat_template == FORMATS["oasst1"].template
 
 
 @pytest.mark.e2e
@@ -274,7 +281,7 @@ def test_other_templates_are_left_to_the_gguf_file():
         assert f'PARAMETER stop "{tokenizer.eos_token}"' in text
     assert "TEMPLATE" not in text
     text = modelfile("./model.gguf", tokenizer, dataset_format="oasst1")
-    assert 'TEMPLATE """### Human: {{ .Prompt }}### Assistant:"""' in text
+    assert "### Human: {{ .Content }}### Assistant:" in text
     assert 'PARAMETER stop "### Human:"' in text
 
 

@@ -228,7 +228,7 @@ def test_prompt_lookup_and_eight_bits_tell_what_they_do(work: Path, tmp_path: Pa
         ("[]", "line 2 must be an object with one of prompt, messages, text"),
         ('{"prompt": "a", "text": "b"}', "must be an object with one of"),
         ('{"prompt": 3}', "prompt must be text"),
-        ('{"messages": [3]}', "messages must be a list of objects"),
+        ('{"messages": [3]}', "line 2: message 1 must be an object with 'role' and 'content'"),
         ('{"prompt": "a", "adapter": "x"}', "there is no 'x' here; choose from one, second, base"),
         ('{"prompt": "a", "top_k": 1.5}', "top_k must be of the type int"),
         ('{"prompt": "a", "temperature": 0}', "temperature=0.*: must be from"),

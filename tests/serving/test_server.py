@@ -24,6 +24,7 @@ from fixtures.tiny_configs import BYTE_LLAMA
 from flax import nnx
 
 from qlora_jax import models
+from qlora_jax.data import FORMATS
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, Request, Sampling, stack_adapters, stack_config
 from qlora_jax.generation.text import TextStream
@@ -364,7 +365,7 @@ def test_stop_strings_end_an_answer(client, worker):
 def test_the_next_turn_of_a_format_ends_an_answer(served, client, worker, monkeypatch):
     asked = {"model": "first", "messages": HELLO, "temperature": 0, "max_tokens": 16}
     text = client.chat.completions.create(**asked).choices[0].message.content
-    monkeypatch.setattr(ServedModel, "stops", lambda self, name: (text[3:5],) if name == "first" else ())
+    monkeypatch.setitem(FORMATS, "messages", dataclasses.replace(FORMATS["messages"], stops=(text[3:5],)))
     assert client.chat.completions.create(**asked).choices[0].message.content == text[: text.index(text[3:5])]
 
 
