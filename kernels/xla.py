@@ -4,6 +4,7 @@ The weight is dequantized to the dtype of the activations and multiplied; both a
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,8 +28,31 @@ def matmul_transposed(dy: jax.Array, w: Weight) -> jax.Array:
 
 def multiply(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     """Contract the last axis of x with `axis` of a dequantized weight [N, K], in x.dtype, summed in float32."""
+    return contract(x, weight, axis).astype(x.dtype)
+
+
+def contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """Return what `multiply` does, in float32."""
+    if x.dtype.itemsize == 2 and x.size == x.shape[-1]:
+        return jax.lax.platform_dependent(
+            x,
+            weight,
+            cpu=functools.partial(_contract_doubled, axis=axis),
+            default=functools.partial(_contract, axis=axis),
+        )
+    return _contract(x, weight, axis)
+
+
+def _contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     contracted = (((x.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jax.lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32)
+
+
+def _contract_doubled(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    # XLA's CPU backend multiplies a single row of 16-bit numbers element by element, two rows by its library: 49152x576
+    # in 50 ms and 3 ms on a Zen 5.
+    rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+    return _contract(rows, weight, axis)[:1].reshape(*x.shape[:-1], -1)
 
 
 def dequantize(w: Weight, dtype: Any) -> jax.Array:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.choices import CacheDtype, Remat
+from qlora_jax.kernels.xla import contract
 from qlora_jax.models.family import LAYER, Name
 from qlora_jax.models.hf_config import decoder_fields, eos_token_ids
 from qlora_jax.models.layer_types import attentions_of
@@ -258,7 +259,7 @@ class DecoderLM(nnx.Module):
     def logits(self, h: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Logits in float32."""
         with jax.named_scope("head"):
-            return jnp.einsum("bsd,vd->bsv", h, self.head.astype(h.dtype), preferred_element_type=jnp.float32)
+            return contract(h, self.head.astype(h.dtype), axis=1)
 
 
 def decoder_names(*extra: Name, interleaved: bool = False, norm_layout: str = "as_is") -> tuple[Name, ...]:

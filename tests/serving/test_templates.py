@@ -30,7 +30,7 @@ from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.serving.batch import read_tasks
 from qlora_jax.serving.conversation import Conversation
-from qlora_jax.serving.model import Served, ServedModel
+from qlora_jax.serving.model import EngineOptions, Served, ServedModel
 from qlora_jax.serving.server import ServerConfig, make_app
 
 SYSTEM = "Be brief."
@@ -207,7 +207,7 @@ class Recorder(Engine):
 class Model(ServedModel):
     """Every format under its name, with an engine that notes what it is asked."""
 
-    def engine(self, slots: int = 1, capacity: int = 4096) -> Recorder:
+    def engine(self, options: EngineOptions) -> Recorder:
         made = Recorder(self.tokenizer, self.eos_ids)
         engines.append(made)
         return made
@@ -258,7 +258,7 @@ def trained(name: str, tokenizer: Any, row: dict[str, Any] | None = None) -> tup
 def asked_in_chat(model: Model, name: str) -> list[tuple[int, ...]]:
     """Requests of a conversation in which the model answers as in the row, and ends as it learnt to."""
     case, tokenizer = CASES[name], model.tokenizer
-    engine = model.engine()
+    engine = model.engine(EngineOptions())
     talk = Conversation(model, engine, name, Sampling(), system=SYSTEM if case.system else None)
     _, answer = trained(name, tokenizer)
     end = following(tokenizer, ":", "### Human: more") if case.spaced else [answer[-1]]
@@ -295,7 +295,7 @@ def post(app: Any, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 def asked_of_server(model: Model, body: dict[str, Any]) -> list[int]:
-    status, answer = post(make_app(model, ServerConfig()), body)
+    status, answer = post(make_app(model, ServerConfig(warm_up=False)), body)
     assert status == 200, answer
     return list(engines[-1].asked[-1])
 
@@ -423,7 +423,7 @@ def refused(name: str) -> Iterator[list[dict[str, str]]]:
 @every_format
 def test_what_a_format_has_no_place_for_is_refused_by_its_name(name: str, plain, parts, tmp_path: Path):
     model = served_with(parts, plain)
-    app = make_app(model, ServerConfig())
+    app = make_app(model, ServerConfig(warm_up=False))
     for messages in refused(name):
         answered = messages[-1] is ASSISTANT
         wanted = "not the assistant's" if answered and FORMATS[name].chat else f"the format {name}, which has .* only"
@@ -432,7 +432,7 @@ def test_what_a_format_has_no_place_for_is_refused_by_its_name(name: str, plain,
         status, body = post(app, {"model": name, "messages": messages})
         assert status == 400
         assert re.search("not the assistant's" if answered else wanted, body["error"]["message"])
-        app = make_app(model, ServerConfig())  # a worker starts once
+        app = make_app(model, ServerConfig(warm_up=False))  # a worker starts once
         if not FORMATS[name].chat:
             with pytest.raises(Exception, match=wanted):
                 plain.apply_chat_template(messages, tokenize=False, chat_template=FORMATS[name].template)
@@ -442,7 +442,7 @@ def test_what_a_format_has_no_place_for_is_refused_by_its_name(name: str, plain,
 def test_a_chat_refuses_a_system_prompt_and_leaves_out_turns_that_have_no_place(name: str, plain, parts):
     model = served_with(parts, plain)
     refuses = pytest.raises(UserError, match=f"system user given, but .* the format {name}, which has")
-    talk = Conversation(model, model.engine(), name, Sampling(), system=SYSTEM)
+    talk = Conversation(model, model.engine(EngineOptions()), name, Sampling(), system=SYSTEM)
     with contextlib.nullcontext() if CASES[name].system else refuses:
         list(talk.answer("a"))
     talk.reset()
