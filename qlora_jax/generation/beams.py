@@ -20,6 +20,7 @@ from qlora_jax.errors import UserError, refuse_all
 from qlora_jax.generation.engine import next_piece, no_room, pieces
 from qlora_jax.generation.programs import Piece, State, Structure, empty_state, prefill
 from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of, filtered, rows_of
+from qlora_jax.kernels.xla import WIDE_VECTORS
 
 _NOT_YET = -1e9
 """Score of a beam that does not exist yet; as in transformers, so that ties are broken alike."""
@@ -191,7 +192,7 @@ def _best(
     return best, places
 
 
-@functools.partial(jax.jit, static_argnames="structure", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="structure", donate_argnames="state", compiler_options=WIDE_VECTORS)
 def _extend(
     lora: Any,
     frozen: nnx.State,

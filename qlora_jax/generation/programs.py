@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qlora_jax.choices import CacheDtype
 from qlora_jax.generation.adapters import AdapterStack
 from qlora_jax.generation.sampling import Features, Rows, filtered, next_tokens
+from qlora_jax.kernels.xla import WIDE_VECTORS
 
 SCORED_AT_A_TIME = 16
 """Tokens of a prompt whose logits are in memory at a time."""
@@ -134,7 +135,9 @@ def empty_state(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "likeliest"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("structure", "likeliest"), donate_argnames="state", compiler_options=WIDE_VECTORS
+)
 def prefill(
     lora: Any,
     frozen: nnx.State,
@@ -206,7 +209,12 @@ def _prompt_scores(
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(len(tokens), *b.shape[2:])[:-1]]), first, later)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "features", "eos_ids", "likeliest"), donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    static_argnames=("structure", "features", "eos_ids", "likeliest"),
+    donate_argnames="state",
+    compiler_options=WIDE_VECTORS,
+)
 def advance(
     lora: Any,
     frozen: nnx.State,

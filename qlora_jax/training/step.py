@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qlora_jax.choices import Remat
 from qlora_jax.device_memory import PINNED_LIMIT_VARIABLE, ProgramMemory, pinned_limit
 from qlora_jax.errors import UserError
+from qlora_jax.kernels.xla import WIDE_VECTORS
 from qlora_jax.nn.variables import GradientSlot
 from qlora_jax.optimizers import PagedOptimizer, TransferStats
 from qlora_jax.optimizers.paged import ChunkState
@@ -120,9 +121,7 @@ def _on_every_device(sums: Callable[..., Any], devices: Devices | None, dims: in
 
 # Of every platform that a program may be compiled for.
 _COMPILER_OPTIONS: dict[str, str | bool | int | float] = {
-    # XLA keeps to 256-bit vectors on CPUs that have 512 bits; dequantizing 4-bit weights gains more than clocks lose (2
-    # to 5 % of a step on a Zen 5). CPUs without them take the widest they have.
-    "xla_cpu_prefer_vector_width": 512,
+    **WIDE_VECTORS,
     # Without it a GPU waits for every tile that comes from host memory, instead of working on the one before.
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
