@@ -9,7 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import functools
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
-from qlora_jax.checkpoints.host_memory import aligned_empty
+from qlora_jax.checkpoints.host_memory import aligned_empty, pieces_of
 from qlora_jax.checkpoints.model_files import DOWNLOAD_AGAIN, read_exactly
 from qlora_jax.errors import UserError
 
@@ -36,8 +36,8 @@ _INTEGERS = {
     GGMLQuantizationType.I32,
     GGMLQuantizationType.I64,
 }
-# Rows dequantised at a time: bounds the temporaries of `gguf.quants` whatever the tensor's size.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements that are read at a time, and dequantised: temporaries of `gguf.quants` stay in a core's cache.
+_CHUNK_ELEMENTS, _DEQUANTIZED = 1 << 20, 1 << 15
 # What a header may hold; parsed, it takes less than 1 GiB. The largest vocabularies have 650,000 tokens and merges.
 _MOST_PARTS = 3 << 20
 _MOST_ELEMENTS = 1 << 20
@@ -175,20 +175,28 @@ def check_readable(path: Path, entry: Entry) -> None:
 
 def read_tensor(path: Path, entry: Entry) -> np.ndarray:
     """Read and dequantise one tensor."""
-    if entry.kind in _PLAIN_DTYPES:
-        array = aligned_empty(entry.shape, _PLAIN_DTYPES[entry.kind])
-        read_exactly(path, entry.offset, array, entry.gguf_name)
-        return array
-    array = aligned_empty(entry.shape, np.float32)
-    rows = array.reshape(-1, entry.shape[-1])
-    row_bytes = entry.nbytes // len(rows)
-    chunk = max(1, _CHUNK_ELEMENTS // rows.shape[1])
-    for start in range(0, len(rows), chunk):
-        block = rows[start : start + chunk]
-        packed = np.empty((len(block), row_bytes), np.uint8)
-        read_exactly(path, entry.offset + start * row_bytes, packed, entry.gguf_name)
-        block[:] = dequantize(packed, entry.kind)
+    array = aligned_empty(entry.shape, entry.dtype)
+    for _ in tensor_pieces(path, entry, _CHUNK_ELEMENTS, array.reshape(-1)):
+        pass
     return array
+
+
+def tensor_pieces(path: Path, entry: Entry, size: int, into: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yield a tensor, flat and dequantised, in pieces of `size` elements; see `TensorSource.pieces`."""
+    elements, nbytes = GGML_QUANT_SIZES[entry.kind]
+    for start, piece in pieces_of(math.prod(entry.shape), np.dtype(entry.dtype), size, into):
+        offset = entry.offset + start // elements * nbytes
+        if entry.quantized:
+            blocks = np.empty((piece.size // elements, nbytes), np.uint8)
+            read_exactly(path, offset, blocks, entry.gguf_name)
+            for first in range(0, len(blocks), _DEQUANTIZED // elements):
+                some = slice(first, first + _DEQUANTIZED // elements)
+                piece.reshape(len(blocks), -1)[some] = dequantize(blocks[some].reshape(1, -1), entry.kind).reshape(
+                    -1, elements
+                )
+        else:
+            read_exactly(path, offset, piece, entry.gguf_name)
+        yield piece
 
 
 def read_blocks(path: Path, entry: Entry) -> np.ndarray:

@@ -6,13 +6,13 @@ metadata become a config.json (`qlora_jax.models.GGUF`).
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlora_jax.checkpoints.gguf_file import Entry, check_readable, read_blocks, read_header, read_tensor
+from qlora_jax.checkpoints.gguf_file import Entry, check_readable, read_blocks, read_header, read_tensor, tensor_pieces
 from qlora_jax.errors import UserError
 from qlora_jax.models import FAMILIES, GGUF, Name, model_config, names
 from qlora_jax.quantization import QuantizationConfig, QuantizedTensor, gguf_blocks
@@ -115,17 +115,23 @@ class GGUFSource:
             return None
         return QuantizationConfig(kind)
 
-    def read_stored(self, name: str) -> QuantizedTensor:
+    def read_stored(self, name: str, into: QuantizedTensor | None = None) -> QuantizedTensor:
         """Read a matrix in blocks; undo llama.cpp's order of rows."""
         entry = self._entries[name]
         packed = read_blocks(self.path, entry)
         if self._layouts[name] == "interleaved_heads":
             packed = _half_split(packed, self.config.head_dim)
-        return gguf_blocks.from_gguf(packed, entry.kind.name.lower())
+        codes = None if into is None else into.codes
+        return gguf_blocks.from_gguf(packed, entry.kind.name.lower(), codes=codes)
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Read the tensor and keep some rows: those of one in memory are dequantised together."""
-        return self.read(name)[start:stop].copy()
+    def pieces(self, name: str, size: int, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Read and dequantise piece by piece; all at once a tensor whose layout is undone."""
+        if self._layouts[name] == "as_is":
+            self.check_readable(name)
+            yield from tensor_pieces(self.path, self._entries[name], size, into)
+        else:
+            whole = self.read(name).reshape(-1)
+            yield from (whole[start : start + size] for start in range(0, whole.size, size))
 
 
 def _hf_name(gguf_name: str, table: Mapping[str, Name]) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Host memory that JAX's CPU backend uses where it lies."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,22 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def pieces_of(count: int, dtype: np.dtype, size: int, into: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first element, flat memory for `size` elements, of the last piece for the rest) of a tensor.
+
+    Args:
+        count: elements of the tensor.
+        dtype: of the elements.
+        size: of a piece.
+        into: flat memory for the whole tensor, which is used if it is of that type; all pieces are one memory if not.
+    """
+    if into is not None and into.dtype == dtype:
+        yield from ((start, into[start : start + size]) for start in range(0, count, size))
+    else:
+        shared = aligned_empty((min(size, count),), dtype)
+        yield from ((start, shared[: count - start]) for start in range(0, count, size))
 
 
 def is_aligned(array: Any) -> bool:

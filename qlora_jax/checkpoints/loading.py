@@ -1,13 +1,15 @@
 """The frozen base model in memory, loaded from a checkpoint or a converted directory into stacked arrays.
 
-Memory: `load_base` holds the model it returns, whose buffers are allocated once and never copied. Tensors are read
-largest first, as buffers take memory once they are written; beside what has been written there are
+Memory: `load_base` holds the model it returns, whose buffers are allocated once, filled and never copied. Beside it
+there are, where the model is in host memory,
 
-- of a checkpoint five tensors (two in work, one being written, two being digested), those in work also as they
-  were before they were quantised or cast;
-- of a converted directory one array as it is in the file: embedding or head while nothing else is in memory, then a
-  linear's codes, all layers in a part of 128 MiB, or one layer where that is more; for a moment also the array before,
-  which threads of tensorstore let go of.
+- of a checkpoint of 16 or 32 bits pieces of two tensors, and their scales in float32; of one in 4 bits that is taken
+  over, two linears as they are stored;
+- of a converted directory one chunk as it is in the file.
+
+Where it is on an accelerator, host memory has five tensors of a checkpoint as the model stores them (two in work, one
+being written, two being digested), or two arrays of a converted directory: embedding or head, or a linear's codes, all
+layers in a part of 128 MiB, or one layer where that is more.
 
 `tests/reference/plan_load.py` makes bytes of these rules, for any model.
 """
@@ -27,7 +29,7 @@ from qlora_jax.checkpoints.converted import ConvertedBase
 from qlora_jax.checkpoints.digests import Digests, digest_of_all
 from qlora_jax.checkpoints.host_memory import aligned_empty, is_aligned
 from qlora_jax.checkpoints.manifest import is_converted
-from qlora_jax.checkpoints.sources import TensorSource, open_source
+from qlora_jax.checkpoints.sources import open_source
 from qlora_jax.checkpoints.streaming import (
     Chunk,
     Progress,
@@ -87,11 +89,15 @@ def load_base(
     dtype = jnp.dtype(dtype)
     path, digest = Path(path), None
     stacks: dict[TensorPath, _Stack] = {}
+
+    def places(key: TensorPath, first_layer: int | None, layers: int | None) -> Any:
+        return stacks[key].place(first_layer, layers)
+
     if is_converted(path):
         converted = ConvertedBase(path, quantization, dtype)
         config, description = converted.config, converted.description
         specs, digest = base_tensors(config), converted.digest
-        chunks = converted.chunks(specs, progress, places=lambda key, *at: stacks[key].place(*at))
+        chunks = converted.chunks(specs, progress, places=places)
     else:
         source = open_source(path)
         config, specs = source.config, base_tensors(source.config)
@@ -99,7 +105,8 @@ def load_base(
         description = describe(source, specs, quantization)
         # Both threads have work to the end, and copies of large tensors exist while there is little else.
         largest_first = sorted(specs, key=lambda spec: math.prod(spec.shape), reverse=True)
-        chunks = _source_chunks(source, largest_first, quantization, dtype, progress)
+        tensors = stream_tensors(source, largest_first, quantization, dtype, places=places)
+        chunks = _source_chunks(tensors, len(specs), progress)
     for key, abstract in abstract_stacks(specs, quantization, dtype).items():
         stacks[key] = _Stack(abstract, None if shardings is None else shardings[key])
     with Digests() as digests, contextlib.closing(chunks):
@@ -109,23 +116,19 @@ def load_base(
                 digests.add(key, layer, leaves)
             stacks[key].write(layer, leaves)
             del value, leaves  # before the next are read
-    tensors = {key: stack.finish() for key, stack in stacks.items()}
-    return LoadedBase(config, tensors, quantization, description, digest or digest_of_all(digests.of_layer))
+    finished = {key: stack.finish() for key, stack in stacks.items()}
+    return LoadedBase(config, finished, quantization, description, digest or digest_of_all(digests.of_layer))
 
 
 def _source_chunks(
-    source: TensorSource,
-    specs: list[TensorSpec],
-    quantization: Quantization,
-    dtype: np.dtype,
-    progress: Progress | None,
+    tensors: Generator[tuple[TensorSpec, Any]], total: int, progress: Progress | None
 ) -> Generator[Chunk]:
-    with contextlib.closing(stream_tensors(source, specs, quantization, dtype)) as tensors:
+    with contextlib.closing(tensors):
         for done, (spec, value) in enumerate(tensors, 1):
             yield spec.path, spec.layer, value
             del value  # before the next is read
             if progress is not None:
-                progress(done, len(specs))
+                progress(done, total)
 
 
 class _Stack:
@@ -147,14 +150,18 @@ class _Stack:
             for leaf, sharding in zip(leaves, self._shardings, strict=True)
         ]
 
-    def place(self, first_layer: int | None, layers: int) -> Any:
-        """Return host memory to read a value into, which `write` leaves where it is; None on an accelerator."""
+    def place(self, first_layer: int | None, layers: int | None) -> Any:
+        """Return host memory to read a value into, which `write` leaves where it is; None on an accelerator.
+
+        See `qlora_jax.checkpoints.streaming.Places`.
+        """
         if not self._on_host:
             return None
-        rows = slice(first_layer, None if first_layer is None else first_layer + layers)
-        return jax.tree.unflatten(
-            self._structure, [buffer[rows] if buffer.ndim else buffer for buffer in self._buffers]
-        )
+        views = self._buffers
+        if first_layer is not None:
+            at = first_layer if layers is None else slice(first_layer, first_layer + layers)
+            views = [buffer[at, ...] for buffer in views]
+        return jax.tree.unflatten(self._structure, views)
 
     def leaves(self, first_layer: int | None, value: Any) -> list[Any]:
         """Return the arrays of one layer or of several, each with an axis of layers if the path is stacked."""

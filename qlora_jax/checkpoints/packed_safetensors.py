@@ -12,6 +12,7 @@ Scales of activations and of keys and values are left alone: neither are quantis
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -50,8 +51,13 @@ class Stored(Protocol):
         ...
 
 
-Reader = Callable[[str], np.ndarray]
-"""Name of a stored tensor -> its elements, of whatever type."""
+@runtime_checkable
+class Reader(Protocol):
+    """Reads a stored tensor by its name, of whatever type; into memory that is given, if it fits."""
+
+    def __call__(self, name: str, into: np.ndarray | None = None, /) -> np.ndarray:
+        """Return the elements."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +68,13 @@ class PackedLinear:
         shape: (N, K) of the weight.
         storage: how it is stored.
         parts: names of the tensors that make it, the one that holds its codes first.
-        unpack: tensors by their names -> the weight.
+        unpack: (tensors by their names, memory for its codes or None) -> the weight.
     """
 
     shape: tuple[int, ...]
     storage: QuantizationConfig
     parts: tuple[str, ...]
-    unpack: Callable[[Reader], QuantizedTensor]
+    unpack: Callable[[Reader, np.ndarray | None], QuantizedTensor]
 
 
 def packed_weights(
@@ -167,8 +173,8 @@ def _bitsandbytes(name: str, entries: Mapping[str, Stored], config: Mapping[str,
         module = name.removesuffix(".SCB")
         weight = f"{module}.weight"
 
-        def unpack_rows(read: Reader) -> QuantizedTensor:
-            return from_bitsandbytes({"weight": read(weight), "SCB": read(name).reshape(-1)})
+        def unpack_rows(read: Reader, codes: np.ndarray | None) -> QuantizedTensor:
+            return from_bitsandbytes({"weight": read(weight, codes), "SCB": read(name).reshape(-1)})
 
         parts = (weight, name, *_present(entries, module, "weight_format"))
         _check_order(parts[2:], entries, read)
@@ -181,9 +187,9 @@ def _bitsandbytes(name: str, entries: Mapping[str, Stored], config: Mapping[str,
     suffixes = ["absmax", "quant_map"] + (["nested_absmax", "nested_quant_map"] if double else [])
     parts = (weight, *(f"{weight}.{suffix}" for suffix in suffixes), name)
 
-    def unpack(read: Reader) -> QuantizedTensor:
+    def unpack(read: Reader, codes: np.ndarray | None) -> QuantizedTensor:
         tensors = {part.removeprefix(f"{weight}."): read(part) for part in parts[1:]}
-        return from_bitsandbytes({"weight": read(weight), **tensors})
+        return from_bitsandbytes({"weight": read(weight, codes), **tensors})
 
     storage = QuantizationConfig(state.quant_type, state.block_size, double)
     return weight.removesuffix(".weight"), PackedLinear(state.shape, storage, parts, unpack)
@@ -230,8 +236,8 @@ def _groups(
     suffixes = ("qweight", "qzeros", "scales", *more)
     parts = tuple(f"{module}.{suffix}" for suffix in suffixes)
 
-    def read_all(read: Reader) -> QuantizedTensor:
-        return unpack({suffix: read(part) for suffix, part in zip(suffixes, parts, strict=True)})
+    def read_all(read: Reader, codes: np.ndarray | None) -> QuantizedTensor:
+        return unpack({suffix: read(part) for suffix, part in zip(suffixes, parts, strict=True)}, codes=codes)
 
     return module, PackedLinear(shape, storage, parts, read_all)
 
@@ -250,7 +256,7 @@ def _gptq(name: str, entries: Mapping[str, Stored], config: Mapping[str, Any], r
     formats = (str(config.get(field)).lower() for field in ("checkpoint_format", "format"))
     version = 2 if "gptq_v2" in formats else 1
     g_idx = () if f"{name.removesuffix('.qweight')}.g_idx" not in entries else ("g_idx",)
-    return _groups(name, entries, (outputs, 8 * words), lambda tensors: from_gptq(tensors, version=version), *g_idx)
+    return _groups(name, entries, (outputs, 8 * words), functools.partial(from_gptq, version=version), *g_idx)
 
 
 def _compressed(name: str, entries: Mapping[str, Stored], config: Mapping[str, Any], read: Reader) -> _Found:
@@ -263,12 +269,12 @@ def _compressed(name: str, entries: Mapping[str, Stored], config: Mapping[str, A
         if half % 16:
             raise _damage(f"tensor {name} has {2 * half} inputs, which are no whole blocks of 32")
 
-        def unpack(read: Reader) -> QuantizedTensor:
+        def unpack(read: Reader, codes: np.ndarray | None) -> QuantizedTensor:
             return from_mxfp4(read(name).reshape(rows, half // 16, 16), read(scales))
 
         return module, PackedLinear((rows, 2 * half), QuantizationConfig("mxfp4"), (name, scales), unpack)
 
-    def unpack_scaled(read: Reader) -> QuantizedTensor:
+    def unpack_scaled(read: Reader, codes: np.ndarray | None) -> QuantizedTensor:
         return from_nvfp4(read(name), read(scales), read(factor), convention="divide")
 
     parts = (name, scales, factor, *_present(entries, module, "input_global_scale"))
@@ -282,7 +288,7 @@ def _modelopt(name: str, entries: Mapping[str, Stored], config: Mapping[str, Any
     weight, scales = f"{module}.weight", f"{module}.weight_scale"
     rows, half = _matrix(entries, weight)
 
-    def unpack(read: Reader) -> QuantizedTensor:
+    def unpack(read: Reader, codes: np.ndarray | None) -> QuantizedTensor:
         return from_nvfp4(read(weight), read(scales), read(name), convention="multiply")
 
     parts = (weight, scales, name, *_present(entries, module, "input_scale", "k_scale", "v_scale"))

@@ -4,8 +4,10 @@ Each tensor is read with plain file reads into memory of its own: pages of a mem
 memory of this process, and a conversion's memory would then grow with the model.
 """
 
+import math
 import reprlib
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.checkpoints.host_memory import aligned_empty
+from qlora_jax.checkpoints.host_memory import aligned_empty, pieces_of
 from qlora_jax.checkpoints.model_files import (
     DOWNLOAD_AGAIN,
     find_pickles,
@@ -131,7 +133,11 @@ class SafetensorsSource:
         """Read one tensor's byte range; dequantise it if it is stored in parts."""
         if name in self._packed:
             return dequantize_on_host(self.read_stored(name))
-        return self._read(name, self._entries[name].shape, 0)
+        self.check_readable(name)
+        entry = self._entries[name]
+        array = aligned_empty(entry.shape, _DTYPES[entry.dtype])
+        read_exactly(entry.file, entry.offset, array, name)
+        return array
 
     def quantized_type(self, name: str) -> str | None:
         """Storage of a quantised weight, for people."""
@@ -141,38 +147,37 @@ class SafetensorsSource:
         """Storage of a quantised weight."""
         return self._packed[name].storage if name in self._packed else None
 
-    def read_stored(self, name: str) -> QuantizedTensor:
+    def read_stored(self, name: str, into: QuantizedTensor | None = None) -> QuantizedTensor:
         """Read the parts of a quantised weight."""
         try:
-            return self._packed[name].unpack(self._read_part)
+            return self._packed[name].unpack(self._read_part, None if into is None else into.codes)
         except UserError as error:
             raise UserError(f"tensor {name} in {self.location(name)}: {error}") from None
 
     def _entry(self, name: str) -> _Entry:
         return self._entries[self._packed[name].parts[0] if name in self._packed else name]
 
-    def _read_part(self, name: str) -> np.ndarray:
+    def _read_part(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
         entry = self._entries[name]
         dtype = _DTYPES.get(entry.dtype) or _PACKED_DTYPES.get(entry.dtype)
         if dtype is None:
             raise UserError(f"tensor {name} has element type {entry.dtype}, which is not supported.")
-        array = np.empty(entry.shape, dtype)
+        fits = into is not None and (into.dtype, into.nbytes) == (dtype, entry.nbytes)
+        array = into.reshape(entry.shape) if into is not None and fits else np.empty(entry.shape, dtype)
         read_exactly(entry.file, entry.offset, array, name)
         return array
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Read the byte range of some rows; all of a weight that is stored in parts."""
+    def pieces(self, name: str, size: int, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Read piece by piece; all at once a weight that is stored in parts."""
         if name in self._packed:
-            return self.read(name)[start:stop].copy()
-        rows, *others = self._entries[name].shape
-        return self._read(name, (min(stop, rows) - start, *others), start * self._entries[name].nbytes // rows)
-
-    def _read(self, name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+            whole = self.read(name).reshape(-1)
+            yield from (whole[start : start + size] for start in range(0, whole.size, size))
+            return
         self.check_readable(name)
-        entry = self._entries[name]
-        array = aligned_empty(shape, _DTYPES[entry.dtype])
-        read_exactly(entry.file, entry.offset + offset, array, name)
-        return array
+        entry, dtype = self._entries[name], _DTYPES[self._entries[name].dtype]
+        for start, piece in pieces_of(math.prod(entry.shape), dtype, size, into):
+            read_exactly(entry.file, entry.offset + start * dtype.itemsize, piece, name)
+            yield piece
 
     def _under_the_familys_names(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
         """Rename tensors whose names begin as in other versions of the family's files."""

@@ -1,6 +1,7 @@
 """Sources of base weights: one tensor at a time, under Hugging Face names, whatever the file format."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,12 +62,16 @@ class TensorSource(Protocol):
         """Storage of the tensor, if it is quantised and `read_stored` can read it as it is."""
         ...
 
-    def read_stored(self, name: str) -> QuantizedTensor:
-        """The tensor as it is stored, in memory of its own; for one that `stored` knows."""
+    def read_stored(self, name: str, into: QuantizedTensor | None = None) -> QuantizedTensor:
+        """The tensor as it is stored, for one that `stored` knows, in arrays of `into` or of its own."""
         ...
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of the tensor, in memory of their own."""
+    def pieces(self, name: str, size: int, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """What `read` returns, flat, in pieces of `size` elements, a multiple of 256; the last one may be shorter.
+
+        A piece may be overwritten when the next is asked for. If `into`, flat, is of the type that is read, the pieces
+        may be its slices.
+        """
         ...
 
 

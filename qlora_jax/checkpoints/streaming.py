@@ -1,11 +1,11 @@
 """Base tensors between checkpoint and model: checked, quantised one at a time, stacked, counted.
 
-Memory: two tensors are in work while the consumer has the one before, and it decides how long that is kept.
+Memory: two tensors are in work while the consumer has the one before, and it decides how long that is kept. What is
+quantised to 4 bits, and what is cast, is read in pieces: the checkpoint's own tensor is never whole in memory.
 """
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -22,17 +22,21 @@ from qlora_jax.checkpoints.sources import TensorSource
 from qlora_jax.errors import UserError
 from qlora_jax.models import TensorSpec, family_of, ignored_tensors
 from qlora_jax.quantization import Quantization, QuantizedTensor, abstract_quantized, quantize
+from qlora_jax.quantization.blockwise import PIECE, QUANTIZED_IN_PIECES, quantize_pieces
 
 TensorPath = tuple[str, ...]
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 Chunk = tuple[TensorPath, int | None, Any]
 """(path, first layer or None if not stacked, value of that layer or of several stacked on axis 0)."""
+Places = Callable[[TensorPath, int | None, int | None], Any]
+"""(path, first layer or None if not stacked, layers or None for one without their axis) -> a value whose arrays are
+memory to put that value into, or None."""
 
 # Tensors that threads read, and quantise or reorder, while the consumer is at work on the one before.
 _AHEAD = 2
-# Elements of two tensors that are compared at a time.
-_COMPARED = 1 << 22
+# Elements that are cast at a time, or compared with another tensor's.
+_PIECE = PIECE
 
 _LEAVES = ("codes", "absmax", "nested_absmax", "offset", "minimum", "scale_map")
 
@@ -103,8 +107,17 @@ def describe(source: TensorSource, specs: list[TensorSpec], quantization: Quanti
     return "; ".join(said + ([f"left out: {', '.join(left_out)}"] if left_out else []))
 
 
+def nowhere(path: TensorPath, first_layer: int | None, layers: int | None) -> None:
+    """`Places` of values that get memory of their own."""
+
+
 def stream_tensors(
-    source: TensorSource, specs: list[TensorSpec], quantization: Quantization, dtype: np.dtype, start: int = 0
+    source: TensorSource,
+    specs: list[TensorSpec],
+    quantization: Quantization,
+    dtype: np.dtype,
+    start: int = 0,
+    places: Places = nowhere,
 ) -> Generator[tuple[TensorSpec, QuantizedTensor | np.ndarray]]:
     """Yield the base tensors from `specs[start]` on as a model stores them, for a source that `check_source` accepts.
 
@@ -116,7 +129,18 @@ def stream_tensors(
         UserError: while streaming, for a tensor that is not finite or does not fit `dtype`, or a head that is stored
             beside the embedding it is tied to and differs from it; names the tensor.
     """
-    reads = (functools.partial(_stored, source, spec, quantization, dtype) for spec in specs[start:])
+
+    def stored(spec: TensorSpec) -> QuantizedTensor | np.ndarray:
+        value = places(spec.path, spec.layer, None)
+        if value is None:
+            value = jax.tree.map(_empty, abstract_tensor(spec, quantization, dtype, ()))
+        if isinstance(value, QuantizedTensor):
+            _fill_quantized(value, source, spec, keep=source.stored(spec.name) == quantization.of(spec.linear))
+        else:
+            _fill(value, source, spec)
+        return value
+
+    reads = (functools.partial(stored, spec) for spec in specs[start:])
     with contextlib.closing(results_ahead(reads, _AHEAD)) as read:
         for spec, value in zip(specs[start:], read, strict=True):
             if spec.kind == "embedding":  # before it is given away: whoever has it may go on after it another time
@@ -139,11 +163,9 @@ def check_tied_head(source: TensorSource, specs: list[TensorSpec], embedding: Te
 
 
 def _equal(source: TensorSource, name: str, other: str) -> bool:
-    """Compare two matrices of one shape by slices of rows: an embedding may be the largest tensor of a model."""
-    rows, width = source.shape(name)
-    step = max(1, _COMPARED // width)
-    slices = ((start, start + step) for start in range(0, rows, step))
-    return all(np.array_equal(source.read_rows(name, *part), source.read_rows(other, *part)) for part in slices)
+    """Compare two matrices of one shape by pieces: an embedding may be the largest tensor of a model."""
+    pieces = zip(source.pieces(name, _PIECE), source.pieces(other, _PIECE), strict=True)
+    return all(np.array_equal(one, another) for one, another in pieces)
 
 
 def abstract_tensor(spec: TensorSpec, quantization: Quantization, dtype: np.dtype, stack: tuple[int, ...]) -> Any:
@@ -205,58 +227,58 @@ def _listing(items: list[str], limit: int = 3) -> str:
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''} ({shown}{', ...' if len(items) > limit else ''})"
 
 
-def _stored(
-    source: TensorSource, spec: TensorSpec, quantization: Quantization, dtype: np.dtype
-) -> QuantizedTensor | np.ndarray:
-    """Read a base tensor and return it as a model stores it."""
-    if spec.quantized and source.stored(spec.name) == quantization.of(spec.linear):
-        return _keep(source, spec, dtype)
-    return _store(source, spec, quantization, dtype)
+def _empty(declared: jax.ShapeDtypeStruct) -> np.ndarray:
+    return aligned_empty(declared.shape, declared.dtype)
 
 
-def _keep(source: TensorSource, spec: TensorSpec, dtype: np.dtype) -> QuantizedTensor:
-    kept = source.read_stored(spec.name)
-    for leaf in quantized_leaves(kept).values():
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            check_finite(leaf, spec.name, source.location(spec.name))
-    return dataclasses.replace(kept, dtype=dtype.name)
+def _fill_quantized(place: QuantizedTensor, source: TensorSource, spec: TensorSpec, *, keep: bool) -> None:
+    """Read a linear weight into the arrays of `place`: as it is stored, to `keep` it, or quantised."""
+    file = source.location(spec.name)
+    called = f"{spec.name} in {file}"
+    if keep:
+        value = source.read_stored(spec.name, place)
+        for leaf in quantized_leaves(value).values():
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                check_finite(leaf, spec.name, file)
+    elif place.quant_type in QUANTIZED_IN_PIECES:
+        pieces = (_quantizable(piece, source, spec) for piece in source.pieces(spec.name, PIECE))
+        quantize_pieces(pieces, place, called)
+        return
+    else:
+        value = quantize(_quantizable(source.read(spec.name), source, spec), quant_type=place.quant_type, name=called)
+    for leaf, own in zip(jax.tree.leaves(value), jax.tree.leaves(place), strict=True):
+        if not np.may_share_memory(leaf, own):
+            own[...] = leaf
 
 
-def _store(
-    source: TensorSource, spec: TensorSpec, quantization: Quantization, dtype: np.dtype
-) -> QuantizedTensor | np.ndarray:
-    storage = quantization.of(spec.linear)
-    weight = source.read(spec.name)
-    if spec.quantized and storage.quant_type != "none":
-        if weight.dtype == np.float64:
-            weight = _cast(weight, np.dtype(np.float32), source, spec)
-        try:
-            quantized = quantize(
-                weight,
-                quant_type=storage.quant_type,
-                block_size=storage.block_size,
-                double_quant=storage.double_quant,
-                name=spec.name,
-            )
-        except ValueError as error:
-            raise UserError(f"{source.location(spec.name)}: {error}") from None
-        return dataclasses.replace(quantized, dtype=dtype.name)
-    return _cast(weight, _stored_dtype(spec, dtype), source, spec)
+def _quantizable(weight: np.ndarray, source: TensorSource, spec: TensorSpec) -> np.ndarray:
+    """Cast float64, which is not quantised, to float32."""
+    if weight.dtype != np.float64:
+        return weight
+    cast = np.empty(weight.shape, np.float32)
+    _cast(weight, cast, source, spec)
+    return cast
 
 
-def _cast(weight: np.ndarray, dtype: np.dtype, source: TensorSource, spec: TensorSpec) -> np.ndarray:
+def _fill(place: np.ndarray, source: TensorSource, spec: TensorSpec) -> None:
+    """Read a tensor into an array of the type that it is to have."""
+    flat, done = place.reshape(-1), 0
+    for piece in source.pieces(spec.name, _PIECE, flat):
+        _cast(piece, flat[done : done + piece.size], source, spec)
+        done += piece.size
+
+
+def _cast(weight: np.ndarray, into: np.ndarray, source: TensorSource, spec: TensorSpec) -> None:
     file = source.location(spec.name)
     check_finite(weight, spec.name, file)
-    if weight.dtype == dtype:
-        return weight
-    cast = aligned_empty(weight.shape, dtype)
+    if np.may_share_memory(weight, into):
+        return
     with np.errstate(over="ignore"):
-        np.copyto(cast, weight, casting="unsafe")
+        np.copyto(into, weight, casting="unsafe")
     # Only a type with fewer exponent bits can overflow; looking at the others would cost a pass over the tensor.
-    narrows = jnp.finfo(dtype).maxexp < jnp.finfo(weight.dtype).maxexp
-    if narrows and not np.isfinite(cast).all():
-        raise UserError(f"tensor {spec.name} in {file} has values that do not fit {dtype.name}; use bfloat16.")
-    return cast
+    narrows = jnp.finfo(into.dtype).maxexp < jnp.finfo(weight.dtype).maxexp
+    if narrows and not np.isfinite(into).all():
+        raise UserError(f"tensor {spec.name} in {file} has values that do not fit {into.dtype.name}; use bfloat16.")
 
 
 def _stored_dtype(spec: TensorSpec, dtype: np.dtype) -> np.dtype:

@@ -5,6 +5,7 @@ program whatever its weights' shapes are and the memory needed beside input and 
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,9 +16,14 @@ from qlora_jax.errors import UserError
 from qlora_jax.quantization import gguf_blocks, int8, torch_sum
 from qlora_jax.quantization.codebooks import NESTED_BLOCK_SIZE, TABLES, boundaries, dynamic_map
 from qlora_jax.quantization.formats import FORMATS, format_named
-from qlora_jax.quantization.quantized_tensor import QuantizedTensor
+from qlora_jax.quantization.quantized_tensor import QuantizedTensor, abstract_quantized
 
-_CHUNK_ELEMENTS = 1 << 20
+PIECE = 1 << 20
+"""Elements that are quantised at a time."""
+# Scales that are quantised at a time: with what is made of them they fit a core's cache.
+_SCALES = 1 << 16
+QUANTIZED_IN_PIECES = ("nf4", "fp4", "int4")
+"""Types that `quantize_pieces` makes."""
 
 # XLA's CPU backend flushes float32 subnormals to zero, bitsandbytes does not. Blocks in which a subnormal could matter
 # are done again in numpy.
@@ -74,14 +80,35 @@ def quantize(
         codes, absmax = int8.quantize_rows(weight)
         _check_finite(absmax, called)
         return QuantizedTensor(codes, absmax, None, None, weight.shape, quant_type, 0, dtype)
-    kind.check_block_size(block_size)
-    codes, absmax = _quantize_4bit(np.ascontiguousarray(weight).reshape(-1), quant_type, block_size, called)
-    nested_absmax = offset = None
-    if double_quant:
-        absmax, nested_absmax, offset = _quantize_scales(absmax)
-        if not np.isfinite(offset):
+    declared = abstract_quantized(
+        weight.shape, quant_type=quant_type, block_size=block_size, double_quant=double_quant, dtype=dtype
+    )
+    quantized = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), declared)
+    flat = np.ascontiguousarray(weight).reshape(-1)
+    quantize_pieces((flat[start : start + PIECE] for start in range(0, flat.size, PIECE)), quantized, called)
+    return quantized
+
+
+def quantize_pieces(pieces: Iterable[np.ndarray], into: QuantizedTensor, called: str) -> None:
+    """Quantise a weight that comes in pieces, as `quantize` does.
+
+    Args:
+        pieces: of the flat weight, `PIECE` elements each but the last; one is done with when the next is asked for.
+        into: of one of `QUANTIZED_IN_PIECES`, whose arrays are filled.
+        called: the weight's name in errors.
+
+    Raises:
+        UserError: NaN or infinity in the weight.
+    """
+    absmax = np.empty(into.absmax.shape, np.float32) if into.double_quant else into.absmax
+    for i, piece in enumerate(pieces):
+        codes = into.codes[i * PIECE // 2 : (i + 1) * PIECE // 2]
+        scales = absmax[i * PIECE // into.block_size : (i + 1) * PIECE // into.block_size]
+        _quantize_piece(piece, into.quant_type, into.block_size, (codes, scales), called)
+    if into.double_quant:
+        _quantize_scales(absmax, into)
+        if not np.isfinite(into.offset):
             raise UserError(f"Cannot quantise {called} doubly: its values are so large that their scales overflow.")
-    return QuantizedTensor(codes, absmax, nested_absmax, offset, weight.shape, quant_type, block_size, dtype)
 
 
 def _check_finite(absmax: np.ndarray, called: str) -> None:
@@ -89,28 +116,24 @@ def _check_finite(absmax: np.ndarray, called: str) -> None:
         raise UserError(f"Cannot quantise {called}: it contains NaN or infinity.")
 
 
-def _quantize_4bit(flat: np.ndarray, quant_type: str, block_size: int, called: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (packed codes uint8[ceil(n / 2)], absmax float32[n_blocks]) of a flat weight."""
-    n = flat.size
+def _quantize_piece(
+    flat: np.ndarray, quant_type: str, block_size: int, into: tuple[np.ndarray, np.ndarray], called: str
+) -> None:
+    """Fill packed codes uint8[ceil(n / 2)] and absmax float32[n_blocks] of n elements, up to `PIECE`."""
+    n, (codes, absmax) = flat.size, into
     n_whole = n // block_size
-    codes = np.empty(-(-n // 2), np.uint8)
-    absmax = np.empty(-(-n // block_size), np.float32)
-    chunk_blocks = _CHUNK_ELEMENTS // block_size
-    chunk_shape = (chunk_blocks, block_size)
-    cpu = _cpu_device()
-    for start in range(0, n_whole, chunk_blocks):
-        stop = min(start + chunk_blocks, n_whole)
-        blocks = flat[start * block_size : stop * block_size].reshape(-1, block_size)
+    if n_whole:
+        blocks = flat[: n_whole * block_size].reshape(-1, block_size)
         chunk = blocks
-        if len(blocks) < chunk_blocks:
-            chunk = np.zeros(chunk_shape, flat.dtype)
-            chunk[: len(blocks)] = blocks
-        with jax.default_device(cpu):
+        if n < PIECE:
+            chunk = np.empty((PIECE // block_size, block_size), flat.dtype)
+            chunk[:n_whole] = blocks
+        with jax.default_device(_cpu_device()):
             results = _quantize_chunk(chunk, quant_type)
-        packed, scales, redo = (np.asarray(a)[: len(blocks)] for a in results)
-        absmax[start:stop] = scales
+        packed, scales, redo = (np.asarray(a)[:n_whole] for a in results)
+        absmax[:n_whole] = scales
         _check_finite(scales, called)
-        out = codes[start * block_size // 2 : stop * block_size // 2].reshape(-1, block_size // 2)
+        out = codes[: n_whole * block_size // 2].reshape(-1, block_size // 2)
         out[:] = packed
         if redo.any():
             divisor = np.maximum(scales[redo], _SMALLEST_DIVISOR)
@@ -124,7 +147,6 @@ def _quantize_4bit(flat: np.ndarray, quant_type: str, block_size: int, called: s
         _check_finite(absmax[-1:], called)
         scaled = np.pad(rest / absmax[-1], (0, rest.size % 2))
         codes[n_whole * block_size // 2 :] = _pack(_nearest(scaled, quant_type))
-    return codes, absmax
 
 
 def _cpu_device() -> jax.Device:
@@ -186,20 +208,20 @@ def _code(scaled: jax.Array, quant_type: str) -> jax.Array:
     return code
 
 
-def _quantize_scales(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (uint8 codes, float32 nested absmax, float32 offset) of the float32 scales of a weight."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        offset = torch_sum.mean(absmax)
-        centred = absmax - offset
-    n_blocks = -(-centred.size // NESTED_BLOCK_SIZE)
-    padded = np.zeros((n_blocks, NESTED_BLOCK_SIZE), np.float32)
-    padded.reshape(-1)[: centred.size] = centred
-    nested_absmax = np.abs(padded).max(axis=1)
+def _quantize_scales(absmax: np.ndarray, into: QuantizedTensor) -> None:
+    """Fill the 8-bit scales, their own scales and the offset of a weight whose float32 scales are given."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        scaled = padded * (np.float32(1) / nested_absmax)[:, None]
-    codes = _dynamic_codes()[_grid_index(scaled)]
-    codes[nested_absmax == 0] = 0
-    return codes.reshape(-1)[: centred.size], nested_absmax, np.asarray(offset)
+        into.offset[...] = offset = torch_sum.mean(absmax)
+        for start in range(0, absmax.size, _SCALES):
+            n = min(_SCALES, absmax.size - start)
+            blocks = np.zeros((-(-n // NESTED_BLOCK_SIZE), NESTED_BLOCK_SIZE), np.float32)
+            np.subtract(absmax[start : start + n], offset, out=blocks.reshape(-1)[:n])
+            nested_absmax = np.abs(blocks).max(axis=1)
+            codes = _dynamic_codes()[_grid_index(blocks * (np.float32(1) / nested_absmax)[:, None])]
+            codes[nested_absmax == 0] = 0
+            into.absmax[start : start + n] = codes.reshape(-1)[:n]
+            first = start // NESTED_BLOCK_SIZE
+            into.nested_absmax[first : first + len(blocks)] = nested_absmax
 
 
 def _grid_index(scaled: np.ndarray) -> np.ndarray:

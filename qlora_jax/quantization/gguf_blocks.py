@@ -55,13 +55,16 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 """`quant_type`, which is ggml's name in lower case -> its blocks."""
 
 
-def from_gguf(packed: np.ndarray, quant_type: str, *, dtype: Any = "float32") -> QuantizedTensor:
+def from_gguf(
+    packed: np.ndarray, quant_type: str, *, dtype: Any = "float32", codes: np.ndarray | None = None
+) -> QuantizedTensor:
     """Return the QuantizedTensor whose `to_gguf` these blocks are.
 
     Args:
         packed: uint8 [N, K / 32 * bytes of a block].
         quant_type: a name of `LAYOUTS`.
         dtype: what `dequantize` should return by default; the file does not say what the weight was made of.
+        codes: memory for the codes, flat; by default their own.
 
     Raises:
         UserError: rows that are no whole blocks, or a power-of-two scale of NaN.
@@ -76,11 +79,14 @@ def from_gguf(packed: np.ndarray, quant_type: str, *, dtype: Any = "float32") ->
     if FORMATS[quant_type].scale == "e8m0" and (scales == 255).any():
         raise UserError(f"{quant_type} scales hold NaN.")
     minimum = np.ascontiguousarray(blocks["minimum"]) if layout.minimum else None
-    if FORMATS[quant_type].bits == 8:
-        codes = np.ascontiguousarray(blocks["codes"]).view(np.int8).reshape(-1)
+    eight = FORMATS[quant_type].bits == 8
+    if codes is None:
+        codes = np.empty(len(blocks) * layout.codes, np.int8 if eight else np.uint8)
+    by_block = codes.view(np.uint64).reshape(len(blocks), -1)
+    if eight:
+        by_block[:] = blocks["codes"]
     else:
-        codes = np.empty(rows * columns // 2, np.uint8)
-        _halves_to_pairs(blocks["codes"], codes.view(np.uint64).reshape(-1, 2))
+        _halves_to_pairs(blocks["codes"], by_block)
     shape, name = (rows, columns), jnp.dtype(dtype).name
     return QuantizedTensor(codes, scales, None, None, shape, quant_type, BLOCK, name, minimum=minimum)
 

@@ -31,12 +31,15 @@ _IN_ORDER = np.arange(8)
 _AWQ_TILE, _GPTQ_TILE = (8, 512), (16, 4096)
 
 
-def from_awq(tensors: Mapping[str, np.ndarray], *, dtype: Any = "float16") -> QuantizedTensor:
+def from_awq(
+    tensors: Mapping[str, np.ndarray], *, dtype: Any = "float16", codes: np.ndarray | None = None
+) -> QuantizedTensor:
     """Return the weight of AWQ's tensors ("gemm" layout), lossless.
 
     Args:
         tensors: "qweight", "qzeros" and "scales".
         dtype: what `dequantize` should return by default.
+        codes: memory for the codes, uint8 [out * in / 2]; by default their own.
 
     Raises:
         UserError: tensors that do not fit each other.
@@ -45,16 +48,21 @@ def from_awq(tensors: Mapping[str, np.ndarray], *, dtype: Any = "float16") -> Qu
     _check_words(qweight)
     inputs, words = qweight.shape
     size = _group_size((inputs, 8 * words), qzeros, scales)
-    return _of(_by_output_of_awq(qweight), _unpacked(qzeros, _AWQ_ORDER), scales, size, dtype)
+    by_output = _memory(codes, 8 * words, inputs)
+    _put_awq(qweight, by_output)
+    return _of(by_output, _unpacked(qzeros, _AWQ_ORDER), scales, size, dtype)
 
 
-def from_gptq(tensors: Mapping[str, np.ndarray], *, version: int = 1, dtype: Any = "float16") -> QuantizedTensor:
+def from_gptq(
+    tensors: Mapping[str, np.ndarray], *, version: int = 1, dtype: Any = "float16", codes: np.ndarray | None = None
+) -> QuantizedTensor:
     """Return the weight of GPTQ's tensors, lossless.
 
     Args:
         tensors: "qweight", "qzeros", "scales" and, if there is one, "g_idx".
         version: 1 if zero points are stored less 1 (`checkpoint_format` "gptq"), 2 if not ("gptq_v2").
         dtype: what `dequantize` should return by default.
+        codes: memory for the codes, uint8 [out * in / 2]; by default their own.
 
     Raises:
         UserError: tensors that do not fit each other, or inputs out of the order of their groups ("act-order").
@@ -72,23 +80,29 @@ def from_gptq(tensors: Mapping[str, np.ndarray], *, version: int = 1, dtype: Any
             "g_idx puts inputs out of the order of their groups (act-order); quantise the model with "
             "desc_act=False, or give its 16-bit weights."
         )
-    return _of(_by_output_of_gptq(qweight), _unpacked(qzeros, _IN_ORDER), scales, size, dtype)
+    by_output = _memory(codes, outputs, inputs)
+    _put_gptq(qweight, by_output)
+    return _of(by_output, _unpacked(qzeros, _IN_ORDER), scales, size, dtype)
 
 
-def _by_output_of_gptq(qweight: np.ndarray) -> np.ndarray:
+def _memory(codes: np.ndarray | None, outputs: int, inputs: int) -> np.ndarray:
+    """Return memory of codes as uint32 [out, in / 8]."""
+    memory = np.empty(outputs * inputs // 2, np.uint8) if codes is None else codes
+    return memory.view(np.uint32).reshape(outputs, inputs // 8)
+
+
+def _put_gptq(qweight: np.ndarray, out: np.ndarray) -> None:
     """Transpose int32 [in / 8, out] to uint32 [out, in / 8], the even input in the high nibble of a byte."""
     words = qweight.view(np.uint32)
-    out = np.empty(words.shape[::-1], np.uint32)
     for down, across in _tiles(words.shape, _GPTQ_TILE):
         tile = words[down, across]
         out[across, down] = ((tile & 0x0F0F0F0F) << 4 | tile >> 4 & 0x0F0F0F0F).T
-    return out
 
 
-def _by_output_of_awq(qweight: np.ndarray) -> np.ndarray:
+def _put_awq(qweight: np.ndarray, out: np.ndarray) -> None:
     """Transpose int32 [in, out / 8] to uint32 [out, in / 8], the even input in the high nibble of a byte."""
     words = qweight.view(np.uint32).reshape(-1, 8, qweight.shape[1])
-    out = np.empty((words.shape[2], 8, len(words)), np.uint32)
+    eights = out.reshape(-1, 8, len(words))
     for down, across in _tiles((len(words), words.shape[2]), _AWQ_TILE):
         tile = np.take(words[down, :, across], [1, 0, 3, 2, 5, 4, 7, 6], axis=1)
         # Eight words of eight nibbles are transposed by exchanging the off-diagonal quarters of 8x8, 4x4 and 2x2.
@@ -99,8 +113,7 @@ def _by_output_of_awq(qweight: np.ndarray) -> np.ndarray:
             lower ^= difference
             upper ^= difference << 4 * rows
         for nibble, output in enumerate(_AWQ_ORDER):
-            out[across, output, down] = tile[:, nibble].T
-    return out.reshape(-1, len(words))
+            eights[across, output, down] = tile[:, nibble].T
 
 
 def _tiles(shape: tuple[int, int], tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:

@@ -1,13 +1,14 @@
 """A head that is stored beside the embedding it is tied to."""
 
+from collections import Counter
+
 import jax.numpy as jnp
 import pytest
 from fixtures import families
 from fixtures.checkpoint_helpers import write_hf
 
 from qlora_jax import load_base
-from qlora_jax.checkpoints import streaming
-from qlora_jax.checkpoints.safetensors_source import SafetensorsSource
+from qlora_jax.checkpoints import safetensors_source, streaming
 from qlora_jax.errors import UserError
 from qlora_jax.quantization import QuantizationConfig
 
@@ -22,7 +23,7 @@ from qlora_jax.quantization import QuantizationConfig
 )
 def test_a_copy_is_left_out_and_another_head_is_refused(name, embedding, head, tmp_path, monkeypatch):
     # Several slices, the last one shorter.
-    monkeypatch.setattr(streaming, "_COMPARED", 5 * families.weights(name)[embedding].shape[1])
+    monkeypatch.setattr(streaming, "_PIECE", 5 * families.weights(name)[embedding].shape[1])
     config, tensors = families.CASES[name]["config"], families.weights(name)
     load = {"quantization": QuantizationConfig("none"), "dtype": jnp.float32}
     write_hf(tmp_path / "copy", config, {**tensors, head: tensors[embedding].copy()})
@@ -35,19 +36,18 @@ def test_a_copy_is_left_out_and_another_head_is_refused(name, embedding, head, t
             load_base(tmp_path / str(i), **load)
 
 
-def test_the_two_are_never_in_memory_together(tmp_path, monkeypatch):
-    name, width = "model.embed_tokens.weight", families.weights("qwen2_tied")["model.embed_tokens.weight"].shape[1]
-    monkeypatch.setattr(streaming, "_COMPARED", 5 * width)
-    read, whole, rows = SafetensorsSource._read, [], []
+def test_neither_is_read_whole_to_compare_them(tmp_path, monkeypatch):
+    name, tensors = "model.embed_tokens.weight", families.weights("qwen2_tied")
+    embedding = tensors[name]
+    monkeypatch.setattr(streaming, "_PIECE", 5 * embedding.shape[1])
+    read, found = safetensors_source.read_exactly, Counter()
 
-    def noted(source, tensor, shape, offset):
-        (whole if shape == source.shape(tensor) else rows).append(tensor)
-        assert shape == source.shape(tensor) or shape[0] <= 5
-        return read(source, tensor, shape, offset)
+    def noted(file, offset, destination, tensor):
+        assert destination.size <= 5 * embedding.shape[1]
+        found[tensor] += destination.nbytes
+        read(file, offset, destination, tensor)
 
-    monkeypatch.setattr(SafetensorsSource, "_read", noted)
-    tensors = families.weights("qwen2_tied")
-    write_hf(tmp_path, families.CASES["qwen2_tied"]["config"], {**tensors, "lm_head.weight": tensors[name].copy()})
+    monkeypatch.setattr(safetensors_source, "read_exactly", noted)
+    write_hf(tmp_path, families.CASES["qwen2_tied"]["config"], {**tensors, "lm_head.weight": embedding.copy()})
     load_base(tmp_path, quantization=QuantizationConfig("none"), dtype=jnp.float32)
-    assert whole.count(name) == 1 and "lm_head.weight" not in whole
-    assert {*rows} == {name, "lm_head.weight"}
+    assert (found[name], found["lm_head.weight"]) == (2 * embedding.nbytes, embedding.nbytes)

@@ -23,7 +23,7 @@ from fixtures.tiny_configs import BYTE_LLAMA, LLAMA
 from fixtures.trained_adapters import write_adapter
 
 from qlora_jax import models
-from qlora_jax.checkpoints import conversion
+from qlora_jax.checkpoints import conversion, streaming
 from qlora_jax.checkpoints import converted as converted_module
 from qlora_jax.checkpoints.base_weights import BaseStorage, open_base
 from qlora_jax.checkpoints.conversion import convert
@@ -99,15 +99,24 @@ def interrupt(config: ExportConfig, after: int) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts how often each tensor of a safetensors directory is read whole."""
+    """Counts how often each tensor of a safetensors directory is read, but to compare it with another."""
     counted: Counter[str] = Counter()
-    read, read_stored = SafetensorsSource.read, SafetensorsSource.read_stored
 
     def counting(original: Any) -> Any:
-        return lambda self, tensor: (counted.update([tensor]), original(self, tensor))[1]
+        return lambda self, tensor, *into: (counted.update([tensor]), original(self, tensor, *into))[1]
 
-    monkeypatch.setattr(SafetensorsSource, "read", counting(read))
-    monkeypatch.setattr(SafetensorsSource, "read_stored", counting(read_stored))
+    def compared(source: Any, *tensors: str) -> bool:
+        same = equal(source, *tensors)
+        for tensor in tensors:
+            counted[tensor] -= 1
+            if not counted[tensor]:
+                del counted[tensor]
+        return same
+
+    equal = streaming._equal
+    monkeypatch.setattr(streaming, "_equal", compared)
+    for method in ("read", "read_stored", "pieces"):
+        monkeypatch.setattr(SafetensorsSource, method, counting(getattr(SafetensorsSource, method)))
     return counted
 
 
