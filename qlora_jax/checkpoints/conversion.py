@@ -1,10 +1,11 @@
 """Writing a converted base: quantised once, kept as orbax parts beside config.json and tokenizer files.
 
-Memory: three tensors of the source, their quantisations and a part three times: as it is filled, as orbax copies it,
-and in tensorstore's buffers.
+Memory: the quantisations of three tensors, and a part three times: as it is filled, as orbax copies it, and in
+tensorstore's buffers.
 """
 
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
@@ -44,6 +45,8 @@ from qlora_jax.quantization import MixedQuantization, QuantizationConfig, Quanti
 # A part is one orbax checkpoint. Large enough that orbax's fixed cost (about 50 ms a save) does not count, small enough
 # that buffering one, and orbax's copy of it, stays far below the memory ceiling of a conversion.
 _PART_BYTES = 128 << 20
+# A load takes the memory of a chunk beside the model; tensorstore takes a fixed time for each.
+_CHUNK_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,12 +278,27 @@ def _stack(values: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *values)
 
 
+def chunk_bytes(array: Any) -> int:
+    """Return the bytes that an array's chunks may have at most.
+
+    orbax only makes chunks that divide the axes, so that it would cut one of a prime length into single rows: chunks
+    are the least fraction of the longest axis that has `_CHUNK_BYTES`.
+    """
+    longest = max(array.shape, default=1)
+    row = array.size * array.dtype.itemsize // longest
+    divisors = [n for n in range(1, math.isqrt(longest) + 1) if longest % n == 0]
+    sizes = (row * n for divisor in divisors for n in (divisor, longest // divisor))
+    return min((size for size in sizes if size >= _CHUNK_BYTES), default=_CHUNK_BYTES)
+
+
 def _save_tree(path: Path, tree: dict[str, Any]) -> None:
     from orbax.checkpoint import v1 as ocp
 
     # Packed 4-bit codes do not compress; without zstd a save makes one copy less and a load takes a fifth of the time.
     context = ocp.Context()
     context.array.saving.use_compression = False
+    options = type(context.array.saving.storage_options)
+    context.array.saving.scoped_storage_options_creator = lambda key, leaf: options(chunk_byte_size=chunk_bytes(leaf))
     with context:
         ocp.save(path, tree)
 

@@ -1,15 +1,16 @@
 """Reading a converted base (`qlora_jax.checkpoints.conversion` writes it): checked against its manifest, part by part.
 
-Memory: beside what is read the bytes of one array, which is all layers of a linear in a part, or an embedding, as they
-are in the file: tensorstore makes the array of them. Arrays are read by tensorstore, which orbax writes them with,
-because orbax loads whole parts, and takes twice the processor time.
+Memory: beside what is read the bytes of one chunk of it as they are in the file (`conversion.chunk_bytes`; what earlier
+versions converted has one chunk an array). Chunks are read by tensorstore, which orbax writes them with, because orbax
+loads whole parts, and takes twice the processor time.
 """
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from qlora_jax.checkpoints.ahead import results_ahead
 from qlora_jax.checkpoints.digests import digest_of_all
 from qlora_jax.checkpoints.manifest import CONVERT_AGAIN, MANIFEST_NAME, Manifest, Part, StoredTensor, read_manifest
 from qlora_jax.checkpoints.model_files import check_finite, read_json_object
-from qlora_jax.checkpoints.streaming import Chunk, Progress, TensorPath, abstract_stacks, quantized_leaves
+from qlora_jax.checkpoints.streaming import (
+    Chunk,
+    Places,
+    Progress,
+    TensorPath,
+    abstract_stacks,
+    nowhere,
+    quantized_leaves,
+)
 from qlora_jax.errors import UserError
 from qlora_jax.files import file_digest, reason, resized_file
 from qlora_jax.models import DecoderConfig, TensorSpec, base_tensors, model_config
@@ -29,10 +38,6 @@ from qlora_jax.quantization import MixedQuantization, Quantization, QuantizedTen
 
 # Directory of a part in which orbax keeps the arrays.
 _ARRAYS = "state"
-
-
-Places = Callable[[TensorPath, int | None, int], Any]
-"""(path, first layer or None, layers) -> a value whose arrays are memory to read that value into, or None."""
 
 
 class ConvertedBase:
@@ -114,7 +119,7 @@ class ConvertedBase:
         if places is not None:
             parts = [(part, sorted(tensors, key=lambda t: _largest(t[1]), reverse=True)) for part, tensors in parts]
             parts.sort(key=lambda part: max((_largest(declared) for _, declared in part[1]), default=0), reverse=True)
-        return self._chunks(parts, len(specs), progress, places or (lambda path, first_layer, layers: None))
+        return self._chunks(parts, len(specs), progress, places or nowhere)
 
     def _chunks(
         self,
@@ -173,6 +178,12 @@ def _read(part: Path, path: TensorPath, declared: Any, place: Any) -> Any:
     return dataclasses.replace(declared, **read)
 
 
+def _chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield the places in an array of what is stored as one."""
+    for starts in itertools.product(*(range(0, end, size) for end, size in zip(shape, chunk, strict=True))):
+        yield (*(slice(start, start + size) for start, size in zip(starts, chunk, strict=True)), ...)
+
+
 def _read_array(
     part: Path, key: TensorPath, declared: jax.ShapeDtypeStruct, tensor: str, place: np.ndarray | None
 ) -> np.ndarray:
@@ -197,11 +208,9 @@ def _read_array(
                 f"tensor {tensor} in {part} is {dtype}{list(stored.shape)} instead of "
                 f"{declared.dtype}{list(declared.shape)}; {CONVERT_AGAIN}."
             )
-        if place is None or place.dtype != dtype:
-            array: np.ndarray = stored.read().result()
-        else:
-            array = place
-            tensorstore.array(array).write(stored).result()
+        array = np.empty(stored.shape, dtype) if place is None or place.dtype != dtype else place
+        for chunk in _chunks(stored.shape, stored.chunk_layout.read_chunk_template.shape):
+            tensorstore.array(array[chunk]).write(stored[chunk]).result()
     except UserError:
         raise
     except Exception as error:  # tensorstore raises many types for what is missing or damaged

@@ -107,11 +107,12 @@ def test_loaded_equals_quantised_tensor_by_tensor(direct: Any, config: Quantizat
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.quant_type)
-@pytest.mark.parametrize("part_bytes", [conversion._PART_BYTES, 9000])
+@pytest.mark.parametrize("part_bytes", [conversion._PART_BYTES, 9000])  # of 9000, also several chunks an array
 def test_converted_equals_loaded(
     source: Path, direct: Any, tmp_path: Path, config: QuantizationConfig, part_bytes: int, monkeypatch: Any
 ):
     monkeypatch.setattr(conversion, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(conversion, "_CHUNK_BYTES", min(conversion._CHUNK_BYTES, part_bytes // 9))
     result = convert(source, tmp_path / "out", config, "bfloat16")
     converted = load_base(tmp_path / "out", quantization=config, dtype="bfloat16")
     assert_same(converted.tensors, direct(config).tensors)
@@ -122,6 +123,14 @@ def test_converted_equals_loaded(
     parts = [entry for entry in (tmp_path / "out").iterdir() if entry.name.startswith("part-")]
     assert len(parts) == 1 if part_bytes > 9000 else len(parts) > 8
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((32003, 4096), 32003), ((32001, 4096), 10667), ((50257, 768), 50257), ((151936, 896), 2374)]
+)
+def test_chunks_are_whole_rows_and_few(shape: tuple[int, int], rows: int):
+    assert conversion.chunk_bytes(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) == rows * shape[1] * 2
+    assert conversion.chunk_bytes(jax.ShapeDtypeStruct((), jnp.float32)) == conversion._CHUNK_BYTES
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -302,7 +311,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     bad = random_tensors(BIASED_LLAMA)[name]
     bad[3, 5] = np.nan
     source = write_model(tmp_path / "hf", **{name: bad})
-    with pytest.raises(UserError, match=rf"model-.*safetensors: .*{name}.* NaN or infinity"):
+    with pytest.raises(UserError, match=rf"{name} in .*model-.*safetensors: .* NaN or infinity"):
         convert(source, tmp_path / "out", NF4, "bfloat16")
     assert os.listdir(tmp_path) == ["hf"]
 

@@ -79,6 +79,6 @@ def test_a_converted_model_is_in_memory_once(tmp_path: Path, monkeypatch: pytest
     stated = ceilings(CONFIG)
     print(memory, quantised, stated)
     assert memory.model == quantised.model == stated.model > 2 * EMBEDDING + LAYERS * 3 * CODES
-    # Beside all the rest that has been read: the codes of a linear's layers in a part, as they are in the file, twice.
-    assert memory.beside < stated.load_converted < 2 * 6 * CODES + (33 << 20)
+    # A chunk, as it is in the file.
+    assert memory.beside < stated.load_converted <= 2 * CODES + (32 << 20)
     assert memory.beside < quantised.beside < stated.load

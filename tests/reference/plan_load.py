@@ -77,39 +77,26 @@ def ceilings(config: dict[str, Any]) -> Ceilings:
     model, parts = sum(tensor.stored for tensor in tensors), _parts(tensors)
     linears = {tensor.path for tensor in tensors if tensor.quantised}
     codes = max(max(arrays) for part in parts for path, arrays in part.items() if path in linears)
+    others = [jax.ShapeDtypeStruct(spec.shape, np.dtype("bfloat16")) for spec in specs if not spec.quantized]
+    # Codes of all layers have an axis that is as good as any size's multiple.
+    chunk = max(2 * conversion._CHUNK_BYTES, *map(conversion.chunk_bytes, others))
+    # Of two tensors in work, float32 for every block of 64.
+    scales = 2 * max(tensor.quantised for tensor in tensors) // 32
     # A part, orbax's copy of it and tensorstore's; the tensor that did not fit into it any more, and two in work.
     largest_part = max(sum(map(sum, part.values())) for part in parts)
     array = max(max(tensor.arrays) for tensor in tensors)
-    peak, beside = _peaks(tensors)
-    convert = 3 * largest_part + 3 * max(tensor.quantised + tensor.stored for tensor in tensors)
+    convert = 3 * largest_part + 3 * max(tensor.stored for tensor in tensors) + scales
     return Ceilings(
         checkpoint=sum(2 * math.prod(spec.shape) for spec in specs),
         model=model,
         convert=convert + ALLOWANCE + QUANTISING,
-        load=peak - model + ALLOWANCE + QUANTISING,
-        # One array as it is in the file: the largest while there is nothing else; a linear's beside all the rest, and
-        # beside the array before, which threads of tensorstore may let go of late.
-        load_converted=max(2 * array - model, 2 * codes) + ALLOWANCE,
-        load_to_gpu=beside + ALLOWANCE + QUANTISING,
-        # In the file and in memory, and the one before.
-        load_converted_to_gpu=2 * max(array, 2 * codes) + ALLOWANCE,
+        load=scales + ALLOWANCE + QUANTISING,
+        load_converted=chunk + ALLOWANCE,
+        # Two in work, one that is written, and two that are digested.
+        load_to_gpu=sum(sorted(tensor.stored for tensor in tensors)[-5:]) + scales + ALLOWANCE + QUANTISING,
+        # The array before may still be on its way to the GPU.
+        load_converted_to_gpu=2 * max(array, codes) + chunk + ALLOWANCE,
     )
-
-
-def _peaks(tensors: list[_Tensor]) -> tuple[int, int]:
-    """Write tensors largest first, while the two before are digested and the two after are read and quantised.
-
-    Returns:
-        Most bytes with what has been written, and without.
-    """
-    tensors = sorted(tensors, key=lambda tensor: max(tensor.quantised, tensor.stored), reverse=True)
-    peak = most = done = 0
-    for i, tensor in enumerate(tensors):
-        done += tensor.stored
-        beside = sum(one.stored for one in tensors[max(0, i - 2) : i + 3])
-        beside += sum(one.quantised for one in tensors[i + 1 : i + 3])
-        peak, most = max(peak, done + beside), max(most, beside)
-    return peak, most
 
 
 def _parts(tensors: list[_Tensor]) -> list[dict[tuple[str, ...], list[int]]]:
