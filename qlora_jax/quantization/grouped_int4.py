@@ -27,8 +27,8 @@ from qlora_jax.quantization.quantized_tensor import QuantizedTensor
 
 _AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _IN_ORDER = np.arange(8)
-# Words [rows, columns] that are transposed at a time, of AWQ eight times as many: they fit a core's cache.
-_AWQ_TILE, _GPTQ_TILE = (8, 512), (16, 4096)
+# Words [rows, columns] that are transposed at a time, of AWQ twice as many: they fit a core's cache.
+_AWQ_TILE, _GPTQ_TILE = (64, 128), (16, 4096)
 
 
 def from_awq(
@@ -101,19 +101,15 @@ def _put_gptq(qweight: np.ndarray, out: np.ndarray) -> None:
 
 def _put_awq(qweight: np.ndarray, out: np.ndarray) -> None:
     """Transpose int32 [in, out / 8] to uint32 [out, in / 8], the even input in the high nibble of a byte."""
-    words = qweight.view(np.uint32).reshape(-1, 8, qweight.shape[1])
-    eights = out.reshape(-1, 8, len(words))
+    words = qweight.view(np.uint32).reshape(-1, 2, qweight.shape[1])
+    pairs = out.view(np.uint8).reshape(qweight.shape[1], 8, -1)
     for down, across in _tiles((len(words), words.shape[2]), _AWQ_TILE):
-        tile = np.take(words[down, :, across], [1, 0, 3, 2, 5, 4, 7, 6], axis=1)
-        # Eight words of eight nibbles are transposed by exchanging the off-diagonal quarters of 8x8, 4x4 and 2x2.
-        for rows, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-            halves = tile.reshape(len(tile), -1, 2, rows, tile.shape[2])
-            upper, lower = halves[:, :, 0], halves[:, :, 1]
-            difference = (upper >> 4 * rows ^ lower) & mask
-            lower ^= difference
-            upper ^= difference << 4 * rows
-        for nibble, output in enumerate(_AWQ_ORDER):
-            eights[across, output, down] = tile[:, nibble].T
+        even, odd = words[down, 0, across], words[down, 1, across]
+        # Byte i of a word is now nibble 2 i, or 2 i + 1, of two inputs.
+        low, high = (even & 0x0F0F0F0F) << 4 | odd & 0x0F0F0F0F, even & 0xF0F0F0F0 | odd >> 4 & 0x0F0F0F0F
+        for first, tile in enumerate((low, high)):
+            for byte, output in enumerate(_AWQ_ORDER[first::2]):
+                pairs[across, output, down] = tile.view(np.uint8)[:, byte::4].T
 
 
 def _tiles(shape: tuple[int, int], tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
