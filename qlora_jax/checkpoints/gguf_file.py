@@ -189,11 +189,10 @@ def tensor_pieces(path: Path, entry: Entry, size: int, into: np.ndarray | None) 
         if entry.quantized:
             blocks = np.empty((piece.size // elements, nbytes), np.uint8)
             read_exactly(path, offset, blocks, entry.gguf_name)
-            for first in range(0, len(blocks), _DEQUANTIZED // elements):
-                some = slice(first, first + _DEQUANTIZED // elements)
-                piece.reshape(len(blocks), -1)[some] = dequantize(blocks[some].reshape(1, -1), entry.kind).reshape(
-                    -1, elements
-                )
+            step = _DEQUANTIZED // elements
+            for first in range(0, len(blocks), step):
+                some = blocks[first : first + step].reshape(1, -1)
+                piece[first * elements : (first + step) * elements] = dequantize(some, entry.kind)[0]
         else:
             read_exactly(path, offset, piece, entry.gguf_name)
         yield piece
