@@ -8,6 +8,7 @@ import collections
 import contextlib
 import functools
 import re
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
@@ -129,13 +130,18 @@ def stream_tensors(
         UserError: while streaming, for a tensor that is not finite or does not fit `dtype`, or a head that is stored
             beside the embedding it is tied to and differs from it; names the tensor.
     """
+    threads = threading.local()
 
     def stored(spec: TensorSpec) -> QuantizedTensor | np.ndarray:
+        if not hasattr(threads, "scratch"):
+            # Once: what is allocated for each tensor goes back to the system, and is cleared each time.
+            threads.scratch = aligned_empty((8 * PIECE,), np.uint8)
         value = places(spec.path, spec.layer, None)
         if value is None:
             value = jax.tree.map(_empty, abstract_tensor(spec, quantization, dtype, ()))
         if isinstance(value, QuantizedTensor):
-            _fill_quantized(value, source, spec, keep=source.stored(spec.name) == quantization.of(spec.linear))
+            keep = source.stored(spec.name) == quantization.of(spec.linear)
+            _fill_quantized(value, source, spec, None if keep else threads.scratch)
         else:
             _fill(value, source, spec)
         return value
@@ -231,24 +237,30 @@ def _empty(declared: jax.ShapeDtypeStruct) -> np.ndarray:
     return aligned_empty(declared.shape, declared.dtype)
 
 
-def _fill_quantized(place: QuantizedTensor, source: TensorSource, spec: TensorSpec, *, keep: bool) -> None:
-    """Read a linear weight into the arrays of `place`: as it is stored, to `keep` it, or quantised."""
+def _fill_quantized(place: QuantizedTensor, source: TensorSource, spec: TensorSpec, scratch: np.ndarray | None) -> None:
+    """Fill the arrays of a linear weight: quantised, with memory for a piece, or without as it is stored."""
     file = source.location(spec.name)
     called = f"{spec.name} in {file}"
-    if keep:
+    if scratch is None:
         value = source.read_stored(spec.name, place)
         for leaf in quantized_leaves(value).values():
             if jnp.issubdtype(leaf.dtype, jnp.floating):
                 check_finite(leaf, spec.name, file)
     elif place.quant_type in QUANTIZED_IN_PIECES:
-        pieces = (_quantizable(piece, source, spec) for piece in source.pieces(spec.name, PIECE))
-        quantize_pieces(pieces, place, called)
+        pieces = (_quantizable(piece, source, spec) for piece in source.pieces(spec.name, PIECE, scratch))
+        quantize_pieces((_with_rest(piece, scratch) for piece in pieces), place, called)
         return
     else:
         value = quantize(_quantizable(source.read(spec.name), source, spec), quant_type=place.quant_type, name=called)
     for leaf, own in zip(jax.tree.leaves(value), jax.tree.leaves(place), strict=True):
         if not np.may_share_memory(leaf, own):
             own[...] = leaf
+
+
+def _with_rest(piece: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """Return a piece that begins `scratch` with what comes after it, up to `PIECE` elements: it is not copied then."""
+    whole = scratch[: PIECE * piece.itemsize].view(piece.dtype)
+    return whole if np.may_share_memory(piece, whole) else piece
 
 
 def _quantizable(weight: np.ndarray, source: TensorSource, spec: TensorSpec) -> np.ndarray:

@@ -93,7 +93,8 @@ def quantize_pieces(pieces: Iterable[np.ndarray], into: QuantizedTensor, called:
     """Quantise a weight that comes in pieces, as `quantize` does.
 
     Args:
-        pieces: of the flat weight, `PIECE` elements each but the last; one is done with when the next is asked for.
+        pieces: of the flat weight, `PIECE` elements each; the last may be shorter, or go on with whatever numbers. A
+            piece is done with when the next is asked for.
         into: of one of `QUANTIZED_IN_PIECES`, whose arrays are filled.
         called: the weight's name in errors.
 
@@ -104,7 +105,7 @@ def quantize_pieces(pieces: Iterable[np.ndarray], into: QuantizedTensor, called:
     for i, piece in enumerate(pieces):
         codes = into.codes[i * PIECE // 2 : (i + 1) * PIECE // 2]
         scales = absmax[i * PIECE // into.block_size : (i + 1) * PIECE // into.block_size]
-        _quantize_piece(piece, into.quant_type, into.block_size, (codes, scales), called)
+        _quantize_piece(piece, min(PIECE, into.n_elements - i * PIECE), into, (codes, scales), called)
     if into.double_quant:
         _quantize_scales(absmax, into)
         if not np.isfinite(into.offset):
@@ -117,17 +118,16 @@ def _check_finite(absmax: np.ndarray, called: str) -> None:
 
 
 def _quantize_piece(
-    flat: np.ndarray, quant_type: str, block_size: int, into: tuple[np.ndarray, np.ndarray], called: str
+    piece: np.ndarray, n: int, into: QuantizedTensor, place: tuple[np.ndarray, np.ndarray], called: str
 ) -> None:
-    """Fill packed codes uint8[ceil(n / 2)] and absmax float32[n_blocks] of n elements, up to `PIECE`."""
-    n, (codes, absmax) = flat.size, into
+    """Fill packed codes uint8[ceil(n / 2)] and absmax float32[n_blocks] of the first n elements of a piece."""
+    (codes, absmax), quant_type, block_size = place, into.quant_type, into.block_size
     n_whole = n // block_size
     if n_whole:
-        blocks = flat[: n_whole * block_size].reshape(-1, block_size)
-        chunk = blocks
-        if n < PIECE:
-            chunk = np.empty((PIECE // block_size, block_size), flat.dtype)
-            chunk[:n_whole] = blocks
+        if piece.size < PIECE:
+            piece = np.concatenate([piece, np.empty(PIECE - n, piece.dtype)])
+        chunk = piece.reshape(-1, block_size)
+        blocks = chunk[:n_whole]
         with jax.default_device(_cpu_device()):
             results = _quantize_chunk(chunk, quant_type)
         packed, scales, redo = (np.asarray(a)[:n_whole] for a in results)
@@ -142,7 +142,7 @@ def _quantize_piece(
     if n_whole * block_size < n:
         # bitsandbytes treats the incomplete block apart: it divides instead of multiplying by the reciprocal, and
         # stores 1e-38 as the scale of zeros. An odd last nibble is the code of zero.
-        rest = flat[n_whole * block_size :].astype(np.float32)
+        rest = piece[n_whole * block_size : n].astype(np.float32)
         absmax[-1] = np.maximum(np.abs(rest).max(), _SMALLEST_DIVISOR)
         _check_finite(absmax[-1:], called)
         scaled = np.pad(rest / absmax[-1], (0, rest.size % 2))
