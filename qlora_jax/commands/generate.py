@@ -109,6 +109,7 @@ def _answer_file(
 ) -> None:
     from tqdm import tqdm
 
+    from qlora_jax.generation.engine import pieces
     from qlora_jax.serving.batch import answered, read_tasks, searched, write_rows
 
     assert flags.input is not None
@@ -118,7 +119,10 @@ def _answer_file(
     def note(token: "Token") -> None:
         came.append(time.perf_counter())
 
+    # No more room than the rows need: a step reads all that there is. In sizes that pieces have, for few programs.
+    longest = max(task.most_tokens for task in tasks)
     options = flags.engine_options(min(flags.slots, len(tasks)))
+    options = dataclasses.replace(options, capacity=min(options.capacity, sum(pieces(longest))))
     engine = None if search.num_beams > 1 else served.engine(options)
     rows = searched(tasks, served, search, options) if engine is None else answered(tasks, served, engine, note)
     counted = iter(tqdm(rows, total=len(tasks), unit=" rows", desc="Answering", disable=None))

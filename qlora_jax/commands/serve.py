@@ -30,7 +30,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax serve") -> int:
     with command(spellings(ServeFlags)):
         keep_compiled_programs(flags.compilation_cache)
         # Imported after that, and once the flags are known to be good: loading JAX takes seconds.
-        from qlora_jax.serving.server import ServerConfig, serve
+        from qlora_jax.serving.server import ServerConfig, listen, serve
 
         config = ServerConfig(
             slots=flags.slots,
@@ -43,5 +43,6 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax serve") -> int:
             host=flags.host,
             port=flags.port,
         )
-        serve(load(flags), config)
+        with listen(config) as listening:  # told before the model is loaded
+            serve(load(flags), config, listening)
     return 0

@@ -119,5 +119,7 @@ def load(flags: ServedFlags) -> "ServedModel":
     with contextlib.redirect_stdout(sys.stderr), progress_bar("Loading the base model") as progress:
         served = load_served(config, progress)
     if flags.kv_cache_dtype == "int8":
-        print(cache_cost(served, next(iter(served.names)), flags.engine_options(1)), file=sys.stderr)
+        print(cache_cost(served, next(iter(served.names)), flags.kv_cache_dtype), file=sys.stderr)
+    if (positions := served.config.max_position_embeddings) < flags.context:
+        print(f"Note: the model was made for {positions} tokens; answers get worse beyond them.", file=sys.stderr)
     return served

@@ -32,7 +32,7 @@ class BeamSearch:
 
     Attributes:
         num_beams: beams that are kept.
-        length_penalty: a finished beam's score is its log-probability by its length to this power.
+        length_penalty: a finished beam's score is its log-probability divided by its length to this power.
         early_stopping: see `qlora_jax.choices.EarlyStopping`.
 
     Raises:

@@ -1,9 +1,9 @@
 """Continuous batching: requests join and leave a running batch at every token.
 
 The engine has a fixed number of slots, each a row of one cache. A request waits until a slot is free; its prompt is
-read in pieces, at most `MOST_PIECE` tokens between two tokens of the others; then every step adds a token to all slots
-whose prompt has been read. What a slot had before stays in its cache until it is needed: a prompt that begins alike, as
-the next turn of a chat does, is read from where they part.
+read in pieces, of all prompts about `MOST_PIECE` tokens between two tokens of the others; then every step adds a token
+to all slots whose prompt has been read. What a slot had before stays in its cache until it is needed: a prompt that
+begins alike, as the next turn of a chat does, is read from where they part.
 
 With `lookup`, a step adds several tokens to answers that go on as the text before did (`PromptLookup`).
 
@@ -12,9 +12,10 @@ Programs are compiled once for each size of a piece, and once for a step with ea
 
 import collections
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from qlora_jax.generation.programs import (
     Structure,
     advance,
     empty_state,
+    forget,
     prefill,
 )
 from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of, power_of_two, rows_of
@@ -40,7 +42,8 @@ from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of,
 LEAST_PIECE, MOST_PIECE = 16, 512
 """Tokens of the pieces that prompts are read in; between them the powers of two."""
 
-_SIZES = tuple(1 << bit for bit in range(LEAST_PIECE.bit_length() - 1, MOST_PIECE.bit_length()))
+MOST_LIKELIEST = 20
+"""Likeliest tokens that can be asked for with each."""
 
 _MOST_PADDING = 0.15
 """Share of padding in the pieces of a prompt, beyond the smallest piece."""
@@ -54,7 +57,7 @@ class Request:
         tokens: of the prompt, at least one.
         sampling: settings.
         adapter: place of its adapter in the engine's `AdapterStack`; 0 where there is none.
-        likeliest: how many of the likeliest tokens to return with each, at most 20.
+        likeliest: how many of the likeliest tokens to return with each, at most `MOST_LIKELIEST`.
         scored: return the tokens of the prompt as well, which is read whole for it.
     """
 
@@ -88,7 +91,19 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass(eq=False)  # slots are told apart by what they are, not by what they hold
 class _Slot:
-    """A row of the cache: the tokens that it has, and the request that it works for."""
+    """A row of the cache: the tokens that it has, and the request that it works for.
+
+    Attributes:
+        kept: tokens in the cache.
+        adapter: that they were read with.
+        number: of the request.
+        request: that it works for.
+        unread: tokens of its prompt.
+        left: tokens that its answer may have yet.
+        freed: place in the order in which slots became free.
+        spoilt: numbers came that are not finite.
+        lookup: what is guessed by.
+    """
 
     kept: list[int] = dataclasses.field(default_factory=list)
     adapter: int = 0
@@ -96,6 +111,8 @@ class _Slot:
     request: Request | None = None
     unread: list[int] = dataclasses.field(default_factory=list)
     left: int = 0
+    freed: int = 0
+    spoilt: bool = False
     lookup: PromptLookup | None = None
 
     @property
@@ -104,23 +121,27 @@ class _Slot:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _Demand:
     """Demands of requests on the program of a step."""
 
     features: Features = dataclasses.field(default_factory=Features)
-    likeliest: int = 0
+    likeliest: bool = False
 
     @classmethod
-    def by(cls, requests: Sequence[Request]) -> "_Asked":
-        likeliest = max((power_of_two(request.likeliest) for request in requests), default=0)
+    def of(cls, requests: Sequence[Request]) -> "_Demand":
+        likeliest = any(request.likeliest for request in requests)
         return cls(features_of([request.sampling for request in requests]), likeliest)
 
-    def and_by(self, other: "_Asked") -> "_Asked":
+    def joined(self, other: "_Demand") -> "_Demand":
         features = Features._make(max(pair) for pair in zip(self.features, other.features, strict=True))
-        return _Asked(features, max(self.likeliest, other.likeliest))
+        return _Demand(features, self.likeliest or other.likeliest)
 
-    def size(self) -> int:
-        return sum(self.features) + self.likeliest
+    @property
+    def cost(self) -> int:
+        """A measure of the time that it takes: what sorts the vocabulary counts most."""
+        filters = self.features
+        sorts = filters.top_p + filters.typical_p + (filters.top_k > 1024)
+        return 20 * sorts + filters.top_k.bit_length() + filters.ngram + 5 * self.likeliest + sum(map(bool, filters))
 
 
 class Engine:
@@ -177,11 +198,11 @@ class Engine:
         )
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-        self._numbers = itertools.count()
-        self._asked = _Asked()  # by any request so far
-        self._compiled: list[_Asked] = []  # what there are programs for
-        self._rows: tuple[Rows, np.ndarray] | None = None  # settings of the slots; None where a request came
-        self._program = _Asked()  # for these
+        self._numbers, self._freed = itertools.count(), itertools.count(1)
+        self._demanded = _Demand()  # by any request so far
+        self._compiled: list[_Demand] = []  # what there are programs for
+        self._rows: tuple[Rows, Any] | None = None  # settings of the slots; None where a request came or went
+        self._program = _Demand()  # for these
         self._window = min((facts.window for facts in config.attentions if facts.window), default=capacity)
 
     @property
@@ -216,42 +237,57 @@ class Engine:
             if slot.number == number:
                 self._free(slot)
 
-    def warm_up(self) -> None:
+    def run(self) -> Iterator[Token]:
+        """Yield the tokens of all answers until there is nothing to do."""
+        while self.busy or self.waiting:
+            yield from self.step()
+
+    def warm_up(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Compile the programs that requests will need, so that none waits for one; for an engine without requests.
 
-        Those are pieces of all sizes, steps of greedy choice, of OpenAI's settings, and of all others together. Larger
-        values of `top_k` and `no_repeat_ngram_size` than here are compiled when they come.
+        Those are pieces of all sizes, steps of greedy choice, of common settings, and of all settings together, which
+        serves whatever is asked. Compiled when they come are larger values of `top_k` and `no_repeat_ngram_size` than
+        here, and pieces of prompts that are scored.
+
+        Args:
+            stopped: asked before each; True ends it.
         """
-        everything = Sampling(
-            do_sample=True, top_k=1024, top_p=0.9, min_p=0.1, typical_p=0.9, repetition_penalty=1.1,
-            no_repeat_ngram_size=4, max_new_tokens=2, min_new_tokens=1,
+        drawn = functools.partial(Sampling, do_sample=True)
+        common = [(Sampling(), 0), (Sampling(), MOST_LIKELIEST), (drawn(top_k=0), 0), (drawn(top_k=50, top_p=0.9), 0)]
+        everything = drawn(
+            top_k=1024, top_p=0.9, min_p=0.1, typical_p=0.9, repetition_penalty=1.1, no_repeat_ngram_size=4,
+            min_new_tokens=1, max_new_tokens=1,
         )  # fmt: skip
-        openai = Sampling(do_sample=True, top_k=0, top_p=0.9, max_new_tokens=2)
-        prompts = [(0,) * size for size in _SIZES if size < self.capacity and not self._whole]
-        warming = [Request(prompt, Sampling(max_new_tokens=1)) for prompt in prompts]
-        # What repeats itself is guessed at; a single token leaves nothing to guess.
-        for sampling, likeliest in ((Sampling(max_new_tokens=2), 0), (openai, 0), (everything, 20)):
-            single = dataclasses.replace(sampling, max_new_tokens=1)
-            warming += [Request((0, 1, 2, 3) * 3, each, likeliest=likeliest) for each in (single, sampling)]
+        lengths = range(1, min(self.capacity - 1, MOST_PIECE) + 1)
+        first = {pieces(length)[0]: length for length in lengths}
+        warming = [Request((0,) * length, Sampling(max_new_tokens=1)) for length in first.values() if not self._whole]
+        for sampling, likeliest in (*common, (everything, MOST_LIKELIEST)):
+            # Guesses are made where a text repeats itself and more than one token may come.
+            warming += [
+                Request((0, 0, 0, 0), dataclasses.replace(sampling, max_new_tokens=new), likeliest=likeliest)
+                for new in (1, 2)[: 1 + bool(self._lookup)]
+            ]
         for request in warming:
-            if len(request.tokens) + 1 < self.capacity:
+            if len(request.tokens) < self.capacity and not stopped():
+                self._demanded = _Demand()  # so that who asks for little gets a program that does little
                 self.submit(request)
-            while self.busy or self.waiting:
-                self.step()
+                collections.deque(self.run(), maxlen=0)
             for slot in self._slots:
                 slot.kept = []
-        # Those who ask for little get programs that do little.
-        self._asked, self.reused, self.gain = _Asked(), 0, LookupGain()
+        self._demanded, self.reused, self.gain = _Demand(), 0, LookupGain()
 
     def step(self) -> list[Token]:
-        """Read of prompts, if there are any to read, and add tokens to every answer; return them in their order."""
+        """Read pieces of prompts, if there are any, and add tokens to every answer; return them in their order."""
         self._admit()
         tokens: list[Token] = []
-        budget = MOST_PIECE
-        for slot in self._slots:
-            while slot.unread and (budget > 0 or self._patient):
-                size, scored = self._read(slot)
-                budget -= size
+        reading = [slot for slot in self._slots if slot.unread]
+        for slot in reading:
+            # A share of the tokens for each, so that a short prompt does not wait for a long one.
+            share = MOST_PIECE // len(reading)
+            while slot.unread and (share > 0 or self._patient):
+                most = MOST_PIECE if self._patient else max(share, LEAST_PIECE)
+                size, scored = self._read(slot, most)
+                share -= size
                 tokens += scored
         return tokens + (self._advance() if any(slot.decodes for slot in self._slots) else [])
 
@@ -259,11 +295,13 @@ class Engine:
         free = [slot for slot in self._slots if slot.request is None]
         while free and self._waiting:
             number, request = self._waiting.popleft()
-            slot = max(free, key=lambda slot: (self._common(slot, request), -len(slot.kept)))
+            common = {slot: self._common(slot, request) for slot in free}
+            # That which most need not be read of, if as much is not lost; else that which has been idle for longest.
+            worth = {slot: tokens if 2 * tokens > len(slot.kept) else 0 for slot, tokens in common.items()}
+            slot = max(free, key=lambda slot: (worth[slot], -slot.freed))
             free.remove(slot)
-            common = self._common(slot, request)
-            self.reused += common
-            slot.kept, slot.unread = slot.kept[:common], list(request.tokens[common:])
+            self.reused += common[slot]
+            slot.kept, slot.unread = slot.kept[: common[slot]], list(request.tokens[common[slot] :])
             slot.adapter, slot.number, slot.request = request.adapter, number, request
             slot.left = min(request.sampling.max_new_tokens, self.capacity - len(request.tokens))
             slot.lookup = PromptLookup(request.tokens) if self._lookup else None
@@ -271,30 +309,35 @@ class Engine:
 
     def _common(self, slot: _Slot, request: Request) -> int:
         """Count the first tokens of a prompt that a slot has; the last of a prompt is read for what follows it."""
-        if slot.adapter != request.adapter or request.scored:
+        # A rotary table that follows the length has turned what is kept for another length.
+        if slot.adapter != request.adapter or request.scored or self._whole:
             return 0
         pairs = zip(slot.kept, request.tokens[:-1], strict=False)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         # A window's slots may have been overwritten by what comes after.
         return common if common == len(slot.kept) or len(slot.kept) <= self._window else 0
 
-    def _read(self, slot: _Slot) -> tuple[int, list[Token]]:
-        """Read the next piece of a slot's prompt; return its size, and its tokens if they are scored."""
+    def _read(self, slot: _Slot, most: int) -> tuple[int, list[Token]]:
+        """Read the next piece of a slot's prompt, of so many tokens at most; return its size, and scored tokens."""
         assert slot.request is not None and slot.number is not None
-        piece, tokens = next_piece(slot.unread, self._whole)
-        likeliest = power_of_two(slot.request.likeliest) if slot.request.scored else None
+        piece, tokens = next_piece(slot.unread, self._whole, most)
         place = Piece(*map(np.int32, (self._slots.index(slot), len(slot.kept), len(piece), slot.adapter)))
         lora, frozen = self._weights
         self._state, scores = prefill(
-            lora, frozen, self._state, tokens, place, structure=self._structure, likeliest=likeliest
+            lora,
+            frozen,
+            self._state,
+            tokens,
+            place,
+            structure=self._structure,
+            likeliest=MOST_LIKELIEST if slot.request.scored else None,
         )
         slot.unread = slot.unread[len(piece) :]
         scored = [] if scores is None else _tokens(slot, piece, jax.device_get(scores))
-        if scored:
-            first = scored[0]._replace(logprob=None, likeliest=()) if not slot.kept else scored[0]
-            scored = [each._replace(prompt=True) for each in (first, *scored[1:])]
+        if scored and not slot.kept:
+            scored[0] = scored[0]._replace(logprob=None, likeliest=())
         slot.kept += piece
-        return len(tokens), scored
+        return len(tokens), [each._replace(prompt=True) for each in scored]
 
     def _advance(self) -> list[Token]:
         busy = np.array([slot.decodes for slot in self._slots])
@@ -313,7 +356,7 @@ class Engine:
             structure=self._structure,
             features=self._program.features,
             eos_ids=self._eos_ids,
-            likeliest=self._program.likeliest,
+            likeliest=MOST_LIKELIEST if self._program.likeliest else 0,
         )
         chosen = jax.device_get(chosen)
         seconds = time.perf_counter() - started
@@ -324,19 +367,23 @@ class Engine:
             self._learn(guesses, chosen.counts)
         return [token for i in np.flatnonzero(busy).tolist() for token in self._take(i, chosen)]
 
-    def _settings(self) -> tuple[Rows, np.ndarray]:
+    def _settings(self) -> tuple[Rows, Any]:
         """Return the settings and adapters of all slots, and choose the smallest program that does what they ask for.
 
         Where there is none, the new one does what was asked for before, too, so that there are few.
         """
-        needed = _Asked.by([slot.request for slot in self._slots if slot.request is not None])
-        self._asked = self._asked.and_by(needed)
-        fit = [each for each in self._compiled if each.and_by(needed) == each]
+        needed = _Demand.of([slot.request for slot in self._slots if slot.request is not None])
+        self._demanded = self._demanded.joined(needed)
+        fit = [each for each in self._compiled if each.joined(needed) == each]
         if not fit:
-            self._compiled.append(self._asked)
-        self._program = min(fit, key=_Asked.size, default=self._asked)
+            self._compiled.append(self._demanded)
+        self._program = min(fit, key=lambda each: each.cost, default=self._demanded)
         settings = rows_of([slot.request.sampling if slot.request else Sampling() for slot in self._slots])
-        return settings, np.array([slot.adapter for slot in self._slots], np.int32)
+        # Once for all steps until the next of them.
+        placed: tuple[Rows, Any] = jax.device_put(
+            (settings, np.array([slot.adapter for slot in self._slots], np.int32))
+        )
+        return placed
 
     def _guesses(self) -> Guesses | None:
         """Return guesses at the next tokens of every slot; None if there are none that would save a step."""
@@ -366,6 +413,7 @@ class Engine:
         if slot.lookup is not None:
             slot.lookup.extend(ids)
         slot.kept += ids
+        slot.spoilt |= bool(np.isnan(chosen.scores.logprobs[i, :count]).any())
         ends = [j for j, token in enumerate(ids) if token in self._eos_ids]
         if ends:
             # Tokens that were guessed after the end stay in the cache: a prompt may go on with them.
@@ -377,8 +425,12 @@ class Engine:
         return tokens
 
     def _free(self, slot: _Slot) -> None:
+        if slot.spoilt:
+            self._state = forget(self._state, np.int32(self._slots.index(slot)))
+            slot.kept, slot.spoilt = [], False
         slot.number = slot.request = slot.lookup = None
-        slot.unread = []
+        slot.unread, slot.freed = [], next(self._freed)
+        self._rows = None
 
 
 def _tokens(slot: _Slot, ids: Sequence[int], scores: Scores) -> list[Token]:
@@ -400,34 +452,40 @@ def no_room(tokens: int, capacity: int) -> str:
     )
 
 
-def next_piece(unread: Sequence[int], whole: bool) -> tuple[list[int], np.ndarray]:
+def next_piece(unread: Sequence[int], whole: bool, most: int = MOST_PIECE) -> tuple[list[int], np.ndarray]:
     """Cut the next piece off a prompt.
 
     Args:
         unread: the rest of the prompt.
         whole: take all of it.
+        most: tokens of it, unless all of it is taken.
 
     Returns:
         Its tokens, and the same int32, padded on the right to a size that there are few of.
     """
-    size = power_of_two(len(unread)) if whole else pieces(len(unread))[0]
+    size = power_of_two(len(unread)) if whole else pieces(len(unread), most)[0]
     padded = np.zeros(size, np.int32)
     padded[: len(unread[:size])] = unread[:size]
     return list(unread[:size]), padded
 
 
-def pieces(tokens: int) -> list[int]:
-    """Cut a prompt into pieces of `LEAST_PIECE` to `MOST_PIECE` tokens, powers of two, few of them with little padding.
+def pieces(tokens: int, most: int = MOST_PIECE) -> list[int]:
+    """Cut a prompt into pieces, powers of two from `LEAST_PIECE` on, few of them with little padding.
+
+    Args:
+        tokens: of the prompt.
+        most: tokens of a piece, at least `LEAST_PIECE`.
 
     Returns:
         Sizes, the largest first; the last may be padded.
     """
-    size = MOST_PIECE
+    largest = 1 << most.bit_length() - 1
+    size = largest
     while size > LEAST_PIECE and -tokens % size > _MOST_PADDING * tokens:
         size //= 2
     padded = tokens + -tokens % size
-    bits = [1 << bit for bit in reversed(range(MOST_PIECE.bit_length() - 1)) if padded % MOST_PIECE & 1 << bit]
-    return [MOST_PIECE] * (padded // MOST_PIECE) + bits
+    bits = [1 << bit for bit in reversed(range(largest.bit_length() - 1)) if padded % largest & 1 << bit]
+    return [largest] * (padded // largest) + bits
 
 
 def generate(
@@ -479,8 +537,7 @@ def generate(
     answers: dict[int, list[int]] = {}
     for prompt, each in zip(prompts, sampling, strict=True):
         answers[engine.submit(Request(tuple(map(int, prompt)), each))] = []
-    while engine.busy or engine.waiting:
-        for token in engine.step():
-            if token.end != "stop":
-                answers[token.request].append(token.token)
+    for token in engine.run():
+        if token.end != "stop":
+            answers[token.request].append(token.token)
     return list(answers.values())

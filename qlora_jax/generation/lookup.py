@@ -47,7 +47,9 @@ class PromptLookup:
         for size in _SIZES:
             end = self._ends.get(tuple(self._tokens[-size:]))
             if end is not None and len(self._tokens) >= size:
-                return self._tokens[end : end + most]
+                # What is that near comes again and again.
+                period = len(self._tokens) - end
+                return [self._tokens[end + i % period] for i in range(most)]
         return []
 
     def learn(self, accepted: int) -> None:
@@ -86,7 +88,10 @@ class LookupGain:
 
     @property
     def speedup(self) -> float | None:
-        """Time that steps of one token would have taken, by that of what was taken; None if either was not measured."""
+        """Time that steps of one token would have taken, divided by that of the steps taken.
+
+        None if either kind was not measured.
+        """
         if not (self._plain_seconds and self._lookup_seconds):
             return None
         # Medians: the first of each kind waits for its program to be compiled.

@@ -37,7 +37,7 @@ class Structure:
         return self is other or (isinstance(other, Structure) and self._graphdef == other._graphdef)
 
     def model(self, lora: Any, frozen: nnx.State, rows: Array | None = None) -> Any:
-        """Return the model; of an `AdapterStack` with the adapters of some rows, and without any not to be called."""
+        """Return the model, of an `AdapterStack` with the adapters of those rows; it is not to be called without."""
         if isinstance(lora, AdapterStack):
             lora = lora.matrices if rows is None else lora.of_rows(rows)
         return nnx.merge(self._graphdef, lora, frozen)
@@ -158,39 +158,39 @@ def prefill(
         piece: where they go.
         structure: of the model.
         likeliest: how many of the likeliest tokens are returned in the scores of the tokens [S]; None for no scores.
+
+    Returns:
+        The state, and the scores of the tokens, of which the first means nothing where nothing comes before it.
     """
     model = structure.model(lora, frozen, piece.adapter[None])
     cache, places = state.cache, piece.start + jnp.arange(len(tokens))
-
-    def row(arrays: Any) -> Any:
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, piece.slot, 1, axis=1), arrays)
-
-    def put_back(arrays: Any, rows: Any) -> Any:
-        return jax.tree.map(
-            lambda a, one: jax.lax.dynamic_update_slice_in_dim(a, one, piece.slot, axis=1), arrays, rows
-        )
-
-    own = dataclasses.replace(cache, keys=row(cache.keys), values=row(cache.values), lengths=piece.start[None])
+    own = dataclasses.replace(cache, lengths=piece.start[None], row=piece.slot)
     # Of the padding, too, none beyond the piece: a rotary table may follow the longest.
     positions = jnp.minimum(places, piece.start + piece.count - 1)
     hidden, own = model(tokens[None], positions[None], cache=own, counts=piece.count[None])
     last = jax.lax.dynamic_slice_in_dim(hidden, piece.count - 1, 1, axis=1)
     written = jnp.where(jnp.arange(len(tokens)) < piece.count, places, state.history.shape[1])
-    scores = (
-        None if likeliest is None else _prompt_scores(model, state.logits[piece.slot], hidden[0], tokens, likeliest)
-    )
-    new = dataclasses.replace(
-        cache,
-        keys=put_back(cache.keys, own.keys),
-        values=put_back(cache.values, own.values),
-        lengths=cache.lengths.at[piece.slot].set(own.lengths[0]),
-    )
+    before = state.logits[piece.slot]
+    scores = None if likeliest is None else _prompt_scores(model, before, hidden[0], tokens, likeliest)
     return State(
-        new,
+        dataclasses.replace(own, lengths=cache.lengths.at[piece.slot].set(own.lengths[0]), row=None),
         state.logits.at[piece.slot].set(model.logits(last)[0, 0]),
         state.history.at[piece.slot, written].set(tokens, mode="drop"),
         state.generated.at[piece.slot].set(0),
     ), scores
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def forget(state: State, slot: Any) -> State:
+    """Clear a slot: numbers that are not finite would reach whatever comes after them, hidden or not.
+
+    Args:
+        state: is given up.
+        slot: scalar.
+    """
+    keys, values = jax.tree.map(lambda a: a.at[:, slot].set(0), (state.cache.keys, state.cache.values))
+    cache = dataclasses.replace(state.cache, keys=keys, values=values, lengths=state.cache.lengths.at[slot].set(0))
+    return state._replace(cache=cache, logits=state.logits.at[slot].set(0))
 
 
 def _prompt_scores(
@@ -244,6 +244,9 @@ def advance(
         features: filters of the logits.
         eos_ids: tokens that end an answer.
         likeliest: how many of the likeliest tokens are returned.
+
+    Returns:
+        The state, and the tokens that were chosen.
     """
     settings, adapters = rows
     model = structure.model(lora, frozen, adapters)
@@ -292,6 +295,7 @@ def advance(
 
 
 def _scores(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"], likeliest: int) -> Scores:
-    logs = jax.nn.log_softmax(logits, axis=-1)
-    top, ids = jax.lax.top_k(logs, likeliest)
-    return Scores(jnp.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0], ids.astype(jnp.int32), top)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    top, ids = jax.lax.top_k(logits, min(likeliest, logits.shape[-1]))
+    came = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return Scores(came - total, ids.astype(jnp.int32), top - total[..., None])

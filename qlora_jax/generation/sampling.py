@@ -77,6 +77,9 @@ class Sampling:
 MAX_NGRAM = 32
 """Longest n-gram whose repetition can be forbidden."""
 
+_TOP_K, _NGRAMS = (0, 64, 1024, 2**31 - 1), (0, 4, MAX_NGRAM)
+"""Sizes of the filters that programs have: few, so that there are few programs."""
+
 
 class Features(NamedTuple):
     """Filters that a program has; each is there if a row of the batch asks for it.
@@ -119,14 +122,18 @@ def features_of(settings: Sequence[Sampling]) -> Features:
     largest_k = max((each.top_k for each in sampled), default=0)
     return Features(
         sample=bool(sampled),
-        top_k=power_of_two(largest_k),
+        top_k=_at_least(largest_k, _TOP_K),
         top_p=any(each.top_p < 1 for each in sampled),
         min_p=any(each.min_p > 0 for each in sampled),
         typical_p=any(each.typical_p < 1 for each in sampled),
         penalty=any(each.repetition_penalty != 1 for each in settings),
         minimum=any(each.min_new_tokens for each in settings),
-        ngram=power_of_two(max((each.no_repeat_ngram_size for each in settings), default=0)),
+        ngram=_at_least(max((each.no_repeat_ngram_size for each in settings), default=0), _NGRAMS),
     )
+
+
+def _at_least(value: int, sizes: Sequence[int]) -> int:
+    return next(size for size in sizes if size >= value)
 
 
 def rows_of(settings: Sequence[Sampling]) -> Rows:

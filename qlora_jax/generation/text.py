@@ -6,6 +6,8 @@ from typing import Any
 _REPLACEMENT = "�"
 # Tokens, enough for a whole character.
 _CONTEXT = 6
+# Bytes of a character in UTF-8, each of which may be a token.
+_LONGEST_CHARACTER = 4
 
 
 class TextStream:
@@ -40,7 +42,9 @@ class TextStream:
             return ""
         self._tokens.append(token)
         before, after = self._decoded(self._from, self._read), self._decoded(self._from, None)
-        if len(after) > len(before) and not after.endswith(_REPLACEMENT):
+        # Bytes that no character has, after so many tokens, are no beginning of one.
+        whole = not after.endswith(_REPLACEMENT) or len(self._tokens) - self._read > _LONGEST_CHARACTER
+        if len(after) > len(before) and whole:
             self._pending += after[len(before) :]
             self._from, self._read = self._read, len(self._tokens)
         return self._released(final=False)
@@ -73,3 +77,34 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Count the characters at the end of a text that a stop string begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Vocabulary:
+    """Texts of single tokens.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    def text(self, token: int) -> str:
+        """Decode a token as it would stand in the middle of a text: some tokenizers treat the first of one apart."""
+        if token not in self._texts:
+            once, twice = (self._tokenizer.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
+            self._texts[token] = str(twice[len(once) :])
+        return self._texts[token]
+
+    def width(self, token: int) -> int:
+        """Count the characters that a token adds to a text in which special tokens are left out."""
+        return 0 if token in self._special else len(self.text(token))
+
+    def probabilities(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Return {text: logprob} of (id, logprob) pairs, the likeliest first; of one text the likeliest counts."""
+        found: dict[str, float] = {}
+        for token, logprob in sorted(likeliest, key=lambda pair: -pair[1]):
+            found.setdefault(self.text(token), logprob)
+        return found

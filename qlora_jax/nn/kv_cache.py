@@ -47,6 +47,7 @@ class Cache:
         lengths: int32 [B], tokens of each row; the last may be taken back by writing a smaller number, see `margin`.
         capacity: tokens of a row that there is room for.
         margin: tokens that may be taken back.
+        row: scalar, the row that a batch of one is; None where a batch is all rows. `lengths` are those of the batch.
     """
 
     keys: tuple[Any, ...]
@@ -54,6 +55,7 @@ class Cache:
     lengths: Any
     capacity: int = dataclasses.field(metadata={"static": True})
     margin: int = dataclasses.field(default=0, metadata={"static": True})
+    row: Any = None
 
 
 def empty_heads(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -67,7 +69,7 @@ def attend_cached(
     qkv: tuple[Array, ...],
     facts: Attention,
     arrays: tuple[Any, Any],
-    which: Array | int,
+    place: tuple[Array | int, Any],
     tokens: tuple[Int[Array, " B"], Int[Array, " B"]],
 ) -> tuple[tuple[Any, Any], Float[Array, "B S H E"]]:
     """Attend over cached tokens and new ones, whose keys and values are written into the cache.
@@ -75,11 +77,15 @@ def attend_cached(
     Args:
         qkv: queries [B, S, H, E], keys and values [B, S, K, E] of the new tokens.
         facts: of the attention.
-        arrays: keys and values of all attentions with this window, so that a loop over layers writes them in place.
-        which: place of this attention in them.
+        arrays: keys and values of all attentions with this window, each as in `Cache`, so that a loop over layers
+            writes them in place.
+        place: (place of this attention in them, `Cache.row`).
         tokens: (tokens of each row in the cache, new ones).
+
+    Returns:
+        The arrays with the new tokens, and what was attended to.
     """
-    (q, *kv), (lengths, counts) = qkv, tokens
+    (q, *kv), (lengths, counts), (which, row) = qkv, tokens, place
     batch, seq, slots = *q.shape[:2], jax.tree.leaves(arrays[0])[0].shape[2]
     places = lengths[:, None] + jnp.arange(seq)  # of the new tokens in their rows
     ends = (lengths + counts)[:, None]
@@ -88,14 +94,19 @@ def attend_cached(
     if facts.window is None:  # a full cache takes no more: what it has stays
         kept &= places < slots
     target = jnp.where(kept, places % slots, slots)
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch)[:, None] if row is None else row[None, None]
     new = tuple(_as_kept(x, a) for x, a in zip(kv, arrays, strict=True))
 
     def write(a: Array, x: Array) -> Array:
         return _as_stored(a.at[which, rows, target].set(x, mode="drop", unique_indices=True))
 
+    def rows_of(a: Array) -> Array:
+        if row is None:
+            return jax.lax.dynamic_index_in_dim(a, which, keepdims=False)
+        return jax.lax.dynamic_slice(a, (which, row, *[0] * (a.ndim - 2)), (1, 1, *a.shape[2:]))[0]
+
     def layer_of(arrays: Any) -> Any:
-        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), arrays)
+        return jax.tree.map(rows_of, arrays)
 
     def tokens_in_slots(ends: Array) -> Array:
         """Last token that was written to each slot; negative if there is none."""

@@ -333,8 +333,9 @@ class Stack:
                         group, here = places[first + j, i]
                         # From one period to the next, a place moves by the attentions of its window in a period.
                         _, further = places.get((first + len(pattern) + j, i), (group, here))
+                        place = here + repeat * (further - here), cache.row
                         arrays[group], attended = attend_cached(
-                            qkv, facts, arrays[group], here + repeat * (further - here), (cache.lengths, counts)
+                            qkv, facts, arrays[group], place, (cache.lengths, counts)
                         )
                     h = layer.post_attention(i, h, attended, DropoutKeys())
             return (h, arrays), None

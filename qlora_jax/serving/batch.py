@@ -28,11 +28,18 @@ class Task(NamedTuple):
         row: as it was read.
         request: what is asked of the engine.
         stop: strings that end the answer.
+        position: of the row in its file, for errors.
     """
 
     row: Mapping[str, Any]
     request: Request
     stop: tuple[str, ...]
+    position: str
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the prompt and the longest answer together."""
+        return len(self.request.tokens) + self.request.sampling.max_new_tokens
 
 
 def read_tasks(path: str, served: ServedModel, name: str, sampling: Sampling, stop: Sequence[str] = ()) -> list[Task]:
@@ -95,7 +102,10 @@ def task_of(row: Any, position: str, served: ServedModel, name: str, sampling: S
         raise UserError(f"{position} must be an object with one of {', '.join(_ASKED)}.")
     if taken := _WRITTEN & row.keys():
         raise UserError(f"{position} has {min(taken)!r}, which the answer is written as; give it another name.")
-    name = check_name(served, row.get("adapter", name))
+    try:
+        name = check_name(served, row.get("adapter", name))
+    except UserError as error:
+        raise UserError(f"{position}: {error}") from None
     own = row.get("stop", [])
     if not isinstance(own, list) or not all(isinstance(each, str) for each in own):
         raise UserError(f"{position}: stop must be a list of strings.")
@@ -108,18 +118,19 @@ def task_of(row: Any, position: str, served: ServedModel, name: str, sampling: S
         served.names[name].adapter,
         likeliest,
     )
-    return Task(row, request, (*stop, *own, *(served.names[name].format.stops if asked[0] != "text" else ())))
+    ends = served.names[name].format.stops if asked[0] != "text" else ()
+    return Task(row, request, (*stop, *own, *ends), position)
 
 
 def _tokens(row: Mapping[str, Any], key: str, position: str, served: ServedModel, name: str) -> list[int]:
     value = row[key]
     if key == "messages":
-        return served.conversation(data.read_messages(row, position), name, position)
+        return served.encode_conversation(data.read_messages(row, position), name, position)
     if not isinstance(value, str):
         raise UserError(f"{position}: {key} must be text.")
     if key == "text":
-        return served.text(value, position)
-    return served.conversation([{"role": "user", "content": value}], name, position)
+        return served.encode_text(value, position)
+    return served.encode_conversation([{"role": "user", "content": value}], name, position)
 
 
 def _settings(row: Mapping[str, Any], position: str, sampling: Sampling) -> Sampling:
@@ -148,7 +159,12 @@ def answered(
         served: the model.
         engine: that answers.
         progress: called for every token.
+
+    Raises:
+        UserError: a row leaves no room; before anything is answered.
     """
+    for task in tasks:
+        _check_room(task, engine.capacity)
     running = {engine.submit(task.request): _Answer(task, served) for task in tasks}
     order = iter(list(running))
     done: dict[int, dict[str, Any]] = {}
@@ -181,12 +197,11 @@ def searched(
     Raises:
         UserError: a row asks for draws or probabilities, or leaves no room; before the first search.
     """
-    for number, task in enumerate(tasks, 1):
+    for task in tasks:
         asked = {"do_sample": task.request.sampling.do_sample, "logprobs": task.request.likeliest > 0}
         if wrong := [name for name, given in asked.items() if given]:
-            raise UserError(f"row {number}: {wrong[0]} cannot go with `num_beams`; leave one of them out.")
-        if len(task.request.tokens) >= options.capacity:
-            raise UserError(no_room(len(task.request.tokens), options.capacity))
+            raise UserError(f"{task.position}: {wrong[0]} cannot go with `num_beams`; leave one of them out.")
+        _check_room(task, options.capacity)
     for task in tasks:
         best = served.search(task.request, search, options)[0]
         answer = _Answer(task, served)
@@ -198,11 +213,16 @@ def searched(
         yield answer.row() | {"score": best.score}
 
 
+def _check_room(task: Task, capacity: int) -> None:
+    if len(task.request.tokens) >= capacity:
+        raise UserError(f"{task.position}: {no_room(len(task.request.tokens), capacity)}")
+
+
 class _Answer:
     """An answer while it comes."""
 
     def __init__(self, task: Task, served: ServedModel):
-        self._task, self._tokenizer = task, served.tokenizer
+        self._task, self._vocabulary = task, served.vocabulary
         self._stream = TextStream(served.tokenizer, task.stop, task.request.tokens if "text" in task.row else ())
         self._tokens: list[Token] = []
         self._end = "length"
@@ -222,15 +242,11 @@ class _Answer:
         """Return the row with the answer."""
         row = {**self._task.row, "answer": self._stream.text, "end": self._end, "tokens": len(self._tokens)}
         if "logprobs" in row:
+            texts = self._vocabulary
             row["token_logprobs"] = [
-                [self._text(token.token), token.logprob, {self._text(each): value for each, value in token.likeliest}]
-                for token in self._tokens
+                [texts.text(token.token), token.logprob, texts.probabilities(token.likeliest)] for token in self._tokens
             ]
         return row
-
-    def _text(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token])
-        return text
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

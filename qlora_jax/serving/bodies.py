@@ -99,7 +99,7 @@ class Body(_Strict):
     top_p: float = 1.0
     n: int = Field(default=1, ge=1)
     seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_listed), Field(max_length=4)] = []
+    stop: Annotated[list[str], BeforeValidator(_listed), Field(max_length=64)] = []
     stream: bool = False
     stream_options: _StreamOptions | None = None
     top_k: int = 0

@@ -1,6 +1,5 @@
 """Cost of keeping keys and values in fewer bits: perplexity on text that no run has trained on."""
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -36,19 +35,17 @@ class CacheCost(NamedTuple):
         )
 
 
-def cache_cost(served: ServedModel, name: str, options: EngineOptions) -> CacheCost:
+def cache_cost(served: ServedModel, name: str, dtype: CacheDtype) -> CacheCost:
     """Measure what a type of keys and values costs a name of a served model, on the embedded held-out answers."""
     rows = data.load_rows("default", split="eval")
     text = "\n\n".join(message["content"] for row in rows for message in row["messages"])
-    tokens = served.text(text)[: min(_MOST_TOKENS, options.capacity - 1)]
+    tokens = served.encode_text(text)[:_MOST_TOKENS]
     request = Request(tuple(tokens), Sampling(max_new_tokens=1), served.names[name].adapter, scored=True)
 
     def perplexity(dtype: CacheDtype) -> float:
-        engine = served.engine(dataclasses.replace(options, slots=1, cache_dtype=dtype, lookup=0))
+        engine = served.engine(EngineOptions(1, len(tokens) + 1, dtype))
         engine.submit(request)
-        logprobs: list[float] = []
-        while engine.busy or engine.waiting:
-            logprobs += [token.logprob for token in engine.step() if token.prompt and token.logprob is not None]
+        logprobs = [token.logprob for token in engine.run() if token.prompt and token.logprob is not None]
         return math.exp(-sum(logprobs) / len(logprobs))
 
-    return CacheCost(len(tokens) - 1, options.cache_dtype, perplexity(options.cache_dtype), perplexity("auto"))
+    return CacheCost(len(tokens) - 1, dtype, perplexity(dtype), perplexity("auto"))

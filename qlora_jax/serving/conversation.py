@@ -91,7 +91,7 @@ class Conversation:
         question = {"role": "user", "content": text}
         # A system prompt is for every question: it is refused, not passed over, where there is no place for it.
         before = [each for each in self.messages if each["role"] == "system" or not self.stands_alone]
-        tokens = self.served.conversation([*before, question], self.name)
+        tokens = self.served.encode_conversation([*before, question], self.name)
         adapter, row_format = self.served.names[self.name].adapter, self.served.names[self.name].format
         self.speed = Speed(prompt=len(tokens))
         reused, started = self.engine.reused, time.perf_counter()
@@ -118,9 +118,9 @@ class Conversation:
         speed.rest = seconds - speed.first
 
 
-def check_name(served: ServedModel, name: str) -> str:
+def check_name(served: ServedModel, name: Any) -> str:
     """Return a name of a served model; `UserError` if it has none such, which lists those it has."""
-    if name not in served.names:
+    if not isinstance(name, str) or name not in served.names:
         raise UserError(f"there is no {name!r} here; choose from {', '.join(served.names)}.")
     return name
 

@@ -1,6 +1,7 @@
 """A base in memory with adapters by name, and conversations as tokens: what chat, batches and the server share."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from qlora_jax.checkpoints.tokenizer import load_tokenizer
 from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Beam, BeamSearch, Engine, Request, beam_search, stack_adapters, stack_config
+from qlora_jax.generation.text import Vocabulary
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.training.setup import default_dtype, warn_of_another_base
 from qlora_jax.training.trained import Trained, base_name, find_trained, storage_in_training
@@ -103,6 +105,11 @@ class ServedModel:
         # Of the template too, whatever the adapters' formats: the base's name has it.
         return data.eos_ids(self.tokenizer, self.config.eos_token_ids, data.CHAT)
 
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Texts of single tokens."""
+        return Vocabulary(self.tokenizer)
+
     def engine(self, options: EngineOptions) -> Engine:
         """Return an engine; see `Engine`."""
         return Engine(self.graphdef, self.lora, self.frozen, eos_ids=self.eos_ids, **vars(options))
@@ -122,7 +129,9 @@ class ServedModel:
             cache_dtype=options.cache_dtype,
         )
 
-    def conversation(self, messages: Sequence[data.Message], name: str, position: str = "conversation") -> list[int]:
+    def encode_conversation(
+        self, messages: Sequence[data.Message], name: str, position: str = "conversation"
+    ) -> list[int]:
         """Return a conversation's tokens, as the adapter of that name was trained, up to the next answer.
 
         Raises:
@@ -133,7 +142,7 @@ class ServedModel:
         )
         return self._checked(tokens, position)
 
-    def text(self, text: str, position: str = "prompt") -> list[int]:
+    def encode_text(self, text: str, position: str = "prompt") -> list[int]:
         """Return the tokens of a text to be continued, with the model's first token where it has one."""
         return self._checked(data.encode_text(text, tokenizer=self.tokenizer), position)
 

@@ -26,7 +26,7 @@ from qlora_jax.generation import Token
 from qlora_jax.generation.text import TextStream
 from qlora_jax.serving.bodies import Body, ChatBody, Refused, TextBody, parsed_body, sampling_of, wrong
 from qlora_jax.serving.model import EngineOptions, ServedModel
-from qlora_jax.serving.words import ChatWords, TextWords, Vocabulary
+from qlora_jax.serving.words import ChatWords, TextWords
 from qlora_jax.serving.worker import Call, EngineFailed, QueueFull, Worker
 
 _NEEDED = "A server needs starlette, uvicorn and prometheus-client"
@@ -132,13 +132,15 @@ class _Delta(NamedTuple):
     Attributes:
         answer: its place among those of the request.
         text: that is new.
-        tokens: that was added, if any.
+        tokens: whose probabilities are told.
+        written: tokens that were added to the answer.
         finish: why the answer ends here, None if it goes on.
     """
 
     answer: int
     text: str
     tokens: tuple[Token, ...]
+    written: int
     finish: Literal["stop", "length"] | None
 
 
@@ -239,7 +241,7 @@ class _Answering:
         for i in range(len(self._call.requests)):
             if (opening := self._words.opening(i)) is not None:
                 yield self._choice(i, opening, (), None)
-        async for i, text, tokens, finish in self._deltas():
+        async for i, text, tokens, _, finish in self._deltas():
             if text or (tokens and self._asked.body.likeliest is not None):
                 yield self._choice(i, self._words.content(i, text, streamed=True), tokens, None)
             if finish is not None:
@@ -257,7 +259,7 @@ class _Answering:
             i: TextStream(tokenizer, self._asked.stops, request.tokens if continues else ())
             for i, request in enumerate(self._call.requests)
         }
-        scored: dict[int, list[Token]] = {i: [] for i in streams}  # of prompts, which go with the first of an answer
+        scored: dict[int, tuple[Token, ...]] = {}  # tokens of prompts, which go with the first of an answer
         metrics, first = self._api.metrics, True
         while streams:
             i, token = await self._call.events.get()
@@ -266,20 +268,31 @@ class _Answering:
             if i not in streams:  # it came while the end was being told to the engine
                 continue
             if token.prompt:
-                scored[i].append(token)
+                scored[i] = (*scored.get(i, ()), token)
                 continue
             if first:
                 metrics.first_token.observe(time.monotonic() - self._asked.arrived)
                 first = False
-            delta = _Delta(i, "", (), "length") if self._asked.body.only_echoes else _step(i, streams[i], token)
-            metrics.tokens_out.inc(len(delta.tokens))
-            self._tokens += len(delta.tokens)
-            delta, scored[i] = delta._replace(tokens=(*scored[i], *delta.tokens)), []
+            delta = self._delta(i, streams[i], token, scored.pop(i, ()))
+            metrics.tokens_out.inc(delta.written)
+            self._tokens += delta.written
             if delta.finish is not None:
                 del streams[i]
                 if token.end is None:
                     self._api.worker.cancel(self._call, i)
             yield delta
+
+    def _delta(self, index: int, stream: TextStream, token: Token, prompt: Sequence[Token]) -> _Delta:
+        """Add a token to an answer, and the tokens of its prompt if those are told before it."""
+        if self._asked.body.only_echoes:
+            return _Delta(index, "", tuple(prompt), 0, "length")
+        written = token.end != "stop"
+        text = stream.add(token.token) if written else ""
+        if token.end is not None:
+            text += stream.end()
+        # Who scores a prompt counts on one token after it.
+        told = (*prompt, token) if written or prompt else ()
+        return _Delta(index, text, told, int(written), "stop" if stream.stopped else token.end)
 
     def _choice(
         self, index: int, content: Mapping[str, Any], tokens: Sequence[Token], finish: str | None
@@ -294,15 +307,6 @@ class _Answering:
     def _usage(self) -> dict[str, int]:
         prompts = sum(map(len, self._asked.prompts))
         return {"prompt_tokens": prompts, "completion_tokens": self._tokens, "total_tokens": prompts + self._tokens}
-
-
-def _step(index: int, stream: TextStream, token: Token) -> _Delta:
-    """Add a token to an answer."""
-    tokens = () if token.end == "stop" else (token,)
-    text = "".join(stream.add(each.token) for each in tokens)
-    if token.end is not None:
-        text += stream.end()
-    return _Delta(index, text, tokens, "stop" if stream.stopped else token.end)
 
 
 def _event(value: Mapping[str, Any]) -> str:
@@ -337,9 +341,9 @@ class _Api:
         self.served, self._config = served, config
         self.worker = Worker(served.engine(config.engine), config.slots, config.queue, warm_up=config.warm_up)
         self.metrics = _Metrics(self.worker)
-        self._vocabulary = Vocabulary(served.tokenizer)
+        self._vocabulary = served.vocabulary
         self._started = int(time.time())
-        # A tokenizer is not for several threads at once, and a long text takes it long.
+        # A long text takes a tokenizer long: the event loop goes on meanwhile.
         self._encoder = concurrent.futures.ThreadPoolExecutor(1, "encoder")
 
     @contextlib.asynccontextmanager
@@ -421,7 +425,7 @@ class _Api:
         messages = [turn.model_dump(exclude_none=True) for turn in body.messages]
         if not messages or messages[-1]["role"] == "assistant":
             wrong("messages", "the last one must be there, and not the assistant's, to be answered.")
-        return self.served.conversation(messages, model, "messages")
+        return self.served.encode_conversation(messages, model, "messages")
 
     def _texts(self, body: TextBody) -> list[tuple[str, list[int]]]:
         """Return text and tokens of every prompt; texts of tokens only where they are returned."""
@@ -429,7 +433,7 @@ class _Api:
         for i, prompt in enumerate(body.prompt):
             position = "prompt" if len(body.prompt) == 1 else f"prompt {i}"
             if isinstance(prompt, str):
-                pairs.append((prompt, self.served.text(prompt, position)))
+                pairs.append((prompt, self.served.encode_text(prompt, position)))
                 continue
             if max(prompt) >= self.served.config.vocab_size:
                 wrong("prompt", f"token {max(prompt)} is beyond the {self.served.config.vocab_size} of the model.")
@@ -493,7 +497,7 @@ class _Guarded:
 
     def __init__(self, app: ASGIApp, api_key: str | None, metrics: _Metrics, paths: Sequence[str]):
         self._app, self._metrics, self._paths = app, metrics, paths
-        self._key = None if api_key is None else api_key.encode()
+        self._key = None if api_key is None else api_key.strip().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -562,11 +566,31 @@ def make_app(served: ServedModel, config: ServerConfig) -> Starlette:
     return app
 
 
-def serve(served: ServedModel, config: ServerConfig) -> None:
-    """Serve until the process is told to stop; answers under way get some seconds to finish.
+def listen(config: ServerConfig) -> socket.socket:
+    """Return a socket that listens at the address of a configuration.
 
     Raises:
-        UserError: the address cannot be listened at, or the extra `serve` is not installed.
+        UserError: the address cannot be listened at.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"`port={config.port}`: cannot listen at {config.host}: {error.strerror}; choose another `host` or `port`."
+        ) from None
+
+
+def serve(served: ServedModel, config: ServerConfig, listening: socket.socket) -> None:
+    """Serve until the process is told to stop; answers under way get some seconds to finish.
+
+    Args:
+        served: model.
+        config: of the server.
+        listening: as `listen` returns it; is closed.
+
+    Raises:
+        UserError: the extra `serve` is not installed.
     """
     try:
         import uvicorn
@@ -574,13 +598,6 @@ def serve(served: ServedModel, config: ServerConfig) -> None:
         raise UserError(f"{_NEEDED}: {install_command('serve')}.") from error
 
     app = make_app(served, config)
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        listening = socket.create_server((config.host, config.port), family=family, backlog=2048)
-    except OSError as error:
-        raise UserError(
-            f"`port={config.port}`: cannot listen at {config.host}: {error.strerror}; choose another `host` or `port`."
-        ) from None
     worker: Worker = app.state.worker
 
     class Server(uvicorn.Server):

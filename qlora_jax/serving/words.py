@@ -1,22 +1,10 @@
 """Answers in the words of OpenAI's API: chat and text completions, whole or as parts of a stream."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from qlora_jax.generation import Token
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Texts of single tokens."""
-
-    tokenizer: Any
-
-    def text(self, token: int) -> str:
-        """Decode a token as it would stand in the middle of a text: some tokenizers treat the first of one apart."""
-        once, twice = (self.tokenizer.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
-        return str(twice[len(once) :])
+from qlora_jax.generation.text import Vocabulary
 
 
 def _finite(logprob: float | None) -> float | None:
@@ -80,12 +68,15 @@ class TextWords:
         return self._echoed[index // self._n] if self._echoed else ""
 
     def logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return the probabilities of tokens; of a stream, they continue those before."""
+        """Return the probabilities of tokens; of a stream, they continue those before.
+
+        Offsets are exact but where a character has several tokens, each of which counts as one.
+        """
         texts = [self._vocabulary.text(token.token) for token in tokens]
         offsets = []
-        for text in texts:
+        for token in tokens:
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
+            self._offsets[index] = offsets[-1] + (0 if token.end == "stop" else self._vocabulary.width(token.token))
         return {
             "tokens": texts,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
@@ -98,4 +89,4 @@ class TextWords:
         if token.logprob is None:
             return None
         pairs = (*token.likeliest, (token.token, token.logprob))
-        return {self._vocabulary.text(i): _finite(logprob) for i, logprob in pairs}
+        return {text: _finite(logprob) for text, logprob in self._vocabulary.probabilities(pairs).items()}

@@ -78,7 +78,7 @@ class Worker:
     def __init__(self, engine: Engine, slots: int, queue: int, *, warm_up: bool = False):
         self._engine, self._slots, self._queue = engine, slots, queue
         self.most = slots + queue
-        # Guards what follows, and the engine's list of waiting requests; not held during a step.
+        # Guards what follows; not held during a step, in which the engine's counts may change.
         self._changed = threading.Condition()
         self._new: list[_Place] = []
         self._places: dict[int, _Place] = {}
@@ -157,7 +157,7 @@ class Worker:
     def _run(self) -> None:
         try:
             if self._cold:
-                self._engine.warm_up()
+                self._engine.warm_up(lambda: self._ended is not None)
                 self._cold = False
             while self._prepared():
                 self._publish(self._engine.step())

@@ -80,11 +80,61 @@ def test_requests_join_and_leave_at_every_token(parts):
 
 @pytest.mark.e2e
 def test_a_long_prompt_does_not_stall_the_others(parts):
-    engine = Engine(*parts, eos_ids=[], slots=2, capacity=2048)
-    engine.submit(request(0, 5, 40))
+    """Neither answers nor other prompts, wherever their slots are; a step reads about a piece."""
+    engine = Engine(*parts, eos_ids=[], slots=4, capacity=4096)
+    read, reading = [], engine._read
+
+    def noted(slot, most):
+        size, tokens = reading(slot, most)
+        read.append(size)
+        return size, tokens
+
+    engine._read = noted
+    answering = engine.submit(request(0, 5, 40))
     engine.step()
-    engine.submit(request(1, 3 * MOST_PIECE, 2))
-    assert [len(engine.step()) for _ in range(3)] == [1, 1, 2]
+    long = engine.submit(request(1, 6 * MOST_PIECE, 2))
+    assert [token.request for token in engine.step()] == [answering]
+    short = [engine.submit(request(2, length, 2)) for length in (5, 100)]
+    came = {}
+    for step in range(1, 14):
+        read.clear()
+        for token in engine.step():
+            came.setdefault(token.request, step)
+        assert sum(read) <= MOST_PIECE + 2 * 16
+    assert came[answering] == came[short[0]] == came[short[1]] == 1
+    assert 5 < came[long] <= 7
+
+
+def test_slots_are_chosen_by_what_is_gained_and_lost(parts):
+    """Two chats with one header keep a slot each; a new one takes the slot that was idle for longest."""
+    engine = engine_of(parts)
+    header, chats = (10, 11, 12), {}
+    for turn in range(3):
+        for chat in (0, 1):
+            before = engine.reused
+            prompt = (*chats.get(chat, header), 30 + chat, 40 + turn)
+            engine.submit(Request(prompt, Sampling(max_new_tokens=2)))
+            (answer,) = run(engine).values()
+            assert engine.reused - before == len(chats.get(chat, ()))
+            chats[chat] = (*prompt, *answer)
+    assert sum(bool(slot.kept) for slot in engine._slots) == 2
+    for first in (50, 60, 70):
+        engine.submit(Request((first, 1, 2), Sampling(max_new_tokens=1)))
+        run(engine)
+    assert sorted(slot.kept[0] for slot in engine._slots) == [50, 60, 70]
+
+
+def test_numbers_that_are_not_finite_stay_where_they_are(parts):
+    engine, asked = engine_of(parts, 1), request(0)
+    expected = alone(parts, asked)
+    engine.submit(request(1, 20, 3))
+    engine.step()
+    cache = engine._state.cache
+    values = tuple(array.at[:, :, 15].set(jnp.nan) for array in cache.values)
+    engine._state = engine._state._replace(cache=dataclasses.replace(cache, values=values))
+    run(engine)
+    engine.submit(asked)
+    assert list(run(engine).values()) == [expected]
 
 
 def test_a_second_prompt_of_a_size_compiles_nothing(parts):
@@ -99,7 +149,7 @@ def test_a_second_prompt_of_a_size_compiles_nothing(parts):
 
 
 def test_the_next_turn_of_a_chat_reads_what_is_new(parts):
-    engine = engine_of(parts)
+    engine = engine_of(parts, 1)
     first = request(0, 20, 8)
     engine.submit(first)
     (answer,) = run(engine).values()
@@ -196,8 +246,8 @@ def test_a_warm_engine_compiles_nothing(parts):
     engine.warm_up()
     assert not (engine.busy or engine.waiting or engine.reused)
     compiled = [program._cache_size() for program in (engine_programs.prefill, engine_programs.advance)]
-    # Pieces of 16 and 32; three programs of a step, each with guesses and without.
-    assert [after - before for after, before in zip(compiled, before, strict=True)] == [2, 6]
+    # Pieces of 16, 32 and 64; five programs of a step, each with guesses and without.
+    assert [after - before for after, before in zip(compiled, before, strict=True)] == [3, 10]
     engine.submit(greedy)
     assert run(engine).popitem()[1] == expected
     settings = [
@@ -228,6 +278,15 @@ def test_programs_do_what_is_asked_of_them_and_there_are_few(parts):
     assert program(min_new_tokens=1) == Features(sample=True, minimum=True)
     assert program() == Features()
     assert len(engine._compiled) == 3
+    # It is chosen anew where a request leaves.
+    engine = engine_of(parts, 2)
+    engine.submit(request(0, 5, 4))
+    engine.step()
+    engine.submit(Request((1, 2), Sampling(max_new_tokens=1, min_new_tokens=1)))
+    engine.step()
+    assert engine._program.features == Features(minimum=True)
+    engine.step()
+    assert engine._program.features == Features()
 
 
 def test_a_prompt_must_leave_room(parts):

@@ -65,10 +65,11 @@ def test_guesses_are_what_followed_the_last_words_before():
     text = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3])
     assert text.guess(3) == [4, 5, 1]
     text.extend([9, 8, 2, 3])
-    assert text.guess(9) == [9, 8, 2, 3]  # the last time that they stood, not the first
+    assert text.guess(4) == [9, 8, 2, 3]  # the last time that they stood, not the first
     text.extend([7])
     assert text.guess(9) == []
-    assert PromptLookup([5, 5, 5, 5]).guess(2) == [5]
+    assert PromptLookup([5, 5, 5, 5]).guess(3) == [5, 5, 5]
+    assert PromptLookup([9, 1, 2, 1, 2]).guess(5) == [1, 2, 1, 2, 1]
     assert PromptLookup([5]).guess(2) == PromptLookup().guess(2) == []
 
 
@@ -81,7 +82,7 @@ def test_guesses_that_do_not_help_are_made_less_often():
             text.learn(0)
     assert sum(guessed[:8]) == 3 and sum(guessed[8:]) == 4
     text.learn(1)
-    assert text.guess(2) == [3, 1]
+    assert text.guess(3) == [3, 1, 2]
 
 
 @pytest.mark.e2e

@@ -53,7 +53,7 @@ def test_rows_of_one_batch_have_their_own_settings():
 def test_programs_have_what_their_rows_ask_for():
     assert features_of([Sampling()]) == Features()
     assert features_of([Sampling(top_p=0.5, min_p=0.1)]) == Features()  # greedy
-    assert features_of([Sampling(), Sampling(do_sample=True, top_k=5)]) == Features(sample=True, top_k=8)
+    assert features_of([Sampling(), Sampling(do_sample=True, top_k=5)]) == Features(sample=True, top_k=64)
     assert features_of([Sampling(no_repeat_ngram_size=3, repetition_penalty=2.0)]) == Features(penalty=True, ngram=4)
 
 

@@ -38,8 +38,8 @@ def test_attention_over_eight_bits_is_attention_over_what_they_stand_for(facts):
         q, k, v = (jnp.asarray(rng.normal(size=(2, size, heads, 8)), jnp.float32) for heads in (4, 2, 2))
         rounded = [each.values * each.scales[..., None] for each in map(jax.jit(Int8Heads.of), (k, v))]
         tokens = lengths, jnp.array(counts, jnp.int32)
-        kept, found = attend((q, k, v), facts, kept, 1, tokens)
-        exact, expected = attend((q, *rounded), facts, exact, 1, tokens)
+        kept, found = attend((q, k, v), facts, kept, (1, None), tokens)
+        exact, expected = attend((q, *rounded), facts, exact, (1, None), tokens)
         for row, count in enumerate(counts):
             np.testing.assert_allclose(found[row, :count], expected[row, :count], atol=2e-5)
         lengths += tokens[1]

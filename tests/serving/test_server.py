@@ -31,7 +31,7 @@ from qlora_jax.generation.text import TextStream
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.serving import server as module
 from qlora_jax.serving.model import Served, ServedModel
-from qlora_jax.serving.server import ServerConfig, serve
+from qlora_jax.serving.server import ServerConfig, listen, serve
 from qlora_jax.serving.worker import Call, EngineFailed, Worker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]
@@ -93,7 +93,7 @@ def running(served, config=CONFIG):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uvicorn, "Server", Recorded)
-        thread = threading.Thread(target=serve, args=(served, config))
+        thread = threading.Thread(target=serve, args=(served, config, listen(config)))
         thread.start()
         wait_until(lambda: (servers and servers[0].started) or not thread.is_alive())
     try:
@@ -217,7 +217,7 @@ def entries(choice):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_chat_answers_as_the_engine_does(name, served, client, solo, worker):
-    prompt = served.conversation(HELLO, name)
+    prompt = served.encode_conversation(HELLO, name)
     expected = solo(name, prompt)
     answer = client.chat.completions.create(model=name, messages=HELLO, temperature=0, max_tokens=16)
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-") and answer.model == name
@@ -256,7 +256,7 @@ def test_prompts_come_in_four_ways(served, client, worker):
         assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
         return [choice.text for choice in answer.choices]
 
-    one, other = served.text("one"), served.text("another")
+    one, other = served.encode_text("one"), served.encode_text("another")
     alone = [*texts("one"), *texts("another")]
     assert texts(["one", "another"]) == texts([one, other]) == texts(one) + texts(other) == alone
     assert texts(["one", "another"], n=2) == [alone[0]] * 2 + [alone[1]] * 2
@@ -300,7 +300,7 @@ def test_a_stream_is_server_sent_events(server, worker):
 
 
 def test_logprobs_are_the_engines(served, client, solo, worker):
-    expected = solo("first", served.conversation(HELLO, "first"))
+    expected = solo("first", served.encode_conversation(HELLO, "first"))
     expected = [token for token in expected if token.end != "stop"]
     asked = {"model": "first", "messages": HELLO, "temperature": 0, "max_tokens": 16, "logprobs": True}
     content = client.chat.completions.create(**asked, top_logprobs=5).choices[0].logprobs.content
@@ -314,7 +314,7 @@ def test_logprobs_are_the_engines(served, client, solo, worker):
         entry.top_logprobs == [] for entry in client.chat.completions.create(**asked).choices[0].logprobs.content
     )
 
-    expected = [token for token in solo("base", served.text("abc"), max_new_tokens=8) if token.end != "stop"]
+    expected = [token for token in solo("base", served.encode_text("abc"), max_new_tokens=8) if token.end != "stop"]
     given = client.completions.create(model="base", prompt="abc", temperature=0, max_tokens=8, logprobs=2).choices[0]
     assert given.logprobs.token_logprobs == pytest.approx([token.logprob for token in expected], abs=1e-4)
     assert all(1 <= len(top) <= 3 for top in given.logprobs.top_logprobs)
@@ -322,12 +322,12 @@ def test_logprobs_are_the_engines(served, client, solo, worker):
     assert given.logprobs.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
 
 
-def test_texts_are_scored_as_evaluations_ask(served, client, worker):
+def test_texts_are_scored_as_evaluations_ask(served, client, solo, worker, monkeypatch):
     """Echoed with probabilities, and nothing or one token after it."""
     asked = {"model": "first", "prompt": "a text to score", "temperature": 0, "echo": True, "logprobs": 2}
     none = client.completions.create(**asked, max_tokens=0)
     (choice,) = none.choices
-    ids = served.text("a text to score")
+    ids = served.encode_text("a text to score")
     assert choice.text == "a text to score" and choice.finish_reason == "length"
     assert len(choice.logprobs.tokens) == len(ids)
     assert (none.usage.prompt_tokens, none.usage.completion_tokens) == (len(ids), 0)
@@ -340,9 +340,19 @@ def test_texts_are_scored_as_evaluations_ask(served, client, worker):
         assert choice.logprobs.top_logprobs[n][likeliest] == pytest.approx(max(top.values()), abs=1e-4)
     one = client.completions.create(**asked, max_tokens=1).choices[0]
     assert one.logprobs.token_logprobs[1:-1] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-4)
-    lengths = [len(token) for token in one.logprobs.tokens]
-    assert one.logprobs.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
+    # Offsets are of the text, of which the first token is no part.
+    places = zip(choice.logprobs.tokens[1:], choice.logprobs.text_offset[1:], strict=True)
+    assert choice.logprobs.text_offset[0] == 0 and all(choice.text[at:].startswith(token) for token, at in places)
     free = client.completions.create(**asked | {"echo": False}, max_tokens=1).choices[0]
+    # Who scores counts on one token after the prompt, be it the last of all.
+    (end,) = [token.token for token in solo("first", ids, max_new_tokens=1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._engine, "_eos_ids", (end,))
+        ended = client.completions.create(**asked, max_tokens=1).choices[0]
+    assert (ended.text, ended.finish_reason) == (choice.text, "stop")
+    assert ended.logprobs.token_logprobs[1:] == pytest.approx(one.logprobs.token_logprobs[1:], abs=1e-4)
+    streamed, _ = collected(client.completions.create(**asked, max_tokens=0, stream=True))
+    assert streamed == [(choice.text, entries(choice), "length")]
     assert one.text == choice.text + free.text
     with pytest.raises(openai.BadRequestError, match="`max_tokens=0`: must be from 1"):
         client.completions.create(**asked | {"echo": False}, max_tokens=0)
@@ -378,19 +388,19 @@ def test_seeds_decide_what_is_drawn(served, client, solo, worker):
     assert three == texts(seed=2**32 - 1, n=3) and len(set(three)) == 3
     # Seeds go up from the one that was given.
     assert three == [*texts(seed=-1), *texts(seed=0), *texts(seed=1)]
-    expected = solo("base", served.text("abc"), max_new_tokens=12, do_sample=True, seed=1)
+    expected = solo("base", served.encode_text("abc"), max_new_tokens=12, do_sample=True, seed=1)
     assert three[2] == text_of(served, expected)
     assert texts() != texts()
     hot = texts(seed=1, temperature=2.0, top_p=0.5, extra_body=ALL_FILTERS)
-    expected = solo("base", served.text("abc"), max_new_tokens=12, do_sample=True, seed=1, temperature=2.0, top_p=0.5,
-                    min_p=0.01, typical_p=0.9, repetition_penalty=1.1, no_repeat_ngram_size=4, top_k=50,
+    expected = solo("base", served.encode_text("abc"), max_new_tokens=12, do_sample=True, seed=1, temperature=2.0,
+                    top_p=0.5, min_p=0.01, typical_p=0.9, repetition_penalty=1.1, no_repeat_ngram_size=4, top_k=50,
                     min_new_tokens=2)  # fmt: skip
     assert hot == [text_of(served, expected)]
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(served, client, solo, worker):
     questions = [(NAMES[i % 3], f"question {i}: " + "x" * (3 * i % 40)) for i in range(32)]
-    expected = [text_of(served, solo(name, served.text(text), max_new_tokens=10)) for name, text in questions]
+    expected = [text_of(served, solo(name, served.encode_text(text), max_new_tokens=10)) for name, text in questions]
 
     def ask(question):
         name, text = question
@@ -469,7 +479,7 @@ REFUSED = [
     (TEXT, {"prompt": "a", "n": 0}, "n", "should be greater"),
     (TEXT, {"prompt": "a", "n": MOST + 1}, "n", f"{MOST + 1} answers are asked for, of at most {MOST}"),
     (TEXT, {"prompt": "a", "n": 10**12, "echo": True}, "n", "answers are asked for"),
-    (TEXT, {"prompt": "a", "stop": list("abcde")}, "stop", "at most 4"),
+    (TEXT, {"prompt": "a", "stop": ["x"] * 65}, "stop", "at most 64"),
     (TEXT, {"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
     (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", "does not support it"),
     (TEXT, {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "does not support it"),
@@ -568,9 +578,9 @@ def test_a_server_that_warms_up_says_so(served, monkeypatch):
     """Requests wait; what is asked for then has its programs."""
     warm, may_go = Engine.warm_up, threading.Event()
 
-    def warm_up(engine):
+    def warm_up(engine, stopped):
         may_go.wait(PATIENCE)
-        warm(engine)
+        warm(engine, stopped)
 
     monkeypatch.setattr(Engine, "warm_up", warm_up)
     with running(served, dataclasses.replace(CONFIG, warm_up=True)) as server, client_of(server) as client:
@@ -667,7 +677,7 @@ def test_a_port_that_is_taken_is_told(served, server):
     with pytest.raises(
         UserError, match=f"`port={port_of(server)}`: cannot listen at 127.0.0.1: Address already in use"
     ):
-        serve(served, dataclasses.replace(CONFIG, port=port_of(server)))
+        listen(dataclasses.replace(CONFIG, port=port_of(server)))
 
 
 @pytest.mark.parametrize("missing", ["starlette.applications", "prometheus_client"])

@@ -449,7 +449,7 @@ def test_a_chat_refuses_a_system_prompt_and_leaves_out_turns_that_have_no_place(
     for question in ("b", "c"):
         list(talk.answer(question))
     assert talk.stands_alone == (CASES[name].turns == 1)
-    alone = model.conversation([{"role": "user", "content": "c"}], name)
+    alone = model.encode_conversation([{"role": "user", "content": "c"}], name)
     assert (engines[-1].asked[-1] == tuple(alone)) == talk.stands_alone
 
 
