@@ -317,11 +317,13 @@ def _entries_of_scaled_tables(
     """Return the same as `_scaled_entries` in a 16-bit dtype, through a table of 16 rounded values for each block.
 
     The selects then work on 16-bit elements, twice as many in a vector, and nothing is rounded element by element.
-    (1024x1024 to bfloat16 on one core of a Zen 5: 230 us, against 420.)
+    (1024x1024 to bfloat16 on one core of a Zen 5: 230 us, against 420.) The blocks of an entry are side by side, where
+    rounding them fills vectors: 62 us for 1536x576, against 88.
     """
-    table = _affine(jnp.asarray(TABLES[quant_type]), scales, minima).astype(dtype)
+    product = jnp.asarray(TABLES[quant_type]).reshape(16, *[1] * scales.ndim) * scales
+    table = (product if minima is None else product + minima).astype(dtype)
     table = jax.lax.bitcast_convert_type(table, jnp.uint16)
-    entries = [table[..., j : j + 1] for j in range(16)]
+    entries = [table[j][..., None] for j in range(16)]
     return jax.lax.bitcast_convert_type(_select(code, entries, 0), dtype)
 
 
