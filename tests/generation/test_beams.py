@@ -4,9 +4,10 @@ import json
 
 import pytest
 from fixtures import tiny_model
+from fixtures.tiny_configs import LLAMA
 
 from qlora_jax.errors import UserError
-from qlora_jax.generation import BeamSearch, Sampling, beam_search
+from qlora_jax.generation import BeamSearch, Engine, Request, Sampling, beam_search
 
 GOLDEN = json.loads((tiny_model.GOLDEN / "beams.json").read_text())
 CONFIG = {**GOLDEN["config"], "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -37,6 +38,23 @@ def test_searches_find_what_transformers_finds(parts, result):
         assert [list(beam.tokens) for beam in found] == [tokens for tokens, _ in expected]
         for beam, (_, score) in zip(found, expected, strict=True):
             assert score is None or beam.score == pytest.approx(score, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("quick_compilation")
+def test_one_beam_is_greedy_choice_whatever_the_cache():
+    """A window that is overwritten, 8 bits, and an answer that no token ends."""
+    parts = tiny_model.build({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6})
+    prompt, sampling = [5, 9, 1, 4, 4, 7, 2, 8, 3], Sampling(max_new_tokens=12)
+    engine = Engine(*parts, eos_ids=(), slots=1, capacity=32, cache_dtype="int8")
+    engine.submit(Request(tuple(prompt), sampling))
+    greedy = list(engine.run())
+    options = {"eos_ids": (), "sampling": sampling, "capacity": 32, "cache_dtype": "int8"}
+    (beam,) = beam_search(*parts, prompt, BeamSearch(1, 0.0), **options)
+    assert list(beam.tokens) == [token.token for token in greedy]
+    assert beam.score == pytest.approx(sum(token.logprob for token in greedy), abs=1e-3)
+    found = beam_search(*parts, prompt, BeamSearch(3, 0.0), **options)
+    assert len({beam.tokens for beam in found}) == 3 and found[0].score >= beam.score - 1e-3
 
 
 def test_searches_that_cannot_be_made_are_refused(parts):

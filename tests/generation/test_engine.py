@@ -166,6 +166,20 @@ def test_the_next_turn_of_a_chat_reads_what_is_new(parts):
 
 
 @pytest.mark.e2e
+def test_a_rotary_table_that_follows_the_length_keeps_nothing():
+    parts = tiny_model.build(
+        {**LLAMA, "max_position_embeddings": 8, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    )
+    engine, first = engine_of(parts, 1), request(0, 20, 8)
+    engine.submit(first)
+    run(engine)
+    branch = Request((*first.tokens[:12], 7, 8), Sampling(max_new_tokens=4))
+    engine.submit(branch)
+    (other,) = run(engine).values()
+    assert engine.reused == 0 and other == alone(parts, branch)
+
+
+@pytest.mark.e2e
 def test_what_a_window_has_overwritten_is_read_again():
     window = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6}
     parts = tiny_model.build(window)

@@ -42,9 +42,9 @@ def guessing(monkeypatch, requests, answers):
     monkeypatch.setattr(engine_module, "PromptLookup", Guesser)
 
 
-def run(parts, requests, lookup, *, slots=3, eos_ids=()):
+def run(parts, requests, lookup, *, slots=3, eos_ids=(), **options):
     """Tokens of each request, the steps taken, and the engine."""
-    engine = Engine(*parts, eos_ids=eos_ids, slots=slots, capacity=96, lookup=lookup)
+    engine = Engine(*parts, eos_ids=eos_ids, slots=slots, capacity=96, lookup=lookup, **options)
     answers = {engine.submit(request): [] for request in requests}
     steps = 0
     while engine.busy or engine.waiting:
@@ -111,14 +111,14 @@ def test_answers_are_those_without_guesses_in_fewer_steps(parts, monkeypatch):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("window", [4, 9])
-def test_a_window_has_what_guesses_would_have_overwritten(window, monkeypatch):
+@pytest.mark.parametrize(("window", "cache_dtype"), [(4, "auto"), (9, "int8")])
+def test_a_window_has_what_guesses_would_have_overwritten(window, cache_dtype, monkeypatch):
     parts = tiny_model.build({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": window})
     requests = [request(number) for number in range(4)]
-    expected, plain_steps, _ = run(parts, requests, 0)
+    expected, plain_steps, _ = run(parts, requests, 0, cache_dtype=cache_dtype)
     guessing(monkeypatch, requests, expected)
     for lookup in (1, 5):
-        found, steps, engine = run(parts, requests, lookup)
+        found, steps, engine = run(parts, requests, lookup, cache_dtype=cache_dtype)
         same(found, expected)
         assert steps < plain_steps and 0 < engine.gain.accepted < engine.gain.guessed
 
