@@ -33,10 +33,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax serve") -> int:
         from qlora_jax.serving.server import ServerConfig, listen, serve
 
         config = ServerConfig(
-            slots=flags.slots,
-            capacity=flags.context,
-            cache_dtype=flags.kv_cache_dtype,
-            lookup=flags.prompt_lookup_num_tokens,
+            engine=flags.engine_options(flags.slots),
             warm_up=flags.warm_up,
             queue=flags.queue,
             api_key=os.environ.get("QLORA_JAX_API_KEY"),

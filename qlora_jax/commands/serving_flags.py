@@ -11,8 +11,8 @@ from qlora_jax.cli import arguments, flag
 from qlora_jax.commands.base_flags import BaseFlags, base_refusals
 
 if TYPE_CHECKING:
-    from qlora_jax.generation import Sampling
-    from qlora_jax.serving.model import EngineOptions, ServedModel, ServingConfig
+    from qlora_jax.generation import EngineOptions, Sampling
+    from qlora_jax.serving.model import ServedModel, ServingConfig
 
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 
@@ -53,7 +53,7 @@ class ServedFlags(BaseFlags):
 
     def engine_options(self, slots: int) -> "EngineOptions":
         """Settings of an engine with so many slots."""
-        from qlora_jax.serving.model import EngineOptions
+        from qlora_jax.generation import EngineOptions
 
         return EngineOptions(slots, self.context, self.kv_cache_dtype, self.prompt_lookup_num_tokens)
 

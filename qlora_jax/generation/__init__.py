@@ -2,7 +2,7 @@
 
 from qlora_jax.generation.adapters import AdapterStack, empty_stack, stack_adapters, stack_config
 from qlora_jax.generation.beams import Beam, BeamSearch, beam_search
-from qlora_jax.generation.engine import Engine, Request, Token, generate
+from qlora_jax.generation.engine import Engine, EngineOptions, Request, Token, generate
 from qlora_jax.generation.sampling import Sampling
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Beam",
     "BeamSearch",
     "Engine",
+    "EngineOptions",
     "Request",
     "Sampling",
     "Token",

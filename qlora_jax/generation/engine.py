@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.choices import CacheDtype
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, refuse_all
 from qlora_jax.generation.lookup import LookupGain, PromptLookup
 from qlora_jax.generation.programs import (
     Chosen,
@@ -144,6 +144,37 @@ class _Demand:
         return 20 * sorts + filters.top_k.bit_length() + filters.ngram + 5 * self.likeliest + sum(map(bool, filters))
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Settings of an engine.
+
+    Attributes:
+        slots: requests that are answered at a time.
+        capacity: most tokens of a prompt and its answer together.
+        cache_dtype: that keys and values are kept in.
+        lookup: most tokens that are guessed at a step; 0 for none.
+
+    Raises:
+        UserError: values outside their ranges.
+    """
+
+    slots: int = 8
+    capacity: int = 4096
+    cache_dtype: CacheDtype = "auto"
+    lookup: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine has."""
+        wanted = {
+            "slots": ("at least 1", self.slots >= 1),
+            "capacity": ("at least 2", self.capacity >= 2),
+            "lookup": ("at least 0", self.lookup >= 0),
+        }
+        refuse_all(
+            [f"`{name}={getattr(self, name)}`: must be {text}." for name, (text, good) in wanted.items() if not good]
+        )
+
+
 class Engine:
     """Answers requests, as many at a time as there are slots; see the module.
 
@@ -153,12 +184,9 @@ class Engine:
         graphdef: of the model.
         lora: its adapters, or an `AdapterStack`.
         frozen: base weights.
+        options: its room.
         eos_ids: tokens that end an answer.
-        slots: requests that are answered at a time.
-        capacity: most tokens of a prompt and its answer together.
         patient: read all prompts that are there before anything is answered: faster, where nobody waits for a token.
-        cache_dtype: that keys and values are kept in.
-        lookup: most tokens that are guessed at a step; 0 for none.
 
     Attributes:
         capacity: as given.
@@ -174,27 +202,26 @@ class Engine:
         graphdef: nnx.GraphDef,
         lora: Any,
         frozen: nnx.State,
+        options: EngineOptions,
         *,
         eos_ids: Iterable[int],
-        slots: int,
-        capacity: int,
         patient: bool = False,
-        cache_dtype: CacheDtype = "auto",
-        lookup: int = 0,
     ):
-        structure = Structure(graphdef)
+        structure, lookup = Structure(graphdef), options.lookup
         config = structure.model(lora, frozen).config
         self._whole = any(table.kind == "dynamic" for _, table in config.rotary)
         if lookup and self._whole:
             raise UserError(
-                f"`prompt_lookup_num_tokens={lookup}`: the rotary table of this model follows the length; leave it out."
+                f"`prompt_lookup_num_tokens={lookup}`: the rotary table of this model follows the length, and guesses "
+                "would change it; leave it out."
             )
         self._weights, self._structure = (lora, frozen), structure
         self._eos_ids = tuple(sorted(set(eos_ids)))
-        self.capacity, self.reused = capacity, 0
+        self.capacity, self.reused = options.capacity, 0
         self._patient, self._lookup, self.gain = patient, lookup, LookupGain()
+        slots, capacity = options.slots, options.capacity
         self._state: State = empty_state(
-            structure, lora, frozen, slots, capacity, cache_dtype=cache_dtype, margin=lookup
+            structure, lora, frozen, slots, capacity, cache_dtype=options.cache_dtype, margin=lookup
         )
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
@@ -529,9 +556,9 @@ def generate(
         graphdef,
         lora,
         frozen,
+        # Few sizes, so that few programs are compiled.
+        EngineOptions(min(len(prompts), slots), sum(pieces(longest))),
         eos_ids=eos_ids,
-        slots=min(len(prompts), slots),
-        capacity=sum(pieces(longest)),  # few sizes, so that few programs are compiled
         patient=True,
     )
     answers: dict[int, list[int]] = {}

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from qlora_jax import data
 from qlora_jax.errors import UserError
 from qlora_jax.files import atomic_write, user_path, write_errors
-from qlora_jax.generation import BeamSearch, Engine, Request, Sampling, Token
+from qlora_jax.generation import BeamSearch, Engine, EngineOptions, Request, Sampling, Token
 from qlora_jax.generation.engine import no_room
 from qlora_jax.generation.text import TextStream
 from qlora_jax.json_text import parse_json
 from qlora_jax.serving.conversation import check_name
-from qlora_jax.serving.model import EngineOptions, ServedModel
+from qlora_jax.serving.model import ServedModel
 
 _SETTINGS = {field.name for field in dataclasses.fields(Sampling)}
 _ASKED = ("prompt", "messages", "text")

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from qlora_jax import data
 from qlora_jax.choices import CacheDtype
-from qlora_jax.generation import Request, Sampling
-from qlora_jax.serving.model import EngineOptions, ServedModel
+from qlora_jax.generation import EngineOptions, Request, Sampling
+from qlora_jax.serving.model import ServedModel
 
 _MOST_TOKENS = 1024
 

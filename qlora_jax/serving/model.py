@@ -17,9 +17,17 @@ from qlora_jax.checkpoints.loading import load_base
 from qlora_jax.checkpoints.peft import load_adapter, warn_of_no_change
 from qlora_jax.checkpoints.streaming import Progress
 from qlora_jax.checkpoints.tokenizer import load_tokenizer
-from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Beam, BeamSearch, Engine, Request, beam_search, stack_adapters, stack_config
+from qlora_jax.generation import (
+    Beam,
+    BeamSearch,
+    Engine,
+    EngineOptions,
+    Request,
+    beam_search,
+    stack_adapters,
+    stack_config,
+)
 from qlora_jax.generation.text import Vocabulary
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.training.setup import default_dtype, warn_of_another_base
@@ -43,23 +51,6 @@ class ServingConfig:
     storage: BaseStorage | None = None
     dtype: str | None = None
     base: str = "base"
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """Settings of an engine.
-
-    Attributes:
-        slots: answers that are written at a time.
-        capacity: most tokens of a prompt and its answer together.
-        cache_dtype: that keys and values are kept in.
-        lookup: most tokens that are guessed at a step; 0 for none.
-    """
-
-    slots: int = 1
-    capacity: int = 4096
-    cache_dtype: CacheDtype = "auto"
-    lookup: int = 0
 
 
 class Served(NamedTuple):
@@ -112,7 +103,7 @@ class ServedModel:
 
     def engine(self, options: EngineOptions) -> Engine:
         """Return an engine; see `Engine`."""
-        return Engine(self.graphdef, self.lora, self.frozen, eos_ids=self.eos_ids, **vars(options))
+        return Engine(self.graphdef, self.lora, self.frozen, options, eos_ids=self.eos_ids)
 
     def search(self, request: Request, search: BeamSearch, options: EngineOptions) -> list[Beam]:
         """Return the continuations that a search finds, the best first; see `beam_search`."""

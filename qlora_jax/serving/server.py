@@ -18,14 +18,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError, refuse_all
 from qlora_jax.extras import install_command
+from qlora_jax.generation import EngineOptions, Token
 from qlora_jax.generation import Request as Prompt
-from qlora_jax.generation import Token
 from qlora_jax.generation.text import TextStream
 from qlora_jax.serving.bodies import Body, ChatBody, Refused, TextBody, parsed_body, sampling_of, wrong
-from qlora_jax.serving.model import EngineOptions, ServedModel
+from qlora_jax.serving.model import ServedModel
 from qlora_jax.serving.words import ChatWords, TextWords
 from qlora_jax.serving.worker import Call, EngineFailed, QueueFull, Worker
 
@@ -62,10 +61,7 @@ class ServerConfig:
     """Settings of a server.
 
     Attributes:
-        slots: answers that are written at a time.
-        capacity: most tokens of a prompt and its answer together.
-        cache_dtype: that keys and values are kept in.
-        lookup: most tokens that are guessed at a step; 0 for none.
+        engine: room for answers that are written at a time.
         warm_up: compile what requests need before the first of them is answered.
         queue: most answers that wait for a slot; what comes beyond is refused.
         api_key: that clients must know; None for none.
@@ -77,10 +73,7 @@ class ServerConfig:
         UserError: values outside their ranges; names every field.
     """
 
-    slots: int = 8
-    capacity: int = 4096
-    cache_dtype: CacheDtype = "auto"
-    lookup: int = 0
+    engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
     warm_up: bool = True
     queue: int = 64
     api_key: str | None = dataclasses.field(default=None, repr=False)
@@ -91,8 +84,6 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """Refuse what no server has."""
         wanted = {
-            "slots": ("at least 1", self.slots >= 1),
-            "capacity": ("at least 2", self.capacity >= 2),
             "queue": ("at least 0", self.queue >= 0),
             "port": ("from 0 to 65535", 0 <= self.port < 2**16),
             "max_body_bytes": ("at least 1", self.max_body_bytes >= 1),
@@ -103,11 +94,6 @@ class ServerConfig:
         if self.api_key is not None and not self.api_key.strip():
             wrong.append("`api_key` is empty: give a key, or none at all.")
         refuse_all(wrong)
-
-    @property
-    def engine(self) -> EngineOptions:
-        """Settings of the engine."""
-        return EngineOptions(self.slots, self.capacity, self.cache_dtype, self.lookup)
 
 
 def _refusal(error: Exception) -> Refused:
@@ -339,7 +325,7 @@ class _Api:
 
     def __init__(self, served: ServedModel, config: ServerConfig):
         self.served, self._config = served, config
-        self.worker = Worker(served.engine(config.engine), config.slots, config.queue, warm_up=config.warm_up)
+        self.worker = Worker(served.engine(config.engine), config.engine.slots, config.queue, warm_up=config.warm_up)
         self.metrics = _Metrics(self.worker)
         self._vocabulary = served.vocabulary
         self._started = int(time.time())
@@ -543,7 +529,7 @@ def make_app(served: ServedModel, config: ServerConfig) -> Starlette:
     """Return the application, whose `state.worker` answers.
 
     Args:
-        served: model; takes memory for `slots * capacity` tokens at once.
+        served: model; takes memory for all the tokens that the engine has room for at once.
         config: of the server; host and port are the caller's business.
     """
     api = _Api(served, config)

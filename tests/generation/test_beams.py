@@ -7,7 +7,7 @@ from fixtures import tiny_model
 from fixtures.tiny_configs import LLAMA
 
 from qlora_jax.errors import UserError
-from qlora_jax.generation import BeamSearch, Engine, Request, Sampling, beam_search
+from qlora_jax.generation import BeamSearch, Engine, EngineOptions, Request, Sampling, beam_search
 
 GOLDEN = json.loads((tiny_model.GOLDEN / "beams.json").read_text())
 CONFIG = {**GOLDEN["config"], "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -46,7 +46,7 @@ def test_one_beam_is_greedy_choice_whatever_the_cache():
     """A window that is overwritten, 8 bits, and an answer that no token ends."""
     parts = tiny_model.build({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 6})
     prompt, sampling = [5, 9, 1, 4, 4, 7, 2, 8, 3], Sampling(max_new_tokens=12)
-    engine = Engine(*parts, eos_ids=(), slots=1, capacity=32, cache_dtype="int8")
+    engine = Engine(*parts, EngineOptions(1, 32, "int8"), eos_ids=())
     engine.submit(Request(tuple(prompt), sampling))
     greedy = list(engine.run())
     options = {"eos_ids": (), "sampling": sampling, "capacity": 32, "cache_dtype": "int8"}

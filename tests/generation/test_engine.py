@@ -12,7 +12,7 @@ from fixtures.tiny_configs import LLAMA
 
 from qlora_jax import models
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Engine, Request, Sampling, stack_adapters, stack_config
+from qlora_jax.generation import Engine, EngineOptions, Request, Sampling, stack_adapters, stack_config
 from qlora_jax.generation import programs as engine_programs
 from qlora_jax.generation.engine import MOST_PIECE, pieces
 from qlora_jax.generation.sampling import Features
@@ -29,7 +29,7 @@ def parts():
 
 
 def engine_of(parts, slots=3, **options):
-    return Engine(*parts, eos_ids=[], slots=slots, capacity=CAPACITY, **options)
+    return Engine(*parts, EngineOptions(slots, CAPACITY, **options), eos_ids=[])
 
 
 def run(engine):
@@ -81,7 +81,7 @@ def test_requests_join_and_leave_at_every_token(parts):
 @pytest.mark.e2e
 def test_a_long_prompt_does_not_stall_the_others(parts):
     """Neither answers nor other prompts, wherever their slots are; a step reads about a piece."""
-    engine = Engine(*parts, eos_ids=[], slots=4, capacity=4096)
+    engine = Engine(*parts, EngineOptions(4, 4096), eos_ids=[])
     read, reading = [], engine._read
 
     def noted(slot, most):

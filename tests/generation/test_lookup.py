@@ -7,7 +7,7 @@ from fixtures import tiny_model
 from fixtures.tiny_configs import LLAMA
 
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Engine, Request, Sampling
+from qlora_jax.generation import Engine, EngineOptions, Request, Sampling
 from qlora_jax.generation import engine as engine_module
 from qlora_jax.generation.lookup import LookupGain, PromptLookup
 
@@ -44,7 +44,7 @@ def guessing(monkeypatch, requests, answers):
 
 def run(parts, requests, lookup, *, slots=3, eos_ids=(), **options):
     """Tokens of each request, the steps taken, and the engine."""
-    engine = Engine(*parts, eos_ids=eos_ids, slots=slots, capacity=96, lookup=lookup, **options)
+    engine = Engine(*parts, EngineOptions(slots, 96, lookup=lookup, **options), eos_ids=eos_ids)
     answers = {engine.submit(request): [] for request in requests}
     steps = 0
     while engine.busy or engine.waiting:
@@ -145,7 +145,7 @@ def test_a_rotary_table_that_follows_the_length_refuses_guesses():
     scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
     parts = tiny_model.build({**LLAMA, **scaling})
     with pytest.raises(UserError, match="`prompt_lookup_num_tokens=4`: the rotary table of this model follows"):
-        Engine(*parts, eos_ids=(), slots=1, capacity=64, lookup=4)
+        Engine(*parts, EngineOptions(1, 64, lookup=4), eos_ids=())
 
 
 def test_the_gain_is_the_time_of_single_steps_by_the_time_taken():

@@ -7,7 +7,7 @@ import pytest
 from fixtures import tiny_model
 from fixtures.tiny_configs import LLAMA
 
-from qlora_jax.generation import Engine, Request, Sampling
+from qlora_jax.generation import Engine, EngineOptions, Request, Sampling
 from qlora_jax.nn.attention import Attention
 from qlora_jax.nn.kv_cache import Int8Heads, attend_cached, empty_heads
 
@@ -56,7 +56,7 @@ def test_an_engine_keeps_a_third_of_the_bytes_and_the_probabilities():
     )
 
     def scores(dtype):
-        engine = Engine(*parts, eos_ids=(), slots=1, capacity=48, cache_dtype=dtype)
+        engine = Engine(*parts, EngineOptions(1, 48, dtype), eos_ids=())
         engine.submit(prompt)
         tokens = []
         while engine.busy or engine.waiting:

@@ -17,11 +17,11 @@ from fixtures.trained_adapters import write_adapter
 from qlora_jax import models
 from qlora_jax.commands import plan as plan_command
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Engine
+from qlora_jax.generation import Engine, EngineOptions
 from qlora_jax.gpus import CHIPS
 from qlora_jax.models.presets import PRESETS
 from qlora_jax.planner import decoding, tree_bytes
-from qlora_jax.serving.model import EngineOptions, ServingConfig, load_served
+from qlora_jax.serving.model import ServingConfig, load_served
 from qlora_jax.training import setup
 from qlora_jax.training.config import STEP_FLAGS, TrainConfig
 
@@ -55,7 +55,7 @@ def test_the_cache_has_the_bytes_of_an_engines(name):
     # Windows keep no more tokens than they see.
     kept = sum(min(facts.window or 48, 48) for facts in asked.model_config.attentions)
     for step in decoding.decode_steps(asked):
-        engine = Engine(parts.graphdef, parts.lora, parts.frozen, eos_ids=[], slots=step.batch, capacity=48)
+        engine = Engine(parts.graphdef, parts.lora, parts.frozen, EngineOptions(step.batch, 48), eos_ids=[])
         cache = jax.tree.leaves(engine._state.cache)
         assert step.by_class["cache"] == sum(leaf.nbytes for leaf in cache)
         assert step.by_class["cache"] == step.batch * (2 * 2 * kept * kv_heads * width + 4)

@@ -21,7 +21,7 @@ PROMPT, ANSWER = 32, 64
 OURS = """
 import json, sys, time
 import numpy as np
-from qlora_jax.generation import Engine, Request, Sampling
+from qlora_jax.generation import Engine, EngineOptions, Request, Sampling
 from qlora_jax import models
 from qlora_jax.checkpoints.hub import resolve_config
 from qlora_jax.checkpoints.loading import load_base
@@ -32,7 +32,7 @@ path, rows, dtype, prompt, answer = sys.argv[1], int(sys.argv[2]), sys.argv[3], 
 config, storage = resolve_config(path), QuantizationConfig()
 graphdef, lora, frozen = models.split_model(models.abstract_model(config, QLoRAConfig(storage, dtype)))
 frozen = models.fill_base(frozen, load_base(path, quantization=storage, dtype=dtype).tensors)
-engine = Engine(graphdef, lora, frozen, eos_ids=[], slots=rows, capacity=prompt + answer + 1, patient=True)
+engine = Engine(graphdef, lora, frozen, EngineOptions(rows, prompt + answer + 1), eos_ids=[], patient=True)
 
 def measure(seed):
     for row in range(rows):

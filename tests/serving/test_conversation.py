@@ -21,11 +21,11 @@ from qlora_jax import data, models
 from qlora_jax.commands import chat as chat_command
 from qlora_jax.commands import generate as generate_command
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Engine, Request, Sampling
+from qlora_jax.generation import Engine, EngineOptions, Request, Sampling
 from qlora_jax.generation.text import TextStream
 from qlora_jax.serving.batch import read_tasks
 from qlora_jax.serving.conversation import Conversation
-from qlora_jax.serving.model import EngineOptions, ServingConfig, adapter_names, load_served
+from qlora_jax.serving.model import ServingConfig, adapter_names, load_served
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHORT = Sampling(max_new_tokens=6)
@@ -57,8 +57,8 @@ def solo(served, name, tokens, new=6):
         (path, value.replace(value.get_value()[:, place] * scaling[path[-1]]))
         for path, value in nnx.to_flat_state(matrices)
     ]
-    options = {"eos_ids": served.eos_ids, "slots": 1, "capacity": 256}  # of one shape, and so compiled once
-    engine = Engine(served.graphdef, nnx.from_flat_state(own), served.frozen, **options)
+    options = EngineOptions(1, 256)  # of one shape, and so compiled once
+    engine = Engine(served.graphdef, nnx.from_flat_state(own), served.frozen, options, eos_ids=served.eos_ids)
     engine.submit(Request(tuple(tokens), Sampling(max_new_tokens=new)))
     answer = []
     while engine.busy or engine.waiting:

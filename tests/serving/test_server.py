@@ -26,7 +26,7 @@ from flax import nnx
 from qlora_jax import models
 from qlora_jax.data import FORMATS
 from qlora_jax.errors import UserError
-from qlora_jax.generation import Engine, Request, Sampling, stack_adapters, stack_config
+from qlora_jax.generation import Engine, EngineOptions, Request, Sampling, stack_adapters, stack_config
 from qlora_jax.generation.text import TextStream
 from qlora_jax.nn.linear import LoRAConfig, QLoRAConfig
 from qlora_jax.serving import server as module
@@ -37,8 +37,11 @@ from qlora_jax.serving.worker import Call, EngineFailed, Worker
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_compilation")]
 
 KEY = "secret"
-CONFIG = ServerConfig(slots=4, capacity=128, queue=40, api_key=KEY, port=0, max_body_bytes=10_000, warm_up=False)
-MOST = CONFIG.slots + CONFIG.queue
+SLOTS, CAPACITY = 4, 128
+CONFIG = ServerConfig(
+    EngineOptions(SLOTS, CAPACITY), queue=40, api_key=KEY, port=0, max_body_bytes=10_000, warm_up=False
+)
+MOST = SLOTS + CONFIG.queue
 NAMES = ("first", "second", "base")
 HELLO = [{"role": "user", "content": "hello"}]
 # With all filters at once, so that one program does for all tests.
@@ -415,7 +418,7 @@ def test_many_clients_at_once_get_what_each_gets_alone(served, client, solo, wor
 
 
 def test_an_answer_ends_where_there_is_no_more_room(client, worker):
-    prompt = [5] * (CONFIG.capacity - 3)
+    prompt = [5] * (CAPACITY - 3)
     settings = {"model": "base", "prompt": prompt, "extra_body": {"min_tokens": 3}}
     answer = client.completions.create(**settings, max_tokens=50)
     assert answer.usage.completion_tokens == 3 and answer.choices[0].finish_reason == "length"
@@ -434,11 +437,11 @@ def test_a_client_that_vanishes_frees_its_slots(stream, server, worker, monkeypa
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", port_of(server)), timeout=PATIENCE) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        wait_until(lambda: worker.busy == CONFIG.slots)
+        wait_until(lambda: worker.busy == SLOTS)
         if stream:
             assert connection.recv(1000)
     wait_until(lambda: (worker.busy, worker.waiting) == (0, 0))
-    assert len(steps) < 60 * MOST / CONFIG.slots  # of 120
+    assert len(steps) < 60 * MOST / SLOTS  # of 120
 
 
 def test_a_full_queue_refuses(server, client, worker, monkeypatch):
@@ -526,7 +529,7 @@ def test_prompts_and_bodies_can_be_too_long(server, client, worker):
     with pytest.raises(
         openai.BadRequestError, match="has 128 tokens, and prompt and answer together may have 128"
     ) as e:
-        client.completions.create(model="base", prompt=[5] * CONFIG.capacity, stream=True)
+        client.completions.create(model="base", prompt=[5] * CAPACITY, stream=True)
     assert e.value.code == "context_length_exceeded" and e.value.param == "prompt"
     with pytest.raises(openai.APIStatusError, match="more than 10000 bytes") as e:
         client.completions.create(model="base", prompt="a" * CONFIG.max_body_bytes)
@@ -668,8 +671,10 @@ def test_answers_under_way_are_finished_at_the_end_or_cut(served, client, monkey
 
 
 def test_settings_of_a_server_are_checked():
-    with pytest.raises(UserError, match=r"`slots=0`: must be at least 1.\n.*`port=70000`.*\n.*`api_key` is empty"):
-        ServerConfig(slots=0, port=70000, api_key=" ")
+    with pytest.raises(UserError, match=r"`queue=-1`: must be at least 0.\n.*`port=70000`.*\n.*`api_key` is empty"):
+        ServerConfig(queue=-1, port=70000, api_key=" ")
+    with pytest.raises(UserError, match=r"`slots=0`: must be at least 1.\n.*`capacity=1`: must be at least 2"):
+        EngineOptions(0, 1)
     assert KEY not in repr(CONFIG)
 
 
@@ -692,9 +697,9 @@ def test_a_missing_extra_is_told(missing, monkeypatch):
 
 def test_a_call_after_the_end_is_refused(served):
     async def run():
-        worker = Worker(served.engine(CONFIG.engine), CONFIG.slots, CONFIG.queue)
+        worker = Worker(served.engine(CONFIG.engine), SLOTS, CONFIG.queue)
         worker.start()
-        call = worker.submit([Request((1, 2)), Request((1,) * CONFIG.capacity)])
+        call = worker.submit([Request((1, 2)), Request((1,) * CAPACITY)])
         # What the engine refuses is told to the request alone.
         refused = await call.events.get()
         assert refused.request == 1 and isinstance(refused.token, UserError)

@@ -25,12 +25,12 @@ from qlora_jax.errors import UserError
 from qlora_jax.exporting.modelfile import modelfile
 from qlora_jax.exporting.templates import adds_bos, template_metadata, write_template
 from qlora_jax.files import write_json
-from qlora_jax.generation import Engine, Sampling, Token
+from qlora_jax.generation import Engine, EngineOptions, Sampling, Token
 from qlora_jax.nn.linear import QLoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.serving.batch import read_tasks
 from qlora_jax.serving.conversation import Conversation
-from qlora_jax.serving.model import EngineOptions, Served, ServedModel
+from qlora_jax.serving.model import Served, ServedModel
 from qlora_jax.serving.server import ServerConfig, make_app
 
 SYSTEM = "Be brief."
