@@ -105,6 +105,7 @@ def test_a_long_prompt_does_not_stall_the_others(parts):
     assert 5 < came[long] <= 7
 
 
+@pytest.mark.e2e
 def test_slots_are_chosen_by_what_is_gained_and_lost(parts):
     """Two chats with one header keep a slot each; a new one takes the slot that was idle for longest."""
     engine = engine_of(parts)
@@ -124,6 +125,7 @@ def test_slots_are_chosen_by_what_is_gained_and_lost(parts):
     assert sorted(slot.kept[0] for slot in engine._slots) == [50, 60, 70]
 
 
+@pytest.mark.e2e
 def test_numbers_that_are_not_finite_stay_where_they_are(parts):
     engine, asked = engine_of(parts, 1), request(0)
     expected = alone(parts, asked)
@@ -227,6 +229,7 @@ def test_logprobs_are_those_of_the_model(parts):
     assert tokens[-1].end == "length"
 
 
+@pytest.mark.e2e
 def test_tokens_of_a_prompt_are_scored_by_the_model(parts):
     """In one piece and in several, padded; nothing that a slot has is taken over for it."""
     engine = engine_of(parts, 1)
@@ -278,6 +281,7 @@ def test_a_warm_engine_compiles_nothing(parts):
     assert [program._cache_size() for program in (engine_programs.prefill, engine_programs.advance)] == compiled
 
 
+@pytest.mark.e2e
 def test_programs_do_what_is_asked_of_them_and_there_are_few(parts):
     """The smallest that there is; a new one does what was asked for before, too."""
     engine = engine_of(parts, 1)

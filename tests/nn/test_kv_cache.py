@@ -48,6 +48,7 @@ def test_attention_over_eight_bits_is_attention_over_what_they_stand_for(facts):
         assert not np.any(each.values[0])
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("quick_compilation")
 def test_an_engine_keeps_a_third_of_the_bytes_and_the_probabilities():
     parts = tiny_model.build(LLAMA)
