@@ -59,7 +59,7 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-jax"
 
 
-def keep_compiled_programs(directory: str = "auto") -> None:
+def keep_compiled_programs(directory: str = "auto", *, all_of_them: bool = False) -> None:
     """Let JAX, if it is not loaded yet, keep what it compiles, so that a run is resumed in seconds.
 
     JAX knows a program by its contents, compiler and device, and compiles again where one cannot be read. In this
@@ -68,7 +68,10 @@ def keep_compiled_programs(directory: str = "auto") -> None:
     Args:
         directory: "none" for no such directory; "auto" for the one that JAX's own variable names, else the user's
             cache.
+        all_of_them: also those that compile in less than a second, which JAX leaves out.
     """
+    if all_of_them:
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if directory == "none":
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         return

@@ -47,6 +47,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written (see `write_errors`).
     """
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise OSError(errno.EINVAL, "it is a directory" if path.is_dir() else "it is no regular file", str(path))
     temporary = _temporary_name(path)
     with _locked(temporary, os.O_CREAT | os.O_RDWR, wait=True):
         try:
@@ -141,7 +143,7 @@ def final_directory(path: Path) -> Path:
 
 
 def check_can_make(path: Path, hint: str) -> None:
-    """Refuse a directory that could not be made, whose parents may be missing too; nothing is left behind.
+    """Refuse a directory or file that could not be made, whose parents may be missing too; nothing is left behind.
 
     Raises:
         UserError: `path` cannot be written; ends with `hint`.

@@ -67,7 +67,7 @@ class TensorSource(Protocol):
         ...
 
     def pieces(self, name: str, size: int, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """Values as `read` returns them, flat, in pieces of `size` elements, a multiple of 256; the last one may be shorter.
+        """Values that `read` returns, flat, in pieces of `size` elements, a multiple of 256; the last may be shorter.
 
         A piece may be overwritten when the next is asked for. `into` is flat memory that may be used: of the type that
         is read, for all of the tensor, whose slices are the pieces; or bytes, the first of which are each piece.

@@ -12,6 +12,7 @@ from qlora_jax.cli import command, flag, parse_flags, spellings
 from qlora_jax.commands.serving_flags import SamplingFlags, load, sampling_refusals
 from qlora_jax.environment import keep_compiled_programs
 from qlora_jax.errors import UserError
+from qlora_jax.files import user_path
 
 if TYPE_CHECKING:
     from qlora_jax.serving.conversation import Conversation
@@ -41,7 +42,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax chat") -> int:
 
 def chat(flags: ChatFlags) -> None:
     """Talk."""
-    keep_compiled_programs(flags.compilation_cache)
+    keep_compiled_programs(flags.compilation_cache, all_of_them=True)
     # Imported after that, and once the flags are known to be good: loading JAX takes seconds.
     from qlora_jax.serving.conversation import Conversation
 
@@ -123,9 +124,10 @@ def _obey(line: str, talk: "Conversation") -> bool:
         talk.name = check_name(talk.served, rest)
         print(_answering(talk))
     elif name == "/save" and rest:
+        row = (json.dumps(transcript(talk), ensure_ascii=False) + "\n").encode(errors="replace")
         try:
-            with open(rest, "a", encoding="utf-8") as file:
-                file.write(json.dumps(transcript(talk), ensure_ascii=False) + "\n")
+            with user_path(rest).open("ab") as file:
+                file.write(row)
         except OSError as error:
             raise UserError(f"{rest} cannot be written: {error.strerror}.") from error
         print(f"{len(talk.messages)} messages saved to {rest}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.choices import EarlyStopping
-from qlora_jax.cli import command, flag, parse_flags, spellings
+from qlora_jax.cli import command, flag, parse_flags, sigterm_as_ctrl_c, spellings
 from qlora_jax.commands.serving_flags import SamplingFlags, load, sampling_refusals
 from qlora_jax.environment import keep_compiled_programs
+from qlora_jax.errors import UserError
 from qlora_jax.files import check_can_make, user_path
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class GenerateFlags(SamplingFlags):
 def main(argv: Sequence[str], *, prog: str = "qlora-jax generate") -> int:
     """Load the model and answer."""
     flags, _ = parse_flags(GenerateFlags, argv, prog=prog, description=DESCRIPTION, check=refusals)
-    with command(spellings(GenerateFlags)):
+    with command(spellings(GenerateFlags)), sigterm_as_ctrl_c():
         generate(flags)
     return 0
 
@@ -71,15 +72,25 @@ def generate(flags: GenerateFlags) -> None:
     """Answer, with the rate on the standard error output."""
     output = None if flags.output is None else user_path(flags.output)
     if output is not None:
+        if output.exists() and not output.is_file():
+            raise UserError(f"`output={flags.output}`: is no regular file; choose another, or leave it out to print.")
         check_can_make(output, "choose another file")
-    keep_compiled_programs(flags.compilation_cache)
+    if flags.input is not None:
+        source = user_path(flags.input)
+        if not source.is_file():
+            raise UserError(f"`input={flags.input}`: there is no such file; check the path.")
+        if output is not None and output.exists() and output.samefile(source):
+            raise UserError(f"`output={flags.output}`: is the input; choose another file.")
+    names = [*flags.served.adapters, flags.served.base]
+    if flags.adapter is not None and flags.adapter not in names:
+        raise UserError(f"`adapter={flags.adapter}`: there is none such; choose from {', '.join(names)}.")
+    keep_compiled_programs(flags.compilation_cache, all_of_them=True)
     # Imported after that, and once the flags are known to be good: loading JAX takes seconds.
     from qlora_jax.generation import BeamSearch
-    from qlora_jax.serving.conversation import check_name
 
     search = BeamSearch(flags.num_beams, flags.length_penalty, flags.early_stopping)
     served = load(flags)
-    name = check_name(served, flags.adapter or next(iter(served.names)))
+    name = flags.adapter or next(iter(served.names))
     if flags.prompt is not None:
         _answer_one(flags, flags.prompt, served, name, search)
     else:

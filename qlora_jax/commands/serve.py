@@ -28,7 +28,7 @@ def main(argv: Sequence[str], *, prog: str = "qlora-jax serve") -> int:
     """Load the model and serve it until a signal comes."""
     flags, _ = parse_flags(ServeFlags, argv, prog=prog, description=DESCRIPTION, check=served_refusals)
     with command(spellings(ServeFlags)):
-        keep_compiled_programs(flags.compilation_cache)
+        keep_compiled_programs(flags.compilation_cache, all_of_them=True)
         # Imported after that, and once the flags are known to be good: loading JAX takes seconds.
         from qlora_jax.serving.server import ServerConfig, listen, serve
 

@@ -238,9 +238,12 @@ def encode_conversation(
         int32 [n].
 
     Raises:
-        UserError: the template refuses the messages, the format has no place for them, or the last is the assistant's.
+        UserError: the template refuses the messages, the format has no place for them, the last is the assistant's, or
+            a text cannot be written in UTF-8.
     """
     _check_tokenizer(tokenizer)
+    for message in messages:
+        _check_unicode(message["content"], position)
     if not FORMATS[dataset_format].chat:
         text, start = conversation_text(messages, dataset_format, position), _bos(tokenizer)
     elif not tokenizer.chat_template:
@@ -252,9 +255,22 @@ def encode_conversation(
     return np.array([*start, *next(_encode(tokenizer, [text])).ids], np.int32)
 
 
-def encode_text(text: str, *, tokenizer: Tokenizer) -> np.ndarray:
-    """Encode a text to be continued, after the tokenizer's first token if it has one; returns int32 [n]."""
+def _check_unicode(text: Any, position: str) -> None:
+    """Refuse what a terminal makes of bytes that are no UTF-8."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{position}: the text has bytes that are no UTF-8; leave them out.") from None
+
+
+def encode_text(text: str, *, tokenizer: Tokenizer, position: str = "prompt") -> np.ndarray:
+    """Encode a text to be continued, after the tokenizer's first token if it has one; returns int32 [n].
+
+    Raises:
+        UserError: it cannot be written in UTF-8; begins with `position`.
+    """
     _check_tokenizer(tokenizer)
+    _check_unicode(text, position)
     return np.array([*_bos(tokenizer), *next(_encode(tokenizer, [text])).ids], np.int32)
 
 

@@ -45,6 +45,9 @@ LEAST_PIECE, MOST_PIECE = 16, 512
 MOST_LIKELIEST = 20
 """Likeliest tokens that can be asked for with each."""
 
+_LONGEST_UNTRIED = 16
+"""Steps after which guesses are tried again where they cost more than they brought."""
+
 _MOST_PADDING = 0.15
 """Share of padding in the pieces of a prompt, beyond the smallest piece."""
 
@@ -219,6 +222,7 @@ class Engine:
         self._eos_ids = tuple(sorted(set(eos_ids)))
         self.capacity, self.reused = options.capacity, 0
         self._patient, self._lookup, self.gain = patient, lookup, LookupGain()
+        self._untried = 0  # steps since the last with guesses
         slots, capacity = options.slots, options.capacity
         self._state: State = empty_state(
             structure, lora, frozen, slots, capacity, cache_dtype=options.cache_dtype, margin=lookup
@@ -414,6 +418,9 @@ class Engine:
 
     def _guesses(self) -> Guesses | None:
         """Return guesses at the next tokens of every slot; None if there are none that would save a step."""
+        self._untried += 1
+        if not self._lookup or not (self.gain.worthwhile or self._untried >= _LONGEST_UNTRIED):
+            return None
         tokens = np.zeros((len(self._slots), 1 + self._lookup), np.int32)
         counts = np.zeros(len(self._slots), np.int32)
         for i, slot in enumerate(self._slots):
@@ -421,7 +428,10 @@ class Engine:
                 # The first is a guess at the token that is known by now, on the device.
                 guess = slot.lookup.guess(min(1 + self._lookup, slot.left))
                 tokens[i, : len(guess)], counts[i] = guess, len(guess)
-        return Guesses(tokens, counts) if counts.max() > 1 else None
+        if counts.max() <= 1:
+            return None
+        self._untried = 0
+        return Guesses(tokens, counts)
 
     def _learn(self, guesses: Guesses, counts: np.ndarray) -> None:
         for slot, guessed, accepted in zip(self._slots, guesses.counts - 1, counts - 1, strict=True):
@@ -474,8 +484,8 @@ def _tokens(slot: _Slot, ids: Sequence[int], scores: Scores) -> list[Token]:
 def no_room(tokens: int, capacity: int) -> str:
     """Say that a prompt leaves no room for an answer."""
     return (
-        f"the prompt has {tokens} tokens, and prompt and answer together may have {capacity}; shorten it, or make room "
-        "for more."
+        f"the prompt has {tokens} tokens, and prompt and answer together may have {capacity}; shorten it, or give more "
+        "`context`."
     )
 
 

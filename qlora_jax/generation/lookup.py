@@ -74,6 +74,7 @@ class LookupGain:
     _tokens: float = 0.0  # of a slot, in steps with guesses
     _plain_seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=256))
     _lookup_seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=256))
+    _lately: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=16))
 
     def note_plain(self, seconds: float) -> None:
         """Take note of a step without guesses."""
@@ -85,6 +86,15 @@ class LookupGain:
         self._lookup_steps += 1
         self._lookup_seconds.append(seconds)
         self._tokens += tokens
+        self._lately.append(tokens)
+
+    @property
+    def worthwhile(self) -> bool:
+        """False if steps with guesses lately brought fewer tokens a second than steps without."""
+        if len(self._lately) < 8 or not self._plain_seconds:
+            return True
+        plain, lookup = map(statistics.median, (self._plain_seconds, self._lookup_seconds))
+        return statistics.fmean(self._lately) * plain >= lookup
 
     @property
     def speedup(self) -> float | None:

@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.choices import CacheDtype
+from qlora_jax.errors import UserError
+from qlora_jax.formatting import format_bytes
 from qlora_jax.generation.adapters import AdapterStack
 from qlora_jax.generation.sampling import Features, Rows, filtered, next_tokens
 from qlora_jax.kernels.xla import WIDE_VECTORS
@@ -125,14 +127,32 @@ def empty_state(
     cache_dtype: CacheDtype = "auto",
     margin: int = 0,
 ) -> State:
-    """Return the state of slots without tokens, each with room for `capacity`; see `Cache` for the rest."""
+    """Return the state of slots without tokens, each with room for `capacity`; see `Cache` for the rest.
+
+    Raises:
+        UserError: there is no memory for it; says how much it takes.
+    """
     model = structure.model(lora, frozen)
-    return State(
-        model.empty_cache(slots, capacity, dtype=cache_dtype, margin=margin),
-        jnp.zeros((slots, model.config.vocab_size), jnp.float32),
-        jnp.zeros((slots, capacity), jnp.int32),
-        jnp.zeros(slots, jnp.int32),
-    )
+
+    def empty() -> State:
+        return State(
+            model.empty_cache(slots, capacity, dtype=cache_dtype, margin=margin),
+            jnp.zeros((slots, model.config.vocab_size), jnp.float32),
+            jnp.zeros((slots, capacity), jnp.int32),
+            jnp.zeros(slots, jnp.int32),
+        )
+
+    try:
+        return jax.block_until_ready(empty())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        shapes = jax.eval_shape(empty)
+        needed = format_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
+        raise UserError(
+            f"keys and values of {slots} x {capacity} tokens take {needed}, for which there is no memory; give less "
+            "`context`, or fewer `slots`."
+        ) from None
 
 
 @functools.partial(

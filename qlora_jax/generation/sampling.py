@@ -58,7 +58,7 @@ class Sampling:
         """Refuse what no distribution has."""
         wanted = {
             "max_new_tokens": ("from 1 to 2147483647", 1 <= self.max_new_tokens < 2**31),
-            "min_new_tokens": ("from 0 to max_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens),
+            "min_new_tokens": ("from 0 to max_new_tokens", 0 <= self.min_new_tokens <= max(self.max_new_tokens, 0)),
             # Beyond these bounds float32 logits overflow, or nothing is left.
             "temperature": ("from 0.0001 to 10000", 1e-4 <= self.temperature <= 1e4),
             "top_k": ("from 0 to 2147483647", 0 <= self.top_k < 2**31),

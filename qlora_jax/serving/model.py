@@ -135,7 +135,7 @@ class ServedModel:
 
     def encode_text(self, text: str, position: str = "prompt") -> list[int]:
         """Return the tokens of a text to be continued, with the model's first token where it has one."""
-        return self._checked(data.encode_text(text, tokenizer=self.tokenizer), position)
+        return self._checked(data.encode_text(text, tokenizer=self.tokenizer, position=position), position)
 
     def _checked(self, tokens: np.ndarray, position: str) -> list[int]:
         data.check_tokens(tokens, self.tokenizer, self.config.vocab_size, position)

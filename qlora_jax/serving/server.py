@@ -43,6 +43,9 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_TO_ASK = 60
+"""For a client to send its request."""
+
 _SECONDS_TO_FINISH = 5
 """For answers that are under way when the server is told to stop."""
 
@@ -385,12 +388,16 @@ class _Api:
         raw, most = bytearray(), self._config.max_body_bytes
         length = request.headers.get("content-length", "0")
         if not (length.isdecimal() and int(length) > most):
-            async for chunk in request.stream():
-                raw += chunk
-                if len(raw) > most:
-                    break
-            else:
-                return bytes(raw)
+            try:
+                async with asyncio.timeout(_SECONDS_TO_ASK):
+                    async for chunk in request.stream():
+                        raw += chunk
+                        if len(raw) > most:
+                            break
+                    else:
+                        return bytes(raw)
+            except TimeoutError:
+                raise Refused(408, "The body did not come.", headers={"Connection": "close"}) from None
         raise Refused(413, f"The body has more than {most} bytes.", headers={"Connection": "close"})
 
     def _model(self, body: Body) -> str:
@@ -561,6 +568,8 @@ def listen(config: ServerConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except socket.gaierror as error:
+        raise UserError(f"`host={config.host}`: is no address of this machine: {error.strerror}.") from None
     except OSError as error:
         raise UserError(
             f"`port={config.port}`: cannot listen at {config.host}: {error.strerror}; choose another `host` or `port`."

@@ -103,7 +103,7 @@ class Worker:
     @property
     def busy(self) -> int:
         """Requests that have a slot."""
-        return self._engine.busy
+        return 0 if self._cold else self._engine.busy
 
     @property
     def waiting(self) -> int:

@@ -1,5 +1,7 @@
 """Prompt lookup: the same tokens in fewer steps."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ def guessing(monkeypatch, requests, answers):
             return [(token + (i == wrong)) % 96 for i, token in enumerate(guess)]
 
     monkeypatch.setattr(engine_module, "PromptLookup", Guesser)
+    monkeypatch.setattr(LookupGain, "worthwhile", True)  # whatever the time of steps of a tiny model
 
 
 def run(parts, requests, lookup, *, slots=3, eos_ids=(), **options):
@@ -159,4 +162,12 @@ def test_the_gain_is_the_time_of_single_steps_by_the_time_taken():
         gain.note_lookup(seconds, 3.0)
     # 4 + 9 tokens at 0.1 s each, in 4 * 0.1 + 3 * 0.2 s.
     assert gain.speedup == pytest.approx(1.3)
+    assert gain.worthwhile  # too few to know
+    for _ in range(8):
+        gain.note_lookup(0.2, 1.0)
+    assert not gain.worthwhile
+    for _ in range(16):
+        gain.note_lookup(0.2, 3.0)
+    assert gain.worthwhile
+    gain = dataclasses.replace(gain, _tokens=9.0, _lookup_steps=3)
     assert str(gain) == "prompt lookup: 6 of 8 guessed tokens accepted, 1.30 times as fast as without"

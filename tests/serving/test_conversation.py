@@ -23,7 +23,7 @@ from qlora_jax.commands import generate as generate_command
 from qlora_jax.errors import UserError
 from qlora_jax.generation import Engine, EngineOptions, Request, Sampling
 from qlora_jax.generation.text import TextStream
-from qlora_jax.serving.batch import read_tasks
+from qlora_jax.serving.batch import read_tasks, write_rows
 from qlora_jax.serving.conversation import Conversation
 from qlora_jax.serving.model import ServingConfig, adapter_names, load_served
 
@@ -244,10 +244,44 @@ def test_bad_rows_are_named(served, tmp_path: Path, row: str, complaint: str):
         read_tasks(str(tmp_path / "in.jsonl"), served, "one", SHORT)
 
 
+def test_files_that_cannot_be_are_told_before_the_model_is_loaded(tmp_path: Path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}')
+    asked = ["nowhere", "--input", str(tmp_path / "in.jsonl")]
+    for output, complaint in (("/dev/full", "is no regular file"), (str(tmp_path), "is no regular file"),
+                              (str(tmp_path / "in.jsonl"), "is the input")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--output {re.escape(output)}: {complaint}"):
+            generate_command.main([*asked, "--output", output])
+    assert Path("/dev/full").is_char_device()
+    with pytest.raises(UserError, match=r"--input missing\.jsonl: there is no such file"):
+        generate_command.main(["nowhere", "--input", "missing.jsonl"])
+    with pytest.raises(UserError, match="--adapter x: there is none such; choose from nowhere, base"):
+        generate_command.main([*asked, "--adapter", "x"])
+    with pytest.raises(UserError, match="/dev/full cannot be written: it is no regular file"):
+        write_rows(Path("/dev/full"), [])
+
+
+def test_room_that_there_is_no_memory_for_is_told(served):
+    with pytest.raises(UserError, match=r"keys and values of 2 x \d+ tokens take .* give less `context`, or fewer"):
+        served.engine(EngineOptions(2, 10**12))
+
+
 @pytest.mark.e2e
 def test_the_terminal(work: Path, served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     saved = tmp_path / "saved.jsonl"
-    lines = ["hello", "", "/adapter base", "hello", f"/save {saved}", "/reset", "/what", "/adapter x", "/exit", "no"]
+    lines = [
+        "hello",
+        "\udcff bad",
+        "/save a\0b",
+        "",
+        "/adapter base",
+        "hello",
+        f"/save {saved}",
+        "/reset",
+        "/what",
+        "/adapter x",
+        "/exit",
+        "no",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     before = signal.getsignal(signal.SIGINT)
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -256,6 +290,7 @@ def test_the_terminal(work: Path, served, tmp_path: Path, monkeypatch: pytest.Mo
     text = said.getvalue()
     question = served.encode_conversation([{"role": "user", "content": "hello"}], "one")
     assert solo(served, "one", question) in text
+    assert "the text has bytes that are no UTF-8" in text and "cannot be used" in text
     assert "'/what' is no command" in text and "there is no 'x' here; choose from one, second, base" in text
     row = json.loads(saved.read_text())
     assert row["model"] == "base" and [each["role"] for each in row["messages"]] == ["user", "assistant"] * 2
