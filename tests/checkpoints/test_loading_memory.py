@@ -81,4 +81,5 @@ def test_a_converted_model_is_in_memory_once(tmp_path: Path, monkeypatch: pytest
     assert memory.model == quantised.model == stated.model > 2 * EMBEDDING + LAYERS * 3 * CODES
     # A chunk, as it is in the file.
     assert memory.beside < stated.load_converted <= 2 * CODES + (32 << 20)
-    assert memory.beside < quantised.beside < stated.load
+    # How many pieces the threads of a load hold at a time varies.
+    assert memory.beside < quantised.beside + (8 << 20) and quantised.beside < stated.load
