@@ -314,7 +314,7 @@ class Engine:
         reading = [slot for slot in self._slots if slot.unread]
         for slot in reading:
             # A share of the tokens for each, so that a short prompt does not wait for a long one.
-            share = MOST_PIECE // len(reading)
+            share = max(MOST_PIECE // len(reading), 1)
             while slot.unread and (share > 0 or self._patient):
                 most = MOST_PIECE if self._patient else max(share, LEAST_PIECE)
                 size, scored = self._read(slot, most)
