@@ -5,7 +5,7 @@ far smaller than the weights it is added to, so that a coarse rounding may undo 
 
 Memory: one tensor of the base, and of an adapted linear at most five float32 arrays of its size (the base, the change,
 their sum, and what the file keeps of the first and the last). Whatever the format, an export is tested to take less
-than six float32 arrays of the largest tensor and 48 MiB above the export of a tiny model.
+than six float32 arrays of the largest tensor and 80 MiB above the export of a tiny model.
 """
 
 import dataclasses
