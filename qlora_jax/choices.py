@@ -32,5 +32,6 @@ CacheDtype = Literal["auto", "bfloat16", "int8"]
 """Types that keys and values are kept in for tokens to come; auto: that of computation."""
 
 EarlyStopping = Literal["true", "false", "never"]
-"""What ends a search with beams before its longest answer: as many finished beams as are kept; that the running ones
-are worse by their present length; or that they are by any length."""
+"""Conditions that end a search with beams before its longest answer.
+
+true: as many finished beams as are kept. false: the running ones are worse by their present length. never: by any."""

@@ -1,6 +1,7 @@
 """Errors meant for the person at the keyboard."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class UserError(ValueError):
@@ -30,6 +31,16 @@ class UserErrors(UserError):
     def __str__(self) -> str:
         """Return the heading and the complaints."""
         return "\n  ".join([f"{len(self.sentences)} settings are wrong:", *self.sentences])
+
+
+def outside(settings: Any, ranges: Mapping[str, tuple[str, bool]]) -> list[str]:
+    """Return a sentence for every setting outside its range.
+
+    Args:
+        settings: what they are attributes of.
+        ranges: name -> (range in words, True if the value is in it).
+    """
+    return [f"`{name}={getattr(settings, name)}`: must be {text}." for name, (text, good) in ranges.items() if not good]
 
 
 def refuse_all(sentences: Iterable[str]) -> None:

@@ -28,14 +28,14 @@ def pieces_of(count: int, dtype: np.dtype, size: int, into: np.ndarray | None) -
         into: flat memory for the whole tensor, which is used if it is of that type, or bytes for one piece at least,
             whose first are all pieces; by default these are in memory of their own.
     """
+    if into is not None and into.dtype == dtype != np.uint8:
+        yield from ((start, into[start : start + size]) for start in range(0, count, size))
+        return
     if into is not None and into.dtype == np.uint8:
         shared = into[: size * dtype.itemsize].view(dtype)
-        yield from ((start, shared[: count - start]) for start in range(0, count, size))
-    elif into is not None and into.dtype == dtype:
-        yield from ((start, into[start : start + size]) for start in range(0, count, size))
     else:
         shared = aligned_empty((min(size, count),), dtype)
-        yield from ((start, shared[: count - start]) for start in range(0, count, size))
+    yield from ((start, shared[: count - start]) for start in range(0, count, size))
 
 
 def is_aligned(array: Any) -> bool:

@@ -34,7 +34,7 @@ class GenerateFlags(SamplingFlags):
     adapter: str | None = flag(None, "Adapter that answers rows which name none; by default the first.")
     slots: int = flag(8, "Rows that are answered at a time.")
     num_beams: int = flag(1, "Search with so many beams, one row at a time, instead of choosing tokens.", group="beams")
-    length_penalty: float = flag(1.0, "A beam's score is by its length to this power.", group="beams")
+    length_penalty: float = flag(1.0, "A beam's score is divided by its length to this power.", group="beams")
     early_stopping: EarlyStopping = flag(
         "false", "End a search with as many finished beams as are kept; never: when no other can be better.",
         group="beams",

@@ -16,10 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.choices import CacheDtype, EarlyStopping
-from qlora_jax.errors import UserError, refuse_all
+from qlora_jax.errors import UserError, outside, refuse_all
 from qlora_jax.generation.engine import next_piece, no_room, pieces
 from qlora_jax.generation.programs import Piece, State, Structure, empty_state, prefill
-from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of, filtered, rows_of
+from qlora_jax.generation.sampling import Features, Rows, Sampling, features_of, filtered, rows_of, stop_mask
 from qlora_jax.kernels.xla import WIDE_VECTORS
 
 _NOT_YET = -1e9
@@ -49,9 +49,7 @@ class BeamSearch:
             "num_beams": ("from 1 to 256", 1 <= self.num_beams <= 256),
             "length_penalty": ("from -100 to 100", -100 <= self.length_penalty <= 100),
         }
-        refuse_all(
-            [f"`{name}={getattr(self, name)}`: must be {text}." for name, (text, good) in wanted.items() if not good]
-        )
+        refuse_all(outside(self, wanted))
 
 
 class Beam(NamedTuple):
@@ -162,7 +160,7 @@ def _may_improve(best: Beam, finished: Sequence[Beam], search: BeamSearch, lengt
 def _read(structure: Structure, weights: tuple[Any, Any], state: State, prompt: Sequence[int], adapter: int) -> State:
     """Read a prompt into the first slot; the others are copied from it when the first tokens are chosen."""
     lora, frozen = weights
-    whole = any(table.kind == "dynamic" for _, table in structure.model(lora, frozen).config.rotary)
+    whole = structure.model(lora, frozen).config.rotary_follows_length
     unread, start = list(prompt), 0
     while unread:
         piece, tokens = next_piece(unread, whole)
@@ -183,7 +181,7 @@ def _best(
     count: int,
 ) -> tuple[Float[Array, " N"], Int[Array, " N"]]:
     """Return the scores of the best continuations, and beam * V + token of each."""
-    stops = jnp.isin(jnp.arange(state.logits.shape[1]), jnp.asarray(eos_ids, jnp.int32))
+    stops = stop_mask(eos_ids, state.logits.shape[1])
     # transformers filters log-probabilities here, not logits: a repetition penalty differs.
     logs = jax.nn.log_softmax(state.logits, axis=-1)
     so_far = state.history, state.cache.lengths, state.generated

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.choices import CacheDtype
-from qlora_jax.errors import UserError, refuse_all
+from qlora_jax.errors import UserError, outside, refuse_all
 from qlora_jax.generation.lookup import LookupGain, PromptLookup
 from qlora_jax.generation.programs import (
     Chosen,
@@ -173,9 +173,7 @@ class EngineOptions:
             "capacity": ("at least 2", self.capacity >= 2),
             "lookup": ("at least 0", self.lookup >= 0),
         }
-        refuse_all(
-            [f"`{name}={getattr(self, name)}`: must be {text}." for name, (text, good) in wanted.items() if not good]
-        )
+        refuse_all(outside(self, wanted))
 
 
 class Engine:
@@ -212,7 +210,7 @@ class Engine:
     ):
         structure, lookup = Structure(graphdef), options.lookup
         config = structure.model(lora, frozen).config
-        self._whole = any(table.kind == "dynamic" for _, table in config.rotary)
+        self._whole = config.rotary_follows_length
         if lookup and self._whole:
             raise UserError(
                 f"`prompt_lookup_num_tokens={lookup}`: the rotary table of this model follows the length, and guesses "

@@ -13,7 +13,7 @@ from qlora_jax.choices import CacheDtype
 from qlora_jax.errors import UserError
 from qlora_jax.formatting import format_bytes
 from qlora_jax.generation.adapters import AdapterStack
-from qlora_jax.generation.sampling import Features, Rows, filtered, next_tokens
+from qlora_jax.generation.sampling import Features, Rows, filtered, next_tokens, stop_mask
 from qlora_jax.kernels.xla import WIDE_VECTORS
 
 SCORED_AT_A_TIME = 16
@@ -271,7 +271,7 @@ def advance(
     settings, adapters = rows
     model = structure.model(lora, frozen, adapters)
     lengths, generated = state.cache.lengths, state.generated
-    stops = jnp.isin(jnp.arange(state.logits.shape[1]), jnp.asarray(eos_ids, jnp.int32))
+    stops = stop_mask(eos_ids, state.logits.shape[1])
 
     def choose(logits: Array, history: Array, settings: Rows, lengths: Array, generated: Array) -> Array:
         logits = filtered(logits, settings, features, (history, lengths, generated), stops)

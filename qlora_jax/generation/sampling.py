@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qlora_jax.errors import refuse_all
+from qlora_jax.errors import outside, refuse_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,7 @@ class Sampling:
             "no_repeat_ngram_size": (f"from 0 to {MAX_NGRAM}", 0 <= self.no_repeat_ngram_size <= MAX_NGRAM),
             "seed": ("from 0 to 4294967295", 0 <= self.seed < 2**32),
         }
-        refuse_all(
-            [f"`{name}={getattr(self, name)}`: must be {text}." for name, (text, good) in wanted.items() if not good]
-        )
+        refuse_all(outside(self, wanted))
 
 
 MAX_NGRAM = 32
@@ -161,6 +159,11 @@ def power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length() if value else 0
 
 
+def stop_mask(eos_ids: Sequence[int], vocabulary: int) -> Bool[Array, " V"]:
+    """Mark the end-of-sequence tokens of a vocabulary."""
+    return jnp.isin(jnp.arange(vocabulary), jnp.asarray(eos_ids, jnp.int32))
+
+
 def filtered(
     logits: Float[Array, "B V"],
     rows: Rows,
@@ -176,7 +179,7 @@ def filtered(
         features: filters that are applied.
         so_far: (prompts and answers, tokens of each row, those of them that are the answer); what follows a row's
             tokens means nothing.
-        stops: True for end-of-sequence tokens.
+        stops: as `stop_mask` returns it.
     """
     history, lengths, generated = so_far
     if features.penalty:

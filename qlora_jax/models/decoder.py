@@ -65,6 +65,11 @@ class DecoderConfig:
         """(query heads, key and value heads, width of a head)."""
         return self.num_attention_heads, self.num_key_value_heads, self.head_dim
 
+    @property
+    def rotary_follows_length(self) -> bool:
+        """True if what has been turned for some tokens must be turned anew for more of them."""
+        return any(table.kind == "dynamic" for _, table in self.rotary)
+
 
 def shared_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `DecoderConfig` that every family reads alike, all but `attentions` and `rotary`.

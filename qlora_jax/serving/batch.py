@@ -251,11 +251,8 @@ class _Answer:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines; the file appears when it is whole, and so do directories that it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        write_errors(path, "free some space or choose another file"),
-        atomic_write(path) as new,
-        new.open("w", encoding="utf-8") as file,
-    ):
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with write_errors(path, "free some space or choose another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as new, new.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from qlora_jax.errors import UserError, refuse_all
+from qlora_jax.errors import UserError, outside, refuse_all
 from qlora_jax.extras import install_command
 from qlora_jax.generation import EngineOptions, Token
 from qlora_jax.generation import Request as Prompt
@@ -91,9 +91,7 @@ class ServerConfig:
             "port": ("from 0 to 65535", 0 <= self.port < 2**16),
             "max_body_bytes": ("at least 1", self.max_body_bytes >= 1),
         }
-        wrong = [
-            f"`{name}={getattr(self, name)}`: must be {text}." for name, (text, good) in wanted.items() if not good
-        ]
+        wrong = outside(self, wanted)
         if self.api_key is not None and not self.api_key.strip():
             wrong.append("`api_key` is empty: give a key, or none at all.")
         refuse_all(wrong)
